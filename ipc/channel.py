@@ -1,0 +1,228 @@
+"""The ZeroMQ control channel between the controller and one worker, and framing for the socket-pair channels.
+
+One endpoint and one PAIR socket on each side per worker, so that a message's origin is known by construction.
+ZeroMQ contexts are made after the fork only. docs/formats/messages.md describes the frames.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import zmq
+
+from ipc import descriptors, faults
+from ipc.errors import ChannelError, MessageError
+from ipc.schema import MAX_FRAME_SIZE, Envelope, Schema, decode, encode
+
+#: Frames that may wait in one direction; a peer that does not read is failed instead of growing our memory.
+HIGH_WATER_MARK = 64
+#: A peer that sends this many refused frames is hostile or broken.
+MAX_REFUSED = 64
+
+
+class Counters:
+    """What went over a channel, and what was refused and why."""
+
+    __slots__ = ("expired", "malformed", "received", "sent", "stale")
+
+    def __init__(self) -> None:
+        self.sent = 0
+        self.received = 0
+        self.malformed = 0
+        self.stale = 0
+        self.expired = 0
+
+    @property
+    def refused(self) -> int:
+        """Frames that were not handed on."""
+        return self.malformed + self.stale + self.expired
+
+
+class Sequencer:
+    """Sans-IO core of a channel: numbers what is sent, checks what is received."""
+
+    __slots__ = ("_epoch", "_last_received", "_last_sent", "_schema", "counters")
+
+    def __init__(self, schema: Schema, epoch: int) -> None:
+        self._schema = schema
+        self._epoch = epoch
+        self._last_sent = 0
+        self._last_received = 0
+        self.counters = Counters()
+
+    def frame(self, message: Any, reply_to: int = 0, deadline: int = 0) -> tuple[int, bytes]:
+        """Return (sequence number, frame) for a message to send."""
+        sequence = self._last_sent + 1
+        frame = encode(self._schema, Envelope(self._epoch, sequence, reply_to, deadline, message))
+        self._last_sent = sequence
+        self.counters.sent += 1
+        return sequence, frame
+
+    def accept(self, frame: bytes, now: int = 0) -> Envelope | None:
+        """Return the envelope of a received frame, or None if it was refused (and counted).
+
+        Refused: malformed frames, another epoch, sequence numbers that do not rise, and, if ``now`` (CLOCK_MONOTONIC,
+        ns) is given, frames whose deadline has passed.
+        """
+        try:
+            envelope = decode(self._schema, frame)
+        except MessageError:
+            self.counters.malformed += 1
+            return None
+        if envelope.epoch != self._epoch or envelope.sequence <= self._last_received:
+            self.counters.stale += 1
+            return None
+        self._last_received = envelope.sequence
+        if now and envelope.deadline and envelope.deadline < now:
+            self.counters.expired += 1
+            return None
+        self.counters.received += 1
+        return envelope
+
+
+class Channel:
+    """One side of a worker's ZeroMQ channel. Never blocks."""
+
+    def __init__(self, context: zmq.Context[Any], schema: Schema, epoch: int) -> None:
+        self._socket = context.socket(zmq.PAIR)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+        self._socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_SIZE)
+        # A reconnect would call socket(2), which the filter of a cell does not allow.
+        self._socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        self._sequencer = Sequencer(schema, epoch)
+        self._held: bytes | None = None
+        self._path = ""
+
+    @property
+    def counters(self) -> Counters:
+        """Statistics of this side."""
+        return self._sequencer.counters
+
+    def bind(self, path: str) -> None:
+        """Listen at ``path`` (the controller's side, before the worker is forked). Raises ChannelError."""
+        try:
+            self._socket.bind(f"ipc://{path}")
+        except zmq.ZMQError as error:
+            raise ChannelError(f"cannot bind the control channel {path}: {error.strerror}") from None
+        self._path = path
+
+    def connect(self, path: str) -> None:
+        """Connect to ``path`` (the worker's side). Raises ChannelError."""
+        try:
+            self._socket.connect(f"ipc://{path}")
+        except zmq.ZMQError as error:
+            raise ChannelError(f"cannot connect the control channel {path}: {error.strerror}") from None
+
+    def unlink(self) -> None:
+        """Remove the endpoint's path after HELLO; the connection stays."""
+        if self._path:
+            try:
+                os.unlink(self._path)
+            except FileNotFoundError:
+                pass
+            self._path = ""
+
+    def fileno(self) -> int:
+        """Return the descriptor to poll for reading. Edge-triggered: read until None after every send and receive."""
+        return int(self._socket.getsockopt(zmq.FD))
+
+    def send(self, message: Any, reply_to: int = 0, deadline: int = 0) -> int:
+        """Queue a message; return its sequence number. Raises ChannelError when the peer does not read."""
+        sequence, frame = self._sequencer.frame(message, reply_to, deadline)
+        fault = faults.visit("channel.send")
+        frames = [frame] if fault is None else self._distort(fault, frame)
+        for each in frames:
+            try:
+                self._socket.send(each, zmq.DONTWAIT)
+            except zmq.Again:
+                raise ChannelError("the peer does not read its control channel") from None
+            except zmq.ZMQError as error:
+                raise ChannelError(f"cannot send on the control channel: {error.strerror}") from None
+        return sequence
+
+    def _distort(self, fault: faults.Fault, frame: bytes) -> list[bytes]:
+        if fault.action == "drop":
+            return []
+        if fault.action == "duplicate":
+            return [frame, frame]
+        if fault.action == "reorder":
+            if self._held is None:
+                self._held = frame
+                return []
+            held, self._held = self._held, None
+            return [frame, held]
+        return [faults.mangle(fault, frame)]
+
+    def receive(self, now: int = 0) -> Envelope | None:
+        """Return the next acceptable message, None when there is none. Raises ChannelError on a hostile peer."""
+        while True:
+            try:
+                frame = self._socket.recv(zmq.DONTWAIT)
+            except zmq.Again:
+                return None
+            except zmq.ZMQError as error:
+                raise ChannelError(f"cannot receive on the control channel: {error.strerror}") from None
+            fault = faults.visit("channel.receive")
+            if fault is not None:
+                distorted = self._distort(fault, frame)
+                if not distorted:
+                    continue
+                frame = distorted[0]
+            envelope = self._sequencer.accept(frame, now)
+            if envelope is not None:
+                return envelope
+            if self.counters.refused >= MAX_REFUSED:
+                raise ChannelError(f"the peer sent {self.counters.refused} frames that had to be refused")
+
+    def close(self) -> None:
+        """Close the socket and remove the path if it is still there."""
+        self._socket.close(0)
+        self.unlink()
+
+
+class PairChannel:
+    """Messages with descriptors over an inherited SEQPACKET socket; blocks or not as the socket does."""
+
+    def __init__(self, pair: socket.socket, schema: Schema, epoch: int) -> None:
+        self.socket = pair
+        self._sequencer = Sequencer(schema, epoch)
+
+    @property
+    def counters(self) -> Counters:
+        """Statistics of this side."""
+        return self._sequencer.counters
+
+    def fileno(self) -> int:
+        """Return the descriptor to poll for reading (level-triggered)."""
+        return self.socket.fileno()
+
+    def send(self, message: Any, reply_to: int = 0, fds: tuple[int, ...] = ()) -> int:
+        """Send a message; return its sequence number. Raises DescriptorError."""
+        sequence, frame = self._sequencer.frame(message, reply_to)
+        descriptors.send(self.socket, frame, fds)
+        return sequence
+
+    def receive(self, maximum: int = 0) -> tuple[Envelope | None, descriptors.OwnedDescriptors]:
+        """Receive one message with at most ``maximum`` descriptors; (None, …) for a refused one.
+
+        Raises ChannelError("closed") at the end of the channel and DescriptorError; BlockingIOError passes through.
+        """
+        frame, owned = descriptors.receive(self.socket, maximum)
+        if not frame:
+            owned.close()
+            raise ChannelError("the peer closed its channel")
+        envelope = self._sequencer.accept(frame)
+        if envelope is None:
+            owned.close()
+            if self.counters.refused >= MAX_REFUSED:
+                raise ChannelError(f"the peer sent {self.counters.refused} frames that had to be refused")
+            return None, descriptors.OwnedDescriptors()
+        return envelope, owned
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.socket.close()

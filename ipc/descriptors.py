@@ -1,0 +1,90 @@
+"""Descriptors over an inherited AF_UNIX SEQPACKET channel (SCM_RIGHTS), with an owner for every descriptor.
+
+Descriptors flow downwards (supervisor → controller → worker). A receiver that expects none receives without room
+for them; what a peer sends all the same is dropped by the kernel and the message is refused.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from collections.abc import Sequence
+
+from ipc.errors import DescriptorError
+from ipc.schema import MAX_FRAME_SIZE
+
+#: SCM_MAX_FD of the kernel is 253; no message of ours needs more than a few.
+MAX_DESCRIPTORS = 64
+_INT_SIZE = array.array("i").itemsize
+
+
+class OwnedDescriptors:
+    """Received descriptors. What is not taken is closed with the set."""
+
+    def __init__(self, descriptors: Sequence[int] = ()) -> None:
+        self._descriptors: list[int] = list(descriptors)
+
+    def __len__(self) -> int:
+        return len(self._descriptors)
+
+    def take(self) -> int:
+        """Hand the next descriptor over to the caller. Raises DescriptorError when there is none left."""
+        if not self._descriptors:
+            raise DescriptorError("fewer descriptors came than were announced")
+        return self._descriptors.pop(0)
+
+    def close(self) -> None:
+        """Close what nobody took."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def __enter__(self) -> OwnedDescriptors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def channel_pair() -> tuple[socket.socket, socket.socket]:
+    """Return the two ends of a new SEQPACKET channel (close-on-exec)."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def send(channel: socket.socket, frame: bytes, descriptors: Sequence[int] = ()) -> None:
+    """Send one message with descriptors; they stay open here. Raises DescriptorError."""
+    assert len(descriptors) <= MAX_DESCRIPTORS
+    assert frame, "an empty frame would read as the end of the channel"
+    ancillary = []
+    if descriptors:
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+    try:
+        channel.sendmsg([frame], ancillary, socket.MSG_NOSIGNAL)
+    except OSError as error:
+        raise DescriptorError(f"cannot send on the descriptor channel: {error.strerror}") from None
+
+
+def receive(channel: socket.socket, maximum: int = 0, flags: int = 0) -> tuple[bytes, OwnedDescriptors]:
+    """Receive one message with at most ``maximum`` descriptors.
+
+    An empty frame means that the peer closed the channel. BlockingIOError passes through on a non-blocking channel.
+    Raises DescriptorError if the message was cut or brought descriptors that were not expected.
+    """
+    room = socket.CMSG_SPACE(maximum * _INT_SIZE) if maximum else 0
+    try:
+        frame, ancillary, received_flags, _ = channel.recvmsg(MAX_FRAME_SIZE, room, socket.MSG_CMSG_CLOEXEC | flags)
+    except (BlockingIOError, InterruptedError):
+        raise
+    except ConnectionResetError:
+        return b"", OwnedDescriptors()
+    except OSError as error:
+        raise DescriptorError(f"cannot receive on the descriptor channel: {error.strerror}") from None
+    numbers = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            numbers.frombytes(data[: len(data) - len(data) % _INT_SIZE])
+    owned = OwnedDescriptors(numbers)
+    if received_flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        owned.close()
+        raise DescriptorError("message was cut: too long, or descriptors that nobody expects")
+    return frame, owned

@@ -1,0 +1,45 @@
+"""The exception tree of ``ipc``."""
+
+from __future__ import annotations
+
+
+class IpcError(Exception):
+    """Base of every error that this package raises; ``code`` is stable, the text says what happened."""
+
+    code = "ipc"
+
+
+class MessageError(IpcError):
+    """A frame or a message that breaks the schema: the peer is hostile, broken or of another version."""
+
+    code = "ipc.message"
+
+
+class ChannelError(IpcError):
+    """The channel itself failed: the peer is gone, or a bound of the channel was reached."""
+
+    code = "ipc.channel"
+
+
+class DescriptorError(IpcError):
+    """A descriptor message was malformed, truncated or came where none is accepted."""
+
+    code = "ipc.descriptors"
+
+
+class LayoutError(IpcError):
+    """A shared-memory object does not have the layout that was agreed on."""
+
+    code = "ipc.layout"
+
+
+class RingError(IpcError):
+    """The producer of an exit ring broke its rules (sequence, bounds); the ring is not used any more."""
+
+    code = "ipc.ring"
+
+
+class FaultSpecError(IpcError):
+    """A fault specification that cannot be understood, or that names an unknown fault point."""
+
+    code = "ipc.fault"

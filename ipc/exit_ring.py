@@ -1,0 +1,303 @@
+"""The exit ring: every KVM exit that leaves a worker, posted or synchronous, goes through one of these.
+
+One ring per vCPU, single producer (the thread that runs the vCPU), single consumer (the controller), in one
+sealed memfd. docs/formats/exit-ring.md holds the layout and the rules; this module is the only code that knows
+the offsets.
+
+The consumer does not trust the producer (a worker that the guest has taken over): every field is bounded, and a
+breach raises RingError, after which the ring must not be used any more. The producer trusts the consumer.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+
+from ipc.errors import RingError
+from ipc.layout import PAGE_SIZE, fence
+
+MAGIC = 0x3130_474E_4952_4243  # "CBRING01" in little-endian byte order
+LAYOUT_VERSION = 1
+ENTRY_COUNT = 256
+ENTRY_SIZE = 32
+STRING_DATA_SIZE = PAGE_SIZE
+RING_SIZE = PAGE_SIZE + ENTRY_COUNT * ENTRY_SIZE + STRING_DATA_SIZE
+
+# Header words (64 bits each). Words that different sides write are in different cache lines.
+WORD_MAGIC = 0
+WORD_VERSION = 1
+WORD_ENTRY_COUNT = 2
+WORD_POSTED = 8  # producer: sequence number of the last entry that is complete
+WORD_WAITING = 9  # producer: sequence number it waits for in the completion eventfd, 0 = it does not wait
+WORD_CONSUMED = 10  # producer: last sequence number whose answer was applied to the vCPU
+WORD_DONE = 16  # consumer: sequence number of the last entry that was executed
+WORD_ASLEEP = 17  # consumer: 1 = ring the doorbell after posting
+WORD_ANSWER = 18  # consumer: value for the last synchronous read
+WORD_COUNTERS = 32  # producer: statistics, COUNTER_* below
+
+# Counters, relative to WORD_COUNTERS.
+COUNTER_EXITS = 0
+COUNTER_IO_IN = 1
+COUNTER_IO_OUT = 2
+COUNTER_MMIO_READ = 3
+COUNTER_MMIO_WRITE = 4
+COUNTER_LOCAL = 5
+COUNTER_POSTED = 6
+COUNTER_SYNCHRONOUS = 7
+COUNTER_RING_FULL = 8
+COUNTER_INTERRUPTED = 9
+COUNTER_NO_DEVICE = 10
+COUNTER_IOAPIC_EOI = 11
+COUNTER_COUNT = 16
+COUNTER_NAMES = (
+    "exits",
+    "io_in",
+    "io_out",
+    "mmio_read",
+    "mmio_write",
+    "local",
+    "posted",
+    "synchronous",
+    "ring_full",
+    "interrupted",
+    "no_device",
+    "ioapic_eoi",
+)
+
+_ENTRIES_OFFSET = PAGE_SIZE
+_STRING_OFFSET = PAGE_SIZE + ENTRY_COUNT * ENTRY_SIZE
+
+# sequence, address, data, kind, size, flags, padding, count
+_ENTRY = struct.Struct("<QQQBBBxI")
+assert _ENTRY.size == ENTRY_SIZE
+assert RING_SIZE == 4 * PAGE_SIZE
+assert (WORD_COUNTERS + COUNTER_COUNT) * 8 <= PAGE_SIZE
+assert ENTRY_COUNT & (ENTRY_COUNT - 1) == 0
+
+KIND_PIO_READ = 1
+KIND_PIO_WRITE = 2
+KIND_MMIO_READ = 3
+KIND_MMIO_WRITE = 4
+KIND_PIO_STRING_READ = 5  # count × size bytes in the string area, written by the consumer
+KIND_PIO_STRING_WRITE = 6  # count × size bytes in the string area, written by the producer
+
+FLAG_SYNCHRONOUS = 1
+
+_SIZES = frozenset((1, 2, 4, 8))
+_LAST_KIND = KIND_PIO_STRING_WRITE
+
+
+def initialise(buffer: mmap.mmap) -> None:
+    """Write the header of a fresh (zero-filled) ring; done by the controller before the descriptor is passed on."""
+    words = memoryview(buffer)[:PAGE_SIZE].cast("Q")
+    words[WORD_VERSION] = LAYOUT_VERSION
+    words[WORD_ENTRY_COUNT] = ENTRY_COUNT
+    words[WORD_ASLEEP] = 1
+    words[WORD_MAGIC] = MAGIC
+    words.release()
+
+
+def _check_header(words: memoryview) -> None:
+    if words[WORD_MAGIC] != MAGIC or words[WORD_VERSION] != LAYOUT_VERSION or words[WORD_ENTRY_COUNT] != ENTRY_COUNT:
+        raise RingError("not an exit ring of this version")
+
+
+class ExitRingProducer:
+    """The worker's side. ``doorbell`` and ``completion`` are eventfds in blocking mode, owned by the caller."""
+
+    __slots__ = ("_completion", "_doorbell", "_entries", "_pack", "_sequence", "_view", "counters", "string", "words")
+
+    def __init__(self, buffer: mmap.mmap, doorbell: int, completion: int) -> None:
+        self._view = memoryview(buffer)
+        self.words = self._view[:PAGE_SIZE].cast("Q")
+        _check_header(self.words)
+        self.counters = self._view[WORD_COUNTERS * 8 : (WORD_COUNTERS + COUNTER_COUNT) * 8].cast("Q")
+        self.string = self._view[_STRING_OFFSET : _STRING_OFFSET + STRING_DATA_SIZE]
+        self._entries = self._view[_ENTRIES_OFFSET:_STRING_OFFSET]
+        self._pack = _ENTRY.pack_into
+        self._doorbell = doorbell
+        self._completion = completion
+        # A replacement worker goes on where its predecessor stopped.
+        self._sequence = self.words[WORD_POSTED]
+
+    def _publish(self, kind: int, address: int, size: int, data: int, flags: int, count: int) -> int:  # noqa: PLR0917
+        words = self.words
+        sequence = self._sequence + 1
+        if sequence - words[WORD_DONE] > ENTRY_COUNT:
+            self.counters[COUNTER_RING_FULL] += 1
+            self._wait(sequence - ENTRY_COUNT)
+        offset = (sequence & (ENTRY_COUNT - 1)) * ENTRY_SIZE
+        self._pack(self._entries, offset, sequence, address, data, kind, size, flags, count)
+        if flags:
+            words[WORD_WAITING] = sequence
+        words[WORD_POSTED] = sequence
+        self._sequence = sequence
+        fence()
+        if words[WORD_ASLEEP]:
+            os.eventfd_write(self._doorbell, 1)
+        return sequence
+
+    def _wait(self, sequence: int) -> None:
+        """Block until the consumer has executed entry ``sequence``."""
+        words = self.words
+        words[WORD_WAITING] = sequence
+        fence()
+        while words[WORD_DONE] < sequence:
+            os.eventfd_read(self._completion)
+        words[WORD_WAITING] = 0
+
+    def post(self, kind: int, address: int, size: int, data: int) -> None:
+        """Append a write that nobody waits for; blocks only while the ring is full."""
+        sequence = self._publish(kind, address, size, data, 0, 1)
+        self.words[WORD_CONSUMED] = sequence
+
+    def call(self, kind: int, address: int, size: int, data: int, count: int = 1) -> int:
+        """Append an entry and wait until it was executed; return the answer (for reads).
+
+        The caller applies the answer to the vCPU and then calls :meth:`applied`.
+        """
+        sequence = self._publish(kind, address, size, data, FLAG_SYNCHRONOUS, count)
+        words = self.words
+        completion = self._completion
+        while words[WORD_DONE] < sequence:
+            os.eventfd_read(completion)
+        words[WORD_WAITING] = 0
+        return words[WORD_ANSWER]
+
+    def applied(self) -> None:
+        """Note that the answer of the last synchronous entry is in the vCPU (the journal's last step)."""
+        self.words[WORD_CONSUMED] = self._sequence
+
+    def close(self) -> None:
+        """Release the views; the mapping and the eventfds stay with the caller."""
+        self.words.release()
+        self.counters.release()
+        self.string.release()
+        self._entries.release()
+        self._view.release()
+
+
+class Entry:
+    """The entry that the consumer holds between :meth:`ExitRingConsumer.take` and ``complete``; reused."""
+
+    __slots__ = ("address", "count", "data", "flags", "kind", "sequence", "size")
+
+    def __init__(self) -> None:
+        self.sequence = 0
+        self.address = 0
+        self.data = 0
+        self.kind = 0
+        self.size = 0
+        self.flags = 0
+        self.count = 0
+
+
+class ExitRingConsumer:
+    """The controller's side: takes entries strictly in order and completes each exactly once."""
+
+    __slots__ = (
+        "_completion",
+        "_done",
+        "_entries",
+        "_pending",
+        "_unpack",
+        "_view",
+        "_words",
+        "counters",
+        "entry",
+        "string",
+    )
+
+    def __init__(self, buffer: mmap.mmap, completion: int) -> None:
+        self._view = memoryview(buffer)
+        self._words = self._view[:PAGE_SIZE].cast("Q")
+        _check_header(self._words)
+        self.counters = self._view[WORD_COUNTERS * 8 : (WORD_COUNTERS + COUNTER_COUNT) * 8].cast("Q")
+        self.string = self._view[_STRING_OFFSET : _STRING_OFFSET + STRING_DATA_SIZE]
+        self._entries = self._view[_ENTRIES_OFFSET:_STRING_OFFSET]
+        self._unpack = _ENTRY.unpack_from
+        self._completion = completion
+        self._done = self._words[WORD_DONE]
+        self._pending = False
+        self.entry = Entry()
+
+    @property
+    def done(self) -> int:
+        """Sequence number of the last executed entry."""
+        return self._done
+
+    @property
+    def idle(self) -> bool:
+        """True when every posted entry was executed."""
+        return not self._pending and bool(self._words[WORD_POSTED] == self._done)
+
+    def take(self) -> Entry | None:
+        """Return the next entry (a reused object), or None when there is none.
+
+        The entry is copied out of shared memory before it is checked. Raises RingError on any breach.
+        """
+        assert not self._pending, "complete() the entry before taking the next"
+        posted = self._words[WORD_POSTED]
+        if posted == self._done:
+            return None
+        if not 0 < posted - self._done <= ENTRY_COUNT:
+            raise RingError(f"posted sequence {posted} is out of range (done {self._done})")
+        expected = self._done + 1
+        entry = self.entry
+        (entry.sequence, entry.address, entry.data, entry.kind, entry.size, entry.flags, entry.count) = self._unpack(
+            self._entries, (expected & (ENTRY_COUNT - 1)) * ENTRY_SIZE
+        )
+        if entry.sequence != expected:
+            raise RingError(f"entry {expected} carries sequence {entry.sequence}")
+        if not 0 < entry.kind <= _LAST_KIND or entry.size not in _SIZES or entry.flags > FLAG_SYNCHRONOUS:
+            raise RingError(f"entry {expected}: kind {entry.kind}, size {entry.size}, flags {entry.flags}")
+        if entry.kind >= KIND_PIO_STRING_READ:
+            if not 0 < entry.count * entry.size <= STRING_DATA_SIZE or not entry.flags:
+                raise RingError(f"entry {expected}: string of {entry.count} × {entry.size} bytes")
+        elif entry.count != 1:
+            raise RingError(f"entry {expected}: count {entry.count}")
+        self._pending = True
+        return entry
+
+    def complete(self, answer: int = 0) -> None:
+        """Mark the taken entry as executed, with the value for a read, and wake a waiting producer."""
+        assert self._pending, "no entry was taken"
+        self._pending = False
+        words = self._words
+        done = self._done + 1
+        if self.entry.flags:
+            words[WORD_ANSWER] = answer
+        words[WORD_DONE] = done
+        self._done = done
+        fence()
+        waiting = words[WORD_WAITING]
+        if waiting and waiting <= done:
+            self._wake()
+
+    def _wake(self) -> None:
+        try:
+            os.eventfd_write(self._completion, 1)
+        except BlockingIOError:
+            pass  # the counter is at its maximum: it is signalled
+
+    def awake(self) -> None:
+        """Say that the consumer looks at the ring by itself; no doorbell is needed until :meth:`sleep`."""
+        self._words[WORD_ASLEEP] = 0
+
+    def sleep(self) -> bool:
+        """Ask for the doorbell; False means that an entry came in meanwhile and must be taken first."""
+        self._words[WORD_ASLEEP] = 1
+        fence()
+        if self._words[WORD_POSTED] != self._done:
+            self._words[WORD_ASLEEP] = 0
+            return False
+        return True
+
+    def close(self) -> None:
+        """Release the views; the mapping and the eventfd stay with the caller."""
+        self._words.release()
+        self.counters.release()
+        self.string.release()
+        self._entries.release()
+        self._view.release()

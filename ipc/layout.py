@@ -1,0 +1,75 @@
+"""Shared memory between processes: sealed memfds, aligned words, the fence.
+
+Shared words are 64 bits wide, aligned, and touched only through ``memoryview.cast('Q')``: CPython reads and
+writes such an element with one load or store. x86 keeps loads and stores in order but for one case: a store may
+be overtaken by a later load of another word. Where that matters, call :func:`fence` in between.
+"""
+
+from __future__ import annotations
+
+import _thread
+import fcntl
+import mmap
+import os
+
+from ipc.errors import LayoutError
+
+PAGE_SIZE = 4096
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+_fence_lock = _thread.allocate_lock()
+_fence_enter = _fence_lock.acquire
+_fence_leave = _fence_lock.release
+
+
+def fence() -> None:
+    """Order every store before it against every load after it (a full barrier).
+
+    Taking and releasing an uncontended lock executes locked instructions, which are full barriers on x86-64.
+    Python has no other way to say it; tests/unit/ipc/test_fence.py is the litmus test.
+    """
+    _fence_enter()
+    _fence_leave()
+
+
+def create_shared(name: str, size: int) -> int:
+    """Return the descriptor of a new memfd of ``size`` bytes that nobody can resize any more.
+
+    A process that maps it can therefore not be killed (SIGBUS) by another one that truncates it.
+    Raises LayoutError when the kernel refuses.
+    """
+    if size <= 0 or size % PAGE_SIZE:
+        raise LayoutError(f"size of shared memory {name!r} is not a positive multiple of {PAGE_SIZE}: {size}")
+    try:
+        descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        raise LayoutError(f"cannot create shared memory {name!r}: {error.strerror}") from None
+    try:
+        os.ftruncate(descriptor, size)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+    except OSError as error:
+        os.close(descriptor)
+        raise LayoutError(f"cannot size shared memory {name!r} to {size} bytes: {error.strerror}") from None
+    return descriptor
+
+
+def map_shared(descriptor: int, size: int, *, writable: bool = True) -> mmap.mmap:
+    """Map exactly ``size`` bytes of a memfd; the descriptor stays with the caller.
+
+    Raises LayoutError if the object has another size or could still be resized by its other holders.
+    """
+    try:
+        actual = os.fstat(descriptor).st_size
+        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+    except OSError as error:
+        raise LayoutError(f"not a shared memory descriptor: {error.strerror}") from None
+    if actual != size:
+        raise LayoutError(f"shared memory has {actual} bytes, expected {size}")
+    if seals & _SEALS != _SEALS:
+        raise LayoutError("shared memory is not sealed against resizing")
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    try:
+        return mmap.mmap(descriptor, size, mmap.MAP_SHARED, protection)
+    except OSError as error:
+        raise LayoutError(f"cannot map shared memory: {error.strerror}") from None

@@ -1,0 +1,415 @@
+"""The messages of the two control channels. docs/formats/messages.md; numbers are never given twice.
+
+``WORKER``: controller ↔ worker, over ZeroMQ. ``SUPERVISOR``: controller ↔ supervisor, over an inherited socket pair.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ipc.plan import MAX_MEMORY_BYTES, MAX_WORKERS
+from ipc.schema import U8, U16, U32, U64, Bytes, Field, Flag, Int, ListOf, RecordOf, Schema, Text
+
+WORKER = Schema()
+SUPERVISOR = Schema()
+
+# ---------------------------------------------------------------- shared records
+
+MAX_GSI = 4096
+
+
+class Failed(NamedTuple):
+    """The answer to a command that could not be carried out; nothing was changed unless the text says so."""
+
+    code: str
+    text: str
+
+
+class MemoryRegion(NamedTuple):
+    """Guest RAM: ``size`` bytes at ``guest_address``, found at ``offset`` of the guest memory memfd."""
+
+    guest_address: int
+    size: int
+    offset: int
+
+
+class BootRegisters(NamedTuple):
+    """Registers of the boot vCPU at the kernel's entry, as the boot protocol asks for.
+
+    ``gdt`` holds four raw descriptors (null, code, data, TSS); selectors are their offsets. The worker derives
+    the segment registers from them.
+    """
+
+    rip: int
+    rsp: int
+    rbp: int
+    rsi: int
+    rbx: int
+    rflags: int
+    cr0: int
+    cr3: int
+    cr4: int
+    efer: int
+    gdt_base: int
+    gdt: tuple[int, ...]
+    idt_base: int
+    idt_limit: int
+
+
+class Window(NamedTuple):
+    """``length`` consecutive ports or MMIO bytes from ``address``.
+
+    Ports: one slot of the device page per port, from ``slot``. MMIO: one slot for the whole window.
+    """
+
+    address: int
+    length: int
+    slot: int
+
+
+class Route(NamedTuple):
+    """GSI → MSI. ``masked`` takes the irqfd of that GSI away (events are kept in the eventfd)."""
+
+    gsi: int
+    address: int
+    data: int
+    masked: bool
+
+
+class MsrValue(NamedTuple):
+    """One model specific register."""
+
+    register: int
+    value: int
+
+
+class CpuidEntry(NamedTuple):
+    """One entry of KVM_SET_CPUID2."""
+
+    leaf: int
+    subleaf: int
+    flags: int
+    eax: int
+    ebx: int
+    ecx: int
+    edx: int
+
+
+_REGION = RecordOf(MemoryRegion, guest_address=Int(U64), size=Int(MAX_MEMORY_BYTES, 1), offset=Int(MAX_MEMORY_BYTES))
+_WINDOW = RecordOf(Window, address=Int(U64), length=Int(1 << 40, 1), slot=Int(504))
+_ROUTE = RecordOf(Route, gsi=Int(MAX_GSI - 1), address=Int(U64), data=Int(U32), masked=Flag())
+_MSR = RecordOf(MsrValue, register=Int(U32), value=Int(U64))
+_CPUID: Field = RecordOf(
+    CpuidEntry,
+    leaf=Int(U32),
+    subleaf=Int(U32),
+    flags=Int(U32),
+    eax=Int(U32),
+    ebx=Int(U32),
+    ecx=Int(U32),
+    edx=Int(U32),
+)
+_REGISTERS = RecordOf(
+    BootRegisters,
+    rip=Int(U64),
+    rsp=Int(U64),
+    rbp=Int(U64),
+    rsi=Int(U64),
+    rbx=Int(U64),
+    rflags=Int(U64),
+    cr0=Int(U64),
+    cr3=Int(U64),
+    cr4=Int(U64),
+    efer=Int(U64),
+    gdt_base=Int(U64),
+    gdt=ListOf(Int(U64), 4),
+    idt_base=Int(U64),
+    idt_limit=Int(U16),
+)
+_CODE = Text(64)
+_TEXT = Text(1024)
+_VCPU = Int(MAX_WORKERS - 1)
+_WORKER = Int(MAX_WORKERS - 1)
+
+# ---------------------------------------------------------------- controller ↔ worker
+
+
+class Hello(NamedTuple):
+    """Worker → controller, its first message."""
+
+    worker: int
+    pid: int
+    kvm_api_version: int
+    vcpu_mmap_size: int
+    max_vcpus: int
+
+
+class Welcome(NamedTuple):
+    """Controller → worker: the answer to Hello; the endpoint's path is gone now."""
+
+
+class Configure(NamedTuple):
+    """Make the VM. The descriptors (ipc.descriptors.Slot) were all sent on the descriptor channel before.
+
+    ``vcpus`` are the indices that this worker runs; ``boot`` is used for vCPU 0 only. ``interrupts`` are the GSIs
+    whose eventfds were sent. ``msrs`` and ``cpuid`` are additions of a CPU template (later values win).
+    """
+
+    vcpu_count: int
+    smt: bool
+    vcpus: tuple[int, ...]
+    regions: tuple[MemoryRegion, ...]
+    memory_size: int
+    boot: BootRegisters
+    ports: tuple[Window, ...]
+    mmio: tuple[Window, ...]
+    interrupts: tuple[int, ...]
+    track_dirty_pages: bool
+
+
+class Configured(NamedTuple):
+    """The VM is made and its vCPUs are parked; each vCPU descriptor was sent upwards, in the order of ``vcpus``."""
+
+    tsc_khz: int
+
+
+class SetRoutes(NamedTuple):
+    """Set these routes; other GSIs keep theirs."""
+
+    routes: tuple[Route, ...]
+
+
+class RoutesSet(NamedTuple):
+    """The routes are in force."""
+
+
+class Resume(NamedTuple):
+    """Let every vCPU of the worker run. Idempotent."""
+
+
+class Resumed(NamedTuple):
+    """The vCPUs run."""
+
+
+class Pause(NamedTuple):
+    """Park every vCPU of the worker. Idempotent."""
+
+
+class Paused(NamedTuple):
+    """Every vCPU is parked and has no open exit; KVM_KVMCLOCK_CTRL failures are counted."""
+
+    kvmclock_ctrl_failures: int
+
+
+class SaveState(NamedTuple):
+    """Return the complete state of one vCPU; only while paused."""
+
+    vcpu: int
+
+
+class SavedState(NamedTuple):
+    """A versioned record, serialised by vcpu_worker.state (docs/formats/vcpu-state.md)."""
+
+    vcpu: int
+    version: int
+    state: bytes
+
+
+class DumpCpuConfig(NamedTuple):
+    """Return CPUID and MSRs of one vCPU; only while paused."""
+
+    vcpu: int
+
+
+class DumpedCpuConfig(NamedTuple):
+    """What the guest sees of its CPU."""
+
+    vcpu: int
+    cpuid: tuple[CpuidEntry, ...]
+    msrs: tuple[MsrValue, ...]
+
+
+class Ping(NamedTuple):
+    """Is the control thread alive?"""
+
+
+class Pong(NamedTuple):
+    """It is; ``state`` is the worker's own view (configured, running, paused, …)."""
+
+    state: str
+
+
+class Finish(NamedTuple):
+    """End in order."""
+
+
+class Finished(NamedTuple):
+    """The last message of a worker that was asked to finish."""
+
+
+class VcpuExited(NamedTuple):
+    """Worker → controller: a vCPU left its run loop for good.
+
+    ``reason``: "shutdown" (triple fault), "hlt", "system-event", "fail-entry", "internal-error", "unknown",
+    "run-failed".
+    ``detail`` are numbers of the exit (hardware reason, suberror, …); ``code`` is the microVM's exit code for it.
+    """
+
+    vcpu: int
+    reason: str
+    code: int
+    detail: tuple[int, ...]
+    text: str
+
+
+WORKER.register(1, Failed, code=_CODE, text=_TEXT)
+WORKER.register(
+    2,
+    Hello,
+    worker=_WORKER,
+    pid=Int(U32, 1),
+    kvm_api_version=Int(U16),
+    vcpu_mmap_size=Int(1 << 20, 4096),
+    max_vcpus=Int(U32),
+)
+WORKER.register(3, Welcome)
+WORKER.register(
+    4,
+    Configure,
+    vcpu_count=Int(MAX_WORKERS, 1),
+    smt=Flag(),
+    vcpus=ListOf(_VCPU, MAX_WORKERS),
+    regions=ListOf(_REGION, 8),
+    memory_size=Int(MAX_MEMORY_BYTES, 1),
+    boot=_REGISTERS,
+    ports=ListOf(_WINDOW, 64),
+    mmio=ListOf(_WINDOW, 64),
+    interrupts=ListOf(Int(MAX_GSI - 1), 64),
+    track_dirty_pages=Flag(),
+)
+WORKER.register(5, Configured, tsc_khz=Int(U32))
+WORKER.register(6, SetRoutes, routes=ListOf(_ROUTE, 64))
+WORKER.register(7, RoutesSet)
+WORKER.register(8, Resume)
+WORKER.register(9, Resumed)
+WORKER.register(10, Pause)
+WORKER.register(11, Paused, kvmclock_ctrl_failures=Int(U32))
+WORKER.register(12, SaveState, vcpu=_VCPU)
+WORKER.register(13, SavedState, vcpu=_VCPU, version=Int(U16), state=Bytes(128 << 10))
+WORKER.register(14, DumpCpuConfig, vcpu=_VCPU)
+WORKER.register(15, DumpedCpuConfig, vcpu=_VCPU, cpuid=ListOf(_CPUID, 256), msrs=ListOf(_MSR, 1024))
+WORKER.register(16, Ping)
+WORKER.register(17, Pong, state=Text(32))
+WORKER.register(18, Finish)
+WORKER.register(19, Finished)
+WORKER.register(
+    20, VcpuExited, vcpu=_VCPU, reason=Text(32), code=Int(U8), detail=ListOf(Int(U64), 16), text=Text(1024)
+)
+
+# ---------------------------------------------------------------- controller ↔ supervisor
+
+
+class Spawn(NamedTuple):
+    """Fork worker ``worker``; its ZeroMQ endpoint is bound already."""
+
+    worker: int
+
+
+class Spawned(NamedTuple):
+    """With two descriptors: the cell's pidfd, and our end of its descriptor channel."""
+
+    worker: int
+    pid: int
+
+
+class SignalCell(NamedTuple):
+    """Send SIGKILL, SIGSTOP or SIGCONT to a worker."""
+
+    worker: int
+    signal: int
+
+
+class Signalled(NamedTuple):
+    """The signal was sent."""
+
+
+class CreateMemory(NamedTuple):
+    """Make the guest memory, at most what the plan allows."""
+
+    size: int
+
+
+class MemoryCreated(NamedTuple):
+    """With one descriptor: a sealed memfd of ``size`` bytes."""
+
+    size: int
+
+
+class CellEnded(NamedTuple):
+    """Supervisor → controller: a cell ended. ``signal`` is 0 when it exited with ``status``.
+
+    ``wall`` names the wall that ended it ("seccomp"), or is empty.
+    """
+
+    worker: int
+    pid: int
+    status: int
+    signal: int
+    wall: str
+
+
+class Shutdown(NamedTuple):
+    """Supervisor → controller: end the microVM now, in order; ``code`` is the exit code, ``text`` the log line."""
+
+    code: int
+    text: str
+
+
+SUPERVISOR.register(1, Failed, code=_CODE, text=_TEXT)
+SUPERVISOR.register(2, Spawn, worker=_WORKER)
+SUPERVISOR.register(3, Spawned, worker=_WORKER, pid=Int(U32, 1))
+SUPERVISOR.register(4, SignalCell, worker=_WORKER, signal=Int(64, 1))
+SUPERVISOR.register(5, Signalled)
+SUPERVISOR.register(6, CreateMemory, size=Int(MAX_MEMORY_BYTES, 1))
+SUPERVISOR.register(7, MemoryCreated, size=Int(MAX_MEMORY_BYTES, 1))
+SUPERVISOR.register(8, CellEnded, worker=_WORKER, pid=Int(U32, 1), status=Int(U8), signal=Int(64), wall=Text(64))
+SUPERVISOR.register(9, Shutdown, code=Int(U8), text=_TEXT)
+
+# ---------------------------------------------------------------- descriptor channel, controller → worker
+
+DESCRIPTORS = Schema()
+
+
+class GuestMemory(NamedTuple):
+    """With one descriptor: the guest memory memfd of ``size`` bytes."""
+
+    size: int
+
+
+class DevicePages(NamedTuple):
+    """With one descriptor: the device page."""
+
+
+class ExitRing(NamedTuple):
+    """With three descriptors: ring memfd, doorbell eventfd, completion eventfd of this vCPU."""
+
+    vcpu: int
+
+
+class Interrupt(NamedTuple):
+    """With one descriptor: the eventfd of this GSI."""
+
+    gsi: int
+
+
+class VcpuDescriptor(NamedTuple):
+    """Worker → controller, once per vCPU before Configured: with the vCPU's descriptor, to map kvm_run read-only."""
+
+    vcpu: int
+
+
+DESCRIPTORS.register(1, GuestMemory, size=Int(MAX_MEMORY_BYTES, 1))
+DESCRIPTORS.register(2, DevicePages)
+DESCRIPTORS.register(3, ExitRing, vcpu=_VCPU)
+DESCRIPTORS.register(4, Interrupt, gsi=Int(MAX_GSI - 1))
+DESCRIPTORS.register(5, VcpuDescriptor, vcpu=_VCPU)

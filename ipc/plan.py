@@ -1,0 +1,64 @@
+"""The launch plan: made once by the jailer, handed down by fork, the only thing that is passed down.
+
+docs/formats/launch-plan.md describes the fields and the compatibility rule.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+#: As many vCPUs as the API accepts (``vcpu_count``), hence as many workers at the most.
+MAX_WORKERS = 32
+#: Guest RAM ends below 1022 GiB in the guest physical map.
+MAX_MEMORY_BYTES = 1022 << 30
+
+ROLE_SUPERVISOR = "supervisor"
+ROLE_VMM = "vmm"
+ROLE_VCPU = "vcpu"
+
+SECCOMP_KILL = "kill"
+SECCOMP_REPORT = "report"
+SECCOMP_OFF = "off"
+
+PLACEMENT_SPLIT = "split"
+PLACEMENT_GROUPED = "grouped"
+
+
+class LaunchPlan(NamedTuple):
+    """Everything that was decided before the first cell was forked.
+
+    ``arguments`` is the command line of the controller (what follows ``--`` for the jailer). Times are
+    microseconds as in Firecracker's ``--start-time-us`` flags. The two ``*_ipc_directory`` paths name the same
+    directory as the controller and as the workers see it. ``kernel_cache_fd`` is -1 when there is none.
+    """
+
+    microvm_id: str
+    epoch: int
+    jailed: bool
+    uid: int
+    gid: int
+    arguments: tuple[str, ...]
+    start_time_us: int
+    start_time_cpu_us: int
+    parent_cpu_time_us: int
+    max_workers: int
+    max_memory_bytes: int
+    placement: str
+    placement_reason: str
+    seccomp: str
+    switched_off: tuple[str, ...]
+    faults: tuple[str, ...]
+    drills: tuple[str, ...]
+    controller_ipc_directory: str
+    worker_ipc_directory: str
+    kernel_cache_fd: int
+
+
+def cell_name(role: str, index: int) -> str:
+    """Name a cell the way logs, walls and events do: ``vmm``, ``vcpu 0``."""
+    return role if role != ROLE_VCPU else f"{role} {index}"
+
+
+def endpoint(directory: str, worker: int) -> str:
+    """Return the path of the ZeroMQ endpoint of a worker inside an ipc directory."""
+    return f"{directory}/vcpu-{worker}"
