@@ -1,0 +1,60 @@
+"""Running long commands with progress, and their output kept for when they fail."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from devtool.project import DevError, say
+
+_HEARTBEAT_SECONDS = 10.0
+_FAILURE_TAIL_LINES = 40
+
+
+def run_step(
+    what: str,
+    command: Sequence[str | Path],
+    *,
+    advice: str = "",
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    """Run a command that takes a while: say what it is, report that it still runs, show its output if it fails.
+
+    Raises DevError with the end of the output and `advice`.
+    """
+    say(f"{what} …")
+    started = time.monotonic()
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=cwd,
+            env=None if environment is None else {**os.environ, **environment},
+        )
+        try:
+            while True:
+                try:
+                    status = process.wait(timeout=_HEARTBEAT_SECONDS)
+                    break
+                except subprocess.TimeoutExpired:
+                    say(f"  … still at it ({time.monotonic() - started:.0f} s)")
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        if status == 0:
+            say(f"  done in {time.monotonic() - started:.1f} s")
+            return
+        log.seek(0)
+        lines = log.read().decode(errors="replace").splitlines()
+    for line in lines[-_FAILURE_TAIL_LINES:]:
+        print(f"    {line}", file=sys.stderr)
+    raise DevError(f"{what}: {command[0]} ended with status {status}. {advice}".rstrip())

@@ -1,0 +1,162 @@
+"""./dev test: the tiers, in stages, with one closing line over all of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+from devtool.project import PYTHON, ROOT, DevError, say
+
+#: Folders of tests/ whose tests share nothing with other processes: two at a time.
+_PARALLEL = ("unit", "fuzz")
+#: Folders whose tests use the machine (KVM, cgroups, mounts, timing): one at a time.
+_SERIAL = ("kvm", "jail")
+_LAB = "lab"
+_LAB_TIMEOUT_SECONDS = 40 * 60
+_NO_TESTS_COLLECTED = 5
+
+
+class Counts(NamedTuple):
+    """Outcome of a stage, in tests."""
+
+    passed: int
+    failed: int
+    skipped: int
+
+    def __add__(self, other: object) -> Counts:
+        if not isinstance(other, Counts):
+            return NotImplemented
+        return Counts(self.passed + other.passed, self.failed + other.failed, self.skipped + other.skipped)
+
+
+class Stage(NamedTuple):
+    """One pytest process."""
+
+    name: str
+    paths: list[str]
+    options: list[str]
+    in_lab: bool = False
+
+
+def has_hardware_paging() -> bool:
+    """Tell whether this host's KVM uses hardware second-stage paging (EPT or NPT), so that Linux guests run here."""
+    for parameter in ("/sys/module/kvm_intel/parameters/ept", "/sys/module/kvm_amd/parameters/npt"):
+        try:
+            if Path(parameter).read_text().strip() in {"Y", "1"}:
+                return os.access("/dev/kvm", os.R_OK | os.W_OK)
+        except OSError:
+            continue
+    return False
+
+
+def plan_stages(paths: Sequence[str], *, quick: bool) -> list[Stage]:
+    """Divide the tests into stages. `paths` (with optional ::test) narrows them; none means all."""
+    lab_here = has_hardware_paging()
+    stages = [
+        Stage("host, parallel", _select(_PARALLEL, paths), ["-n", "2", "--dist", "worksteal"]),
+        Stage("host", _select(_SERIAL, paths), []),
+    ]
+    if not quick:
+        stages.append(Stage("lab", _select((_LAB,), paths), [], in_lab=not lab_here))
+    return [stage for stage in stages if stage.paths]
+
+
+def _select(folders: Sequence[str], paths: Sequence[str]) -> list[str]:
+    """Return what to hand to pytest for these folders of tests/."""
+    known = [f"tests/{folder}" for folder in folders if any((ROOT / "tests" / folder).rglob("test_*.py"))]
+    if not paths:
+        return known
+    chosen: list[str] = []
+    for path in paths:
+        wanted = os.path.relpath(os.path.abspath(path.partition("::")[0]), ROOT)
+        if any(wanted == folder or wanted.startswith(folder + "/") for folder in known):
+            chosen.append(wanted + path[len(path.partition("::")[0]) :])
+        else:
+            chosen += [folder for folder in known if folder.startswith(wanted + "/")]
+    return chosen
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Tell test paths from pytest's options: a path names something that exists under tests/.
+
+    Raises DevError for an argument that looks like a test file but is none.
+    """
+    paths: list[str] = []
+    options: list[str] = []
+    for argument in arguments:
+        file = Path(argument.partition("::")[0])
+        inside = file.resolve().is_relative_to(ROOT / "tests")
+        if not argument.startswith("-") and inside and file.exists():
+            paths.append(argument)
+        elif argument.endswith(".py") or "::" in argument:
+            raise DevError(f"no such test: {argument}")
+        else:
+            options.append(argument)
+    return paths, options
+
+
+def run_tests(*, quick: bool, soak: str | None, arguments: Sequence[str]) -> int:
+    """Run the tests; print one closing line `N passed, N failed, N skipped`; return the exit status."""
+    paths, options = split_arguments(arguments)
+    stages = plan_stages(paths, quick=quick)
+    if not stages:
+        raise DevError("no tests chosen")
+    environment = {"CELLBLOCK_SOAK": soak} if soak else {}
+    if quick:
+        options = ["-m", "not slow and not lab", *options]
+    total = Counts(0, 0, 0)
+    failed_stages: list[str] = []
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="cellblock-test-") as scratch:
+        for number, stage in enumerate(stages):
+            say(f"tests, stage {stage.name}: {' '.join(stage.paths)}")
+            report = Path(scratch) / f"{number}.xml"
+            status = _run_stage(stage, options, environment, report)
+            counts = read_report(report)
+            if status not in {0, _NO_TESTS_COLLECTED} or (counts is None and status != _NO_TESTS_COLLECTED):
+                failed_stages.append(stage.name)
+                if counts is None or counts.failed == 0:  # died without telling of a failed test
+                    counts = (counts or Counts(0, 0, 0)) + Counts(0, 1, 0)
+            total += counts or Counts(0, 0, 0)
+    say(f"tests took {time.monotonic() - started:.0f} s")
+    if failed_stages:
+        say(f"failed stages: {', '.join(failed_stages)}")
+    if total.passed + total.failed == 0:
+        say("no test ran")
+        total += Counts(0, 1, 0)
+    print(f"{total.passed} passed, {total.failed} failed, {total.skipped} skipped", flush=True)
+    return 1 if total.failed else 0
+
+
+def _run_stage(stage: Stage, options: list[str], environment: dict[str, str], report: Path) -> int:
+    pytest = [str(PYTHON), "-m", "pytest", *stage.options, *stage.paths, *options]
+    if stage.in_lab:
+        inside = "/run/lab/exchange/report.xml"
+        variables = [f"--env={name}={value}" for name, value in environment.items()]
+        limit = str(_LAB_TIMEOUT_SECONDS if not environment else 6 * 3600)
+        lab = [str(PYTHON), "-m", "lab", "--timeout", limit, f"--fetch={inside}={report}", *variables, "--"]
+        command = [*lab, *pytest, f"--junit-xml={inside}"]
+    else:
+        command = [*pytest, f"--junit-xml={report}"]
+    variables_here = {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, check=False, stdin=subprocess.DEVNULL, env=variables_here).returncode
+
+
+def read_report(report: Path) -> Counts | None:
+    """Read a JUnit XML report; None if there is none (pytest died, or collected nothing)."""
+    try:
+        suites = ElementTree.parse(report).getroot().iter("testsuite")
+        total = Counts(0, 0, 0)
+        for suite in suites:
+            tests, skipped = int(suite.get("tests", "0")), int(suite.get("skipped", "0"))
+            failed = int(suite.get("failures", "0")) + int(suite.get("errors", "0"))
+            total += Counts(max(0, tests - failed - skipped), failed, skipped)
+    except (OSError, ElementTree.ParseError, ValueError):
+        return None
+    return total
