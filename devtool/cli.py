@@ -112,9 +112,11 @@ def lint_commands() -> list[list[str]]:
     """Return the linters' command lines; they run in the checkout."""
     checked = existing(CHECKED)
     cache = ROOT / "build"
+    ruff = [str(PYTHON), "-m", "ruff", "check", "--quiet", "--output-format=concise"]
+    mypy = [str(PYTHON), "-m", "mypy", "--strict", "--no-error-summary"]
     return [
-        [str(PYTHON), "-m", "ruff", "check", "--quiet", "--output-format=concise", "--cache-dir", str(cache / "ruff"), *checked],
-        [str(PYTHON), "-m", "mypy", "--strict", "--no-error-summary", "--cache-dir", str(cache / "mypy"), *checked],
+        [*ruff, "--cache-dir", str(cache / "ruff"), *checked],
+        [*mypy, "--cache-dir", str(cache / "mypy"), *checked],
     ]
 
 

@@ -83,8 +83,8 @@ def make_virtual_environment() -> None:
     stamp.unlink(missing_ok=True)
     run_step("making the virtual environment .venv", [sys.executable, "-m", "venv", "--clear", VENV])
     for lock, what in zip(LOCKS, ("build tools", "locked Python packages"), strict=True):
-        install = [str(PYTHON), "-m", "pip", "install", "--quiet", "--no-build-isolation", "--require-hashes", "-r", str(lock)]
-        run_step(f"installing {what}", install, advice="Is a Python package index reachable?")
+        install = [str(PYTHON), "-m", "pip", "install", "--quiet", "--no-build-isolation", "--require-hashes"]
+        run_step(f"installing {what}", [*install, "-r", str(lock)], advice="Is a Python package index reachable?")
     stamp.write_text(digest.hexdigest())
 
 
