@@ -1,0 +1,78 @@
+"""Opening the files that clients name. The controller's root is the jail root, so paths are looked up inside it.
+
+Every descriptor is close-on-exec, and no open blocks: a FIFO without a peer, or a device, must not stop the loop.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from vmm.errno_text import errno_text
+from vmm.errors import VmmError
+
+#: Permissions of created files before the umask takes effect.
+CREATE_MODE = 0o666
+
+_NUL_TEXT = "file name contained an unexpected NUL byte"
+
+
+class FileOpenError(VmmError):
+    """A file cannot be opened; the text is ``TEXT (os error N)`` in the words of ``vmm.errno_text``."""
+
+    code = "vmm.file"
+
+
+def open_input(path: str) -> int:
+    """Open a regular file for reading and return the descriptor. Raises FileOpenError."""
+    fd = _open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+        return fd
+    os.close(fd)
+    raise FileOpenError(errno_text(errno.EISDIR) if stat.S_ISDIR(mode) else "not a regular file")
+
+
+def open_output(path: str) -> int:
+    """Open a file or FIFO for appending without ever blocking, create it if missing, and return the descriptor.
+
+    A FIFO that nobody reads is held open for reading too: what does not fit into it is lost, but readers may come
+    and go. Raises FileOpenError.
+    """
+    flags = os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY | os.O_APPEND
+    try:
+        return _open(path, flags | os.O_WRONLY | os.O_CREAT)
+    except FileOpenError as error:
+        cause = error.__cause__
+        if not isinstance(cause, OSError) or cause.errno != errno.ENXIO:
+            raise
+    return _open(path, flags | os.O_RDWR)
+
+
+def read_text(path: str, limit: int) -> bytes:
+    """Return the content of a regular file of at most ``limit`` bytes. Raises FileOpenError."""
+    fd = open_input(path)
+    try:
+        parts: list[bytes] = []
+        room = limit + 1
+        while room and (part := os.read(fd, min(room, 1 << 16))):
+            parts.append(part)
+            room -= len(part)
+    except OSError as error:
+        raise FileOpenError(errno_text(error)) from error
+    finally:
+        os.close(fd)
+    if not room:
+        raise FileOpenError(f"the file is larger than {limit} bytes")
+    return b"".join(parts)
+
+
+def _open(path: str, flags: int) -> int:
+    try:
+        # Paths in JSON are UTF-8 whatever the locale says; those of the command line may hold any byte.
+        return os.open(path.encode(errors="surrogateescape"), flags, CREATE_MODE)
+    except OSError as error:
+        raise FileOpenError(errno_text(error)) from error
+    except ValueError as error:
+        raise FileOpenError(_NUL_TEXT) from error
