@@ -1,0 +1,1 @@
+"""What the guest sees of its CPU: CPUID, model specific registers, boot registers. Pure functions on values."""

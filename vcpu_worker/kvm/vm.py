@@ -1,0 +1,163 @@
+"""A KVM VM: memory slots, interrupt routes, irqfds and doorbells."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from ipc.messages import MemoryRegion
+from vcpu_worker.errors import ConfigurationError
+from vcpu_worker.kvm import abi
+from vcpu_worker.kvm.ioctl import ioctl_buffer, ioctl_integer, ioctl_pointer
+from vcpu_worker.kvm.system import KvmSystem
+
+#: Pins of the IOAPIC in the controller; KVM reserves as many routes for it.
+IOAPIC_PINS = 24
+#: Three pages that VMX needs for real-mode guests (compatibility map 4.1); the identity map page lies right below.
+TSS_ADDRESS = 0xFFFB_D000
+IDENTITY_MAP_ADDRESS = TSS_ADDRESS - 0x1000
+
+
+class MsiRoute(NamedTuple):
+    """Where a GSI leads: an MSI of ``data`` (32 bits) to ``address`` (64 bits, x2APIC ids in the upper half)."""
+
+    address: int
+    data: int
+
+
+class KvmVm:
+    """One VM with a split irqchip: local APICs in the kernel, IOAPIC in the controller, no PIC and no PIT."""
+
+    def __init__(self, system: KvmSystem) -> None:
+        self.system = system
+        self.descriptor = system.create_vm()
+        self._routes: dict[int, MsiRoute] = {}
+        self._irqfds: dict[int, int] = {}
+        self._mappings: list[mmap.mmap] = []
+        try:
+            self.enable(abi.KVM_CAP_SPLIT_IRQCHIP, IOAPIC_PINS)
+            self.enable(abi.KVM_CAP_X2APIC_API, abi.X2APIC_API_USE_32BIT_IDS | abi.X2APIC_API_DISABLE_BROADCAST_QUIRK)
+            ioctl_pointer(self.descriptor, abi.KVM_SET_TSS_ADDR, TSS_ADDRESS)
+            ioctl_buffer(
+                self.descriptor, abi.KVM_SET_IDENTITY_MAP_ADDR, bytearray(IDENTITY_MAP_ADDRESS.to_bytes(8, "little"))
+            )
+        except BaseException:
+            os.close(self.descriptor)
+            raise
+
+    def enable(self, capability: int, argument: int = 0) -> None:
+        """KVM_ENABLE_CAP with one argument."""
+        ioctl_buffer(
+            self.descriptor, abi.KVM_ENABLE_CAP, bytearray(abi.ENABLE_CAP.pack(capability, 0, argument, 0, 0, 0))
+        )
+
+    def extension(self, capability: int) -> int:
+        """KVM_CHECK_EXTENSION asked of the VM (some answers differ from those of /dev/kvm)."""
+        return ioctl_integer(self.descriptor, abi.KVM_CHECK_EXTENSION, capability)
+
+    def create_vcpu(self, index: int) -> int:
+        """Return the descriptor of a new vCPU with APIC id ``index``."""
+        return ioctl_integer(self.descriptor, abi.KVM_CREATE_VCPU, index)
+
+    # ------------------------------------------------------------ memory
+
+    def set_memory_region(self, slot: int, guest_address: int, size: int, host_address: int, flags: int = 0) -> None:
+        """Back ``size`` bytes of guest physical memory by our mapping at ``host_address``; size 0 removes the slot."""
+        ioctl_buffer(
+            self.descriptor,
+            abi.KVM_SET_USER_MEMORY_REGION,
+            bytearray(abi.USERSPACE_MEMORY_REGION.pack(slot, flags, guest_address, size, host_address)),
+        )
+
+    def map_memory(self, descriptor: int, size: int, regions: Sequence[MemoryRegion], track_dirty_pages: bool) -> None:
+        """Map ``size`` bytes of the guest memory memfd and give each region a memory slot, in order.
+
+        Guest memory stays out of core dumps. The descriptor stays the caller's and may be closed.
+        """
+        for region in regions:
+            if (
+                region.offset + region.size > size
+                or (region.guest_address | region.size | region.offset) % mmap.PAGESIZE
+            ):
+                raise ConfigurationError(f"memory region at {region.guest_address:#x} does not fit the guest memory")
+        try:
+            mapping = mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            mapping.madvise(mmap.MADV_DONTDUMP)
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"cannot map the guest memory of {size} bytes: {error}") from None
+        self._mappings.append(mapping)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        flags = abi.MEM_LOG_DIRTY_PAGES if track_dirty_pages else 0
+        for slot, region in enumerate(regions):
+            self.set_memory_region(slot, region.guest_address, region.size, base + region.offset, flags)
+
+    # ------------------------------------------------------------ interrupts
+
+    @property
+    def routes(self) -> Mapping[int, MsiRoute]:
+        """The routes in force."""
+        return self._routes
+
+    def set_routes(self, routes: Mapping[int, MsiRoute]) -> None:
+        """Replace the whole GSI routing table (the kernel knows no smaller step)."""
+        if routes == self._routes:
+            return
+        buffer = bytearray(abi.IRQ_ROUTING_HEADER.pack(len(routes), 0))
+        for gsi, (address, data) in sorted(routes.items()):
+            buffer += abi.IRQ_ROUTING_ENTRY_MSI.pack(
+                gsi, abi.IRQ_ROUTING_MSI, 0, 0, address & 0xFFFF_FFFF, address >> 32, data, 0
+            )
+        ioctl_buffer(self.descriptor, abi.KVM_SET_GSI_ROUTING, buffer)
+        self._routes = dict(routes)
+
+    def assign_irqfd(self, gsi: int, eventfd: int) -> None:
+        """Let ``eventfd`` raise ``gsi``. A count that is already in the eventfd is injected at once. Idempotent."""
+        if self._irqfds.get(gsi) == eventfd:
+            return
+        ioctl_buffer(self.descriptor, abi.KVM_IRQFD, bytearray(abi.IRQFD.pack(eventfd, gsi, 0, 0)))
+        self._irqfds[gsi] = eventfd
+
+    def deassign_irqfd(self, gsi: int) -> None:
+        """Take the eventfd of ``gsi`` away; what is signalled from now on stays in the eventfd. Idempotent."""
+        eventfd = self._irqfds.get(gsi)
+        if eventfd is None:
+            return
+        ioctl_buffer(
+            self.descriptor, abi.KVM_IRQFD, bytearray(abi.IRQFD.pack(eventfd, gsi, abi.IRQFD_FLAG_DEASSIGN, 0))
+        )
+        del self._irqfds[gsi]
+
+    def assigned_irqfds(self) -> Iterable[int]:
+        """GSIs that have an irqfd now."""
+        return tuple(self._irqfds)
+
+    def signal_msi(self, address: int, data: int) -> bool:
+        """Deliver one MSI now; False when no vCPU of this VM took it."""
+        message = abi.MSI.pack(address & 0xFFFF_FFFF, address >> 32, data, 0, 0)
+        return ioctl_buffer(self.descriptor, abi.KVM_SIGNAL_MSI, bytearray(message)) > 0
+
+    def assign_ioeventfd(
+        self,
+        eventfd: int,
+        address: int,
+        length: int,
+        datamatch: int | None,
+        *,
+        port: bool = False,
+        remove: bool = False,
+    ) -> None:
+        """Turn guest writes of ``length`` bytes to an MMIO address or a port into eventfd signals, without an exit."""
+        flags = (
+            (abi.IOEVENTFD_FLAG_DATAMATCH if datamatch is not None else 0)
+            | (abi.IOEVENTFD_FLAG_PIO if port else 0)
+            | (abi.IOEVENTFD_FLAG_DEASSIGN if remove else 0)
+        )
+        request = abi.IOEVENTFD.pack(datamatch or 0, address, length, eventfd, flags)
+        ioctl_buffer(self.descriptor, abi.KVM_IOEVENTFD, bytearray(request))
+
+    def close(self) -> None:
+        """Close the VM's descriptor. The VM itself ends with its vCPUs' descriptors and mappings."""
+        os.close(self.descriptor)
