@@ -29,7 +29,8 @@ class LaunchPlan(NamedTuple):
 
     ``arguments`` is the command line of the controller (what follows ``--`` for the jailer). Times are
     microseconds as in Firecracker's ``--start-time-us`` flags. The two ``*_ipc_directory`` paths name the same
-    directory as the controller and as the workers see it. ``kernel_cache_fd`` is -1 when there is none.
+    directory as the controller and as the workers see it. ``kernel_cache_fd`` (a directory) and ``console_fd`` (the
+    master side of a pseudo-terminal, for ``--console pty``) are -1 when there is none.
     """
 
     microvm_id: str
@@ -52,6 +53,7 @@ class LaunchPlan(NamedTuple):
     controller_ipc_directory: str
     worker_ipc_directory: str
     kernel_cache_fd: int
+    console_fd: int
 
 
 def cell_name(role: str, index: int) -> str:

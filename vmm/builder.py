@@ -1,0 +1,242 @@
+"""Builds a microVM from its resources: memory, devices, kernel, workers. Leaves nothing behind when it fails."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import zmq
+
+from ipc import faults
+from ipc.errors import IpcError
+from ipc.messages import BootRegisters, Configure, Route
+from ipc.plan import LaunchPlan
+from vmm.boot.layout import ram_regions
+from vmm.cli import CommandLine
+from vmm.console import ConsoleInput, ConsoleOutput, monotonic_bucket
+from vmm.devices.manager import DeviceManager
+from vmm.errors import VmmError, WorkerError
+from vmm.event_manager import EventManager
+from vmm.exits import ExitExecutor
+from vmm.memory import GuestMemory
+from vmm.resources import VmResources
+from vmm.supervisor import SupervisorClient
+from vmm.vmm import Vmm, end_workers
+from vmm.workers import Worker, WorkerDescriptors
+
+MIB = 1 << 20
+
+
+class MicrovmBuilder:
+    """Makes microVMs (one at a time) out of a supervisor, an event loop and workers.
+
+    Workers are forked ahead: :meth:`prepare` asks for the first one when the controller starts, so that InstanceStart
+    finds it waiting. One that died meanwhile is replaced.
+    """
+
+    def __init__(
+        self,
+        plan: LaunchPlan,
+        command_line: CommandLine,
+        events: EventManager,
+        supervisor: SupervisorClient,
+        log: Callable[[str, str], None],
+    ) -> None:
+        self._plan = plan
+        self._command_line = command_line
+        self._events = events
+        self._supervisor = supervisor
+        self._log = log
+        self._context: zmq.Context[Any] = zmq.Context(io_threads=1)
+        self._workers: dict[int, Worker] = {}
+        supervisor.on_cell_ended = self._cell_ended
+
+    def prepare(self) -> None:
+        """Ask for worker 0 without waiting for it."""
+        self._worker(0).spawn()
+
+    def _worker(self, index: int) -> Worker:
+        worker = self._workers.get(index)
+        if worker is None:
+            worker = Worker(index, self._plan, self._context, self._events, self._supervisor)
+            self._workers[index] = worker
+        return worker
+
+    def _cell_ended(self, notice: Any) -> None:
+        worker = self._workers.get(notice.worker)
+        if worker is not None:
+            worker.cell_ended(notice)
+
+    def build(self, resources: VmResources) -> Vmm:
+        """Build and start a microVM (InstanceStart). Raises VmmError; then nothing of it is left."""
+        faults.visit("vmm.instance_start")
+        machine = resources.machine_config
+        size = machine.mem_size_mib * MIB
+        descriptor = self._supervisor.create_memory(size)
+        try:
+            return self._build(resources, size, descriptor)
+        finally:
+            os.close(descriptor)  # the mappings keep it alive
+
+    def _build(self, resources: VmResources, size: int, descriptor: int) -> Vmm:
+        memory = GuestMemory(descriptor, size, ram_regions(size))
+        try:
+            assembly = _Assembly(self._events, self._plan.microvm_id, memory, descriptor, self._log)
+        except (VmmError, IpcError, OSError):
+            memory.close()
+            raise
+        vmm = assembly.vmm
+        try:
+            assembly.attach_devices(self._command_line, self._plan)
+            assembly.attach_console(resources, self._command_line, self._plan)
+            boot = load_kernel_of(resources, memory, self._command_line, self._plan, self._log)
+            faults.visit("vmm.kernel_loaded")
+            self._start_workers(assembly, resources, boot)
+            faults.visit("vmm.configured")
+            vmm.start_vcpus()
+            vmm.resume_vm()
+        except BaseException:
+            workers = list(self._workers.values())
+            end_workers(workers)
+            vmm.close()
+            raise
+        return vmm
+
+    def _start_workers(self, assembly: _Assembly, resources: VmResources, boot: BootRegisters) -> None:
+        count = resources.machine_config.vcpu_count
+        if count > self._plan.max_workers:
+            raise WorkerError(f"{count} vCPUs need more workers than the {self._plan.max_workers} of the launch plan.")
+        if count != 1:
+            raise WorkerError("More than one vCPU is not supported yet: set vcpu_count to 1.")
+        workers = [self._worker(index) for index in range(count)]
+        for worker in workers:
+            if not worker.alive:
+                worker.spawn()
+        for worker in workers:
+            worker.wait_greeted()
+        for worker in workers:
+            executor = assembly.executor(worker)
+            message = assembly.configuration(worker.index, resources, boot)
+            worker.configure(message, assembly.descriptors(worker.index, executor))
+            assembly.vmm.attach_worker(worker)
+
+    def close(self) -> None:
+        """End workers that were never used and the ZeroMQ context."""
+        end_workers(list(self._workers.values()))
+        for worker in self._workers.values():
+            worker.close()
+        self._context.destroy(linger=0)
+
+
+class _Assembly:
+    """The parts of one microVM while it is being put together."""
+
+    def __init__(
+        self,
+        events: EventManager,
+        microvm_id: str,
+        memory: GuestMemory,
+        memory_descriptor: int,
+        log: Callable[[str, str], None],
+    ) -> None:
+        self._memory = memory
+        self._memory_descriptor = memory_descriptor
+        self._log = log
+        self._workers: list[Worker] = []
+        self._output: ConsoleOutput | None = None
+        devices = DeviceManager(
+            transmit=self._transmit, reset=self._reset, set_routes=self._set_routes, log=lambda text: log("Warn", text)
+        )
+        self.devices = devices
+        self.vmm = Vmm(microvm_id, events, memory, devices, log)
+
+    def _transmit(self, byte: int) -> None:
+        if self._output is not None:
+            self._output.transmit(byte)
+
+    def _reset(self) -> None:
+        self.vmm.stop(0)
+
+    def _set_routes(self, routes: Sequence[Route], done: Callable[[], None]) -> None:
+        """Device interrupts are bound in the VM of the worker that owns the destination vCPU: with one, that one."""
+        self._workers[0].set_routes(routes, done)
+
+    def attach_devices(self, command_line: CommandLine, plan: LaunchPlan) -> None:
+        """Attach what the command line asks for beside the standard devices."""
+        if command_line.boot_timer:
+            start = plan.start_time_us or time.monotonic_ns() // 1000
+            self.devices.attach_boot_timer(start, plan.start_time_cpu_us)
+        if command_line.exerciser:
+            self.devices.attach_exerciser(self.vmm.stop)
+
+    def attach_console(self, resources: VmResources, command_line: CommandLine, plan: LaunchPlan) -> None:
+        """Connect COM1 with a file, standard input and output, a pseudo-terminal, or nothing."""
+        serial = resources.serial
+        limiter = serial.rate_limiter
+        bucket = monotonic_bucket(limiter.size, limiter.refill_time, limiter.one_time_burst) if limiter else None
+        console_input: ConsoleInput | None = None
+        if serial.serial_out_path is not None:
+            descriptor = open_serial_output(serial.serial_out_path)
+            self._output = ConsoleOutput(descriptor, owned=True, bucket=bucket)
+            source = 0 if command_line.console == "stdio" else -1
+        elif command_line.console == "pty":
+            self._output = ConsoleOutput(os.dup(plan.console_fd), owned=True, bucket=bucket)
+            source = plan.console_fd
+        elif command_line.console == "stdio":
+            self._output = ConsoleOutput(1, owned=False, bucket=bucket)
+            source = 0
+        else:
+            source = -1
+        if source >= 0:
+            console_input = ConsoleInput(source, self.devices.serial)
+            console_input.set_raw()
+        self.vmm.attach_console(self._output, console_input)
+
+    def executor(self, worker: Worker) -> ExitExecutor:
+        """Make the exit ring of a worker's vCPU."""
+
+        def failed(text: str) -> None:
+            worker.breach(f"exit ring: {text}")
+
+        self._workers.append(worker)
+        executor = ExitExecutor(
+            self.devices.ports, self.devices.mmio, after_batch=self.vmm.flush_console, failed=failed
+        )
+        self.vmm.attach_executor(executor)
+        return executor
+
+    def configuration(self, vcpu: int, resources: VmResources, boot: BootRegisters) -> Configure:
+        """Return the Configure message for the worker of ``vcpu``."""
+        machine = resources.machine_config
+        return Configure(
+            vcpu_count=machine.vcpu_count,
+            smt=machine.smt,
+            vcpus=(vcpu,),
+            regions=self._memory.regions,
+            memory_size=machine.mem_size_mib * MIB,
+            boot=boot,
+            ports=self.devices.ports.windows(),
+            mmio=self.devices.mmio.windows(),
+            interrupts=tuple(line.gsi for line in self.devices.interrupts),
+            track_dirty_pages=machine.track_dirty_pages,
+        )
+
+    def descriptors(self, vcpu: int, executor: ExitExecutor) -> WorkerDescriptors:
+        """Return the descriptors that the worker of ``vcpu`` gets."""
+        return WorkerDescriptors(
+            guest_memory=self._memory_descriptor,
+            memory_size=self._memory.size,
+            device_page=self.devices.page_descriptor,
+            rings=((vcpu, executor.descriptor, executor.doorbell, executor.completion),),
+            interrupts=tuple((line.gsi, line.eventfd) for line in self.devices.interrupts),
+        )
+
+
+def open_serial_output(path: str) -> int:
+    """Open the file of PUT /serial: non-blocking, created if missing. Raises VmmError."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_APPEND, 0o600)
+    except OSError as error:
+        raise VmmError(f"Cannot open the serial output {path}: {error.strerror} (os error {error.errno})") from None

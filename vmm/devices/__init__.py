@@ -1,0 +1,1 @@
+"""Device models of the controller. Every device is passive: the bus calls it, it raises interrupts by eventfd."""

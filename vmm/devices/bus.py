@@ -1,0 +1,162 @@
+"""The port and MMIO buses: which device answers which address, and how an access may be deferred."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ipc.device_page import FLAG_READ_LOCAL, FLAG_WRITE_POSTED, DevicePage
+from ipc.messages import Window
+from vmm.errors import DeviceError
+
+PIO_SPACE = 1 << 16
+ALL_ONES = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFF_FFFF, 8: 0xFFFF_FFFF_FFFF_FFFF}
+
+
+class Deferral:
+    """A write that takes effect later: the vCPU that made it waits until :meth:`complete`."""
+
+    __slots__ = ("_then", "done")
+
+    def __init__(self) -> None:
+        self.done = False
+        self._then: Callable[[], None] | None = None
+
+    def complete(self) -> None:
+        """The write is in force."""
+        self.done = True
+        if self._then is not None:
+            self._then()
+
+    def then(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` on completion."""
+        assert not self.done
+        assert self._then is None
+        self._then = callback
+
+
+class Device:
+    """What the buses call. Offsets are relative to the device's window; sizes are 1, 2, 4 or 8 bytes.
+
+    The arguments come from the guest; a device answers anything and raises nothing.
+    """
+
+    def read(self, offset: int, size: int) -> int:
+        """Return the value of a read; it is cut to ``size`` bytes."""
+        raise NotImplementedError
+
+    def write(self, offset: int, size: int, value: int) -> Deferral | None:
+        """Execute a write; a Deferral makes the vCPU wait for it."""
+        raise NotImplementedError
+
+
+class InterruptLine:
+    """An edge-triggered interrupt: an eventfd that the worker binds to a GSI (irqfd)."""
+
+    __slots__ = ("eventfd", "gsi", "triggers")
+
+    def __init__(self, gsi: int) -> None:
+        self.gsi = gsi
+        self.eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.triggers = 0
+
+    def trigger(self) -> None:
+        """Raise the interrupt. An event that came while the GSI was masked is delivered when it is unmasked."""
+        self.triggers += 1
+        try:
+            os.eventfd_write(self.eventfd, 1)
+        except BlockingIOError:
+            pass  # saturated: it is pending anyway
+
+    def close(self) -> None:
+        """Close the eventfd."""
+        os.close(self.eventfd)
+
+
+class PublishedSlot:
+    """A device's handle on one slot of the device page."""
+
+    __slots__ = ("_page", "_slot")
+
+    def __init__(self, page: DevicePage, slot: int) -> None:
+        self._page = page
+        self._slot = slot
+
+    def publish(self, value: int = 0, *, read_local: bool = False, write_posted: bool = False) -> None:
+        """Publish the value for local reads and what the worker may do without asking."""
+        flags = (FLAG_READ_LOCAL if read_local else 0) | (FLAG_WRITE_POSTED if write_posted else 0)
+        self._page.publish(self._slot, value, flags)
+
+
+class _Range(NamedTuple):
+    start: int
+    end: int
+    device: Device
+    slot: int
+
+
+class Bus:
+    """Non-overlapping windows of one address space."""
+
+    def __init__(self, page: DevicePage, *, slot_per_address: bool, limit: int) -> None:
+        self._page = page
+        self._slot_per_address = slot_per_address
+        self._limit = limit
+        self._ranges: list[_Range] = []
+        self._starts: list[int] = []
+
+    def insert(self, device: Device, address: int, length: int) -> list[PublishedSlot]:
+        """Attach a device; return its slots of the device page (one per port, or one for an MMIO window).
+
+        Raises DeviceError if the window overlaps another one or leaves the address space.
+        """
+        end = address + length
+        if length <= 0 or address < 0 or end > self._limit:
+            raise DeviceError(f"window {address:#x}+{length:#x} is outside of its address space")
+        position = bisect_right(self._starts, address)
+        before = self._ranges[position - 1] if position else None
+        after = self._ranges[position] if position < len(self._ranges) else None
+        if (before is not None and before.end > address) or (after is not None and after.start < end):
+            raise DeviceError(f"window {address:#x}+{length:#x} overlaps another device")
+        count = length if self._slot_per_address else 1
+        first = self._page.allocate(count)
+        self._ranges.insert(position, _Range(address, end, device, first))
+        self._starts.insert(position, address)
+        return [PublishedSlot(self._page, first + number) for number in range(count)]
+
+    def windows(self) -> tuple[Window, ...]:
+        """Return what the workers must know of this bus."""
+        return tuple(Window(each.start, each.end - each.start, each.slot) for each in self._ranges)
+
+    def _find(self, address: int, size: int) -> _Range | None:
+        position = bisect_right(self._starts, address)
+        if not position:
+            return None
+        found = self._ranges[position - 1]
+        return found if address + size <= found.end else None
+
+    def read(self, address: int, size: int) -> int:
+        """Read from whichever device sits there; all ones where none does."""
+        found = self._find(address, size)
+        if found is None:
+            return ALL_ONES[size]
+        return found.device.read(address - found.start, size) & ALL_ONES[size]
+
+    def write(self, address: int, size: int, value: int) -> Deferral | None:
+        """Write to whichever device sits there; dropped where none does."""
+        found = self._find(address, size)
+        if found is None:
+            return None
+        return found.device.write(address - found.start, size, value)
+
+
+def port_bus(page: DevicePage) -> Bus:
+    """Return an empty port I/O bus (65,536 ports, a slot per port)."""
+    return Bus(page, slot_per_address=True, limit=PIO_SPACE)
+
+
+def mmio_bus(page: DevicePage) -> Bus:
+    """Return an empty MMIO bus (a slot per window)."""
+    return Bus(page, slot_per_address=False, limit=1 << 52)

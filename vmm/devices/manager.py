@@ -1,0 +1,78 @@
+"""The machine's devices: what is attached where, with which interrupt."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable
+
+from ipc.device_page import DEVICE_PAGE_SIZE, DevicePage
+from ipc.layout import create_shared, map_shared
+from vmm.boot.layout import (
+    BOOT_TIMER_ADDRESS,
+    BOOT_TIMER_SIZE,
+    COM1_GSI,
+    COM1_PORT,
+    COM1_PORT_COUNT,
+    I8042_DATA_PORT,
+    I8042_GSI,
+    IOAPIC_ADDRESS,
+)
+from vmm.devices.boot_timer import BootTimer
+from vmm.devices.bus import InterruptLine, mmio_bus, port_bus
+from vmm.devices.exerciser import EXERCISER_MMIO, EXERCISER_PORT, MMIO_LENGTH, Exerciser, ExerciserPage
+from vmm.devices.exerciser import PORT_COUNT as EXERCISER_PORT_COUNT
+from vmm.devices.i8042 import I8042
+from vmm.devices.i8042 import PORT_COUNT as I8042_PORT_COUNT
+from vmm.devices.ioapic import IOAPIC_LENGTH, IoApic, SetRoutes
+from vmm.devices.serial import Serial
+
+
+class DeviceManager:
+    """Owns the device page, the buses, the interrupt lines and the devices."""
+
+    def __init__(
+        self,
+        *,
+        transmit: Callable[[int], None],
+        reset: Callable[[], None],
+        set_routes: SetRoutes,
+        log: Callable[[str], None],
+    ) -> None:
+        self.page_descriptor = create_shared("device-page", DEVICE_PAGE_SIZE)
+        self._page_buffer: mmap.mmap = map_shared(self.page_descriptor, DEVICE_PAGE_SIZE)
+        self._page = DevicePage(self._page_buffer)
+        self._log = log
+        self.ports = port_bus(self._page)
+        self.mmio = mmio_bus(self._page)
+        self.interrupts = (InterruptLine(I8042_GSI), InterruptLine(COM1_GSI))
+        self.i8042 = I8042(self.interrupts[0], reset)
+        self.i8042.attach(self.ports.insert(self.i8042, I8042_DATA_PORT, I8042_PORT_COUNT))
+        self.serial = Serial(self.interrupts[1], transmit)
+        self.serial.attach(self.ports.insert(self.serial, COM1_PORT, COM1_PORT_COUNT))
+        self.ioapic = IoApic([line.gsi for line in self.interrupts], set_routes, log)
+        self.mmio.insert(self.ioapic, IOAPIC_ADDRESS, IOAPIC_LENGTH)
+        self.exerciser: Exerciser | None = None
+
+    def attach_boot_timer(self, start_us: int, start_cpu_us: int) -> None:
+        """Attach the boot timer page; times as in BootTimer."""
+        timer = BootTimer(start_us, start_cpu_us, self._log)
+        (slot,) = self.mmio.insert(timer, BOOT_TIMER_ADDRESS, BOOT_TIMER_SIZE)
+        slot.publish(write_posted=True)
+
+    def attach_exerciser(self, end: Callable[[int], None]) -> None:
+        """Attach the test device; ``end`` gets the exit code that the guest asks for."""
+        exerciser = self.exerciser = Exerciser(self._log, end)
+        exerciser.attach(self.ports.insert(exerciser, EXERCISER_PORT, EXERCISER_PORT_COUNT))
+        page = ExerciserPage(exerciser)
+        (posted,) = self.mmio.insert(page, EXERCISER_MMIO, MMIO_LENGTH)
+        posted.publish(write_posted=True)
+        self.mmio.insert(page, EXERCISER_MMIO + MMIO_LENGTH, MMIO_LENGTH)
+
+    def close(self) -> None:
+        """Release shared memory and eventfds."""
+        self._page.close()
+        self._page_buffer.close()
+        os.close(self.page_descriptor)
+        for line in self.interrupts:
+            line.close()

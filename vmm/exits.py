@@ -1,0 +1,134 @@
+"""Executes what vCPUs put into their exit rings, strictly in order and exactly once."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+from collections.abc import Callable
+
+from ipc.errors import RingError
+from ipc.exit_ring import (
+    KIND_MMIO_READ,
+    KIND_MMIO_WRITE,
+    KIND_PIO_READ,
+    KIND_PIO_STRING_READ,
+    KIND_PIO_WRITE,
+    RING_SIZE,
+    Entry,
+    ExitRingConsumer,
+    initialise,
+)
+from ipc.layout import create_shared, map_shared
+from vmm.devices.bus import Bus, Deferral
+from vmm.event_manager import EventOps, Events
+
+#: Entries executed before other events get their turn.
+BATCH = 1024
+
+
+class ExitExecutor:
+    """One vCPU's ring: its shared memory, its two eventfds, and the loop that executes entries.
+
+    ``after_batch`` runs once after each batch (the console writes then). ``failed`` is called with a text when the
+    worker breaks the rules of the ring; nothing is executed afterwards.
+    """
+
+    def __init__(
+        self, ports: Bus, mmio: Bus, *, after_batch: Callable[[], None], failed: Callable[[str], None]
+    ) -> None:
+        self._ports = ports
+        self._mmio = mmio
+        self._after_batch = after_batch
+        self._failed = failed
+        self._parked = False
+        self._broken = False
+        self.descriptor = create_shared("exit-ring", RING_SIZE)
+        self._buffer: mmap.mmap = map_shared(self.descriptor, RING_SIZE)
+        initialise(self._buffer)
+        self.doorbell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        # The worker's thread blocks in a read of this one.
+        self.completion = os.eventfd(0, os.EFD_CLOEXEC)
+        self._ring = ExitRingConsumer(self._buffer, self.completion)
+
+    @property
+    def idle(self) -> bool:
+        """True when no entry waits or is being executed."""
+        return self._ring.idle
+
+    def counters(self) -> tuple[int, ...]:
+        """Return the worker's exit counters, in the order of ipc.exit_ring.COUNTER_NAMES."""
+        return tuple(self._ring.counters)
+
+    def init(self, ops: EventOps) -> None:
+        """Subscriber: watch the doorbell."""
+        ops.add(self.doorbell, select.EPOLLIN)
+
+    def process(self, events: Events, ops: EventOps) -> None:
+        """Subscriber: the doorbell rang."""
+        try:
+            os.eventfd_read(self.doorbell)
+        except BlockingIOError:
+            pass
+        self.drain()
+
+    def drain(self) -> None:
+        """Execute entries until the ring is empty, an entry is deferred, or a batch is full."""
+        if self._parked or self._broken:
+            return
+        ring = self._ring
+        ring.awake()
+        try:
+            for _ in range(BATCH):
+                entry = ring.take()
+                if entry is None:
+                    if ring.sleep():
+                        break
+                    continue
+                answer = self._execute(entry)
+                if isinstance(answer, Deferral):
+                    self._parked = True
+                    answer.then(self._unpark)
+                    break
+                ring.complete(answer)
+            else:
+                os.eventfd_write(self.doorbell, 1)  # come back after the other subscribers
+        except RingError as error:
+            self._broken = True
+            self._failed(str(error))
+        self._after_batch()
+
+    def _unpark(self) -> None:
+        self._parked = False
+        self._ring.complete()
+        self.drain()
+
+    def _execute(self, entry: Entry) -> int | Deferral:
+        kind = entry.kind
+        if kind == KIND_PIO_WRITE:
+            return self._ports.write(entry.address, entry.size, entry.data) or 0
+        if kind == KIND_PIO_READ:
+            return self._ports.read(entry.address, entry.size)
+        if kind == KIND_MMIO_WRITE:
+            return self._mmio.write(entry.address, entry.size, entry.data) or 0
+        if kind == KIND_MMIO_READ:
+            return self._mmio.read(entry.address, entry.size)
+        return self._string(entry)
+
+    def _string(self, entry: Entry) -> int:
+        """Repeated port I/O: ``count`` elements in the string area. Never deferred."""
+        size, address = entry.size, entry.address
+        area = self._ring.string
+        for offset in range(0, entry.count * size, size):
+            if entry.kind == KIND_PIO_STRING_READ:
+                area[offset : offset + size] = self._ports.read(address, size).to_bytes(size, "little")
+            else:
+                self._ports.write(address, size, int.from_bytes(area[offset : offset + size], "little"))
+        return 0
+
+    def close(self) -> None:
+        """Release the ring. The event loop must not know this subscriber any more."""
+        self._ring.close()
+        self._buffer.close()
+        for descriptor in (self.descriptor, self.doorbell, self.completion):
+            os.close(descriptor)

@@ -1,0 +1,297 @@
+"""The running microVM as one object: ``Vmm`` has the operations, one method each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from ipc import exit_codes
+from ipc.messages import CellEnded, DumpCpuConfig, DumpedCpuConfig, Pause, Resume, SavedState, SaveState, VcpuExited
+from vmm.black_box import describe_run_page
+from vmm.console import ConsoleInput, ConsoleOutput
+from vmm.devices.manager import DeviceManager
+from vmm.errors import DeviceError, StateError, WorkerError
+from vmm.event_manager import EventManager, EventOps, Events
+from vmm.exits import ExitExecutor
+from vmm.memory import GuestMemory
+from vmm.version import APP_NAME, FIRECRACKER_VERSION
+from vmm.workers import SECOND_NS, Worker, signal_name
+
+STATE_NOT_STARTED = "Not started"
+STATE_RUNNING = "Running"
+STATE_PAUSED = "Paused"
+
+#: A worker that answers no ping for this long is reported as stalled; a dead one is known at once by its pidfd.
+HEARTBEAT_INTERVAL_NS = 1 * SECOND_NS
+STALL_AFTER_NS = 3 * SECOND_NS
+#: After a pause the exits of all vCPUs must have been executed; they are by then but for the last answer's tail.
+DRAIN_TIMEOUT_NS = 5 * SECOND_NS
+
+
+class InstanceInfo(NamedTuple):
+    """What GET / reports."""
+
+    id: str
+    state: str
+    vmm_version: str
+    app_name: str
+
+
+class Vmm:
+    """One microVM that was built. Made by ``vmm.builder``; closed once.
+
+    ``vcpus_handles`` are the workers, ``device_manager`` the devices, ``memory`` the guest memory. Operations that need
+    workers run the event loop until the answer is there and raise WorkerError when a worker fails.
+    """
+
+    def __init__(
+        self,
+        microvm_id: str,
+        events: EventManager,
+        memory: GuestMemory,
+        device_manager: DeviceManager,
+        log: Callable[[str, str], None],
+    ) -> None:
+        self._id = microvm_id
+        self._events = events
+        self.memory = memory
+        self.device_manager = device_manager
+        self.vcpus_handles: list[Worker] = []
+        self._executors: list[ExitExecutor] = []
+        self._subscriptions: list[int] = []
+        self._console_output: ConsoleOutput | None = None
+        self._console_input: ConsoleInput | None = None
+        self._log = log
+        self._state = STATE_NOT_STARTED
+        self._shutdown_exit_code: int | None = None
+        self._last_pong: dict[int, int] = {}
+        self._stalled: set[int] = set()
+        self._kvmclock_ctrl_failures = 0
+        self._closed = False
+
+    def __repr__(self) -> str:
+        workers = ", ".join(f"vcpu {worker.index}: {worker.state.value}" for worker in self.vcpus_handles)
+        return f"<Vmm {self._id} {self._state.lower()} [{workers}]>"
+
+    # ------------------------------------------------------------ construction (vmm.builder)
+
+    def attach_worker(self, worker: Worker) -> None:
+        """Take a configured worker over."""
+        worker.on_vcpu_exited = self._vcpu_exited
+        worker.on_failed = self._worker_failed
+        worker.on_ended = self._worker_ended
+        self.vcpus_handles.append(worker)
+
+    def attach_executor(self, executor: ExitExecutor) -> None:
+        """Serve the exits of one vCPU."""
+        self._executors.append(executor)
+        self._subscriptions.append(self._events.add_subscriber(executor))
+
+    def attach_console(self, output: ConsoleOutput | None, console_input: ConsoleInput | None) -> None:
+        """Connect the UART with the host."""
+        self._console_output = output
+        self._console_input = console_input
+        if output is not None:
+            self._subscriptions.append(self._events.add_subscriber(output))
+        if console_input is not None:
+            self._subscriptions.append(self._events.add_subscriber(console_input))
+
+    def flush_console(self) -> None:
+        """Write what the guest has sent to its UART."""
+        if self._console_output is not None:
+            self._console_output.flush()
+
+    # ------------------------------------------------------------ information
+
+    def version(self) -> str:
+        """Return the version that clients of Firecracker expect (GET /version)."""
+        return FIRECRACKER_VERSION
+
+    def instance_info(self) -> InstanceInfo:
+        """Return id, state, version and application name (GET /)."""
+        return InstanceInfo(self._id, self._state, FIRECRACKER_VERSION, APP_NAME)
+
+    def shutdown_exit_code(self) -> int | None:
+        """Return the exit code once the microVM has been stopped, else None."""
+        return self._shutdown_exit_code
+
+    def clear_shutdown_exit_code(self) -> None:
+        """Forget the stored exit code."""
+        self._shutdown_exit_code = None
+
+    def exit_counters(self) -> dict[int, tuple[int, ...]]:
+        """Return each vCPU's exit counters, in the order of ``ipc.exit_ring.COUNTER_NAMES``."""
+        return {vcpu: executor.counters() for vcpu, executor in enumerate(self._executors)}
+
+    # ------------------------------------------------------------ operations
+
+    def start_vcpus(self) -> None:
+        """Begin with every vCPU parked, as InstanceStart does before it resumes. The state becomes Paused."""
+        self._state = STATE_PAUSED
+        self._subscriptions.append(self._events.add_subscriber(self))
+
+    def resume_vm(self) -> None:
+        """Let all vCPUs run (PATCH /vm Resumed). Idempotent. Raises WorkerError, StateError after the end."""
+        self._require_alive()
+        pending = [(worker, worker.submit(Resume())) for worker in self.vcpus_handles]
+        for worker, sequence in pending:
+            worker.collect_resume(sequence)
+        self._state = STATE_RUNNING
+
+    def pause_vm(self) -> None:
+        """Park all vCPUs at an instruction boundary, their exits executed (PATCH /vm Paused). Idempotent."""
+        self._require_alive()
+        pending = [(worker, worker.submit(Pause())) for worker in self.vcpus_handles]
+        for worker, sequence in pending:
+            self._kvmclock_ctrl_failures += worker.collect_pause(sequence)
+
+        def drained() -> bool:
+            return all(executor.idle for executor in self._executors)
+
+        if not self._events.run_until(drained, time.monotonic_ns() + DRAIN_TIMEOUT_NS):
+            raise WorkerError("The exits of the paused vCPUs were not executed in time.")
+        self._state = STATE_PAUSED
+
+    def save_state(self) -> list[SavedState]:
+        """Return the complete state of every vCPU. Raises StateError unless paused, WorkerError."""
+        self._require_paused("save_state")
+        return [worker.request(SaveState(worker.index), SavedState) for worker in self.vcpus_handles]
+
+    def dump_cpu_config(self) -> list[DumpedCpuConfig]:
+        """Return CPUID and MSRs of every vCPU. Raises StateError unless paused, WorkerError."""
+        self._require_paused("dump_cpu_config")
+        return [worker.request(DumpCpuConfig(worker.index), DumpedCpuConfig) for worker in self.vcpus_handles]
+
+    def send_ctrl_alt_del(self) -> None:
+        """Type Ctrl-Alt-Del on the guest's keyboard (PUT /actions SendCtrlAltDel). Raises DeviceError."""
+        self._require_alive()
+        self.device_manager.i8042.send_ctrl_alt_del()
+
+    def stop(self, exit_code: int) -> None:
+        """End the microVM: the main loop returns with this code. The first code counts, but 0 yields to an error."""
+        if self._shutdown_exit_code is None:
+            self._log("Info", "Vmm is stopping.")
+        if not self._shutdown_exit_code:
+            self._shutdown_exit_code = exit_code
+
+    def _require_alive(self) -> None:
+        if self._shutdown_exit_code is not None:
+            raise StateError("The microVM has ended.")
+
+    def _require_paused(self, operation: str) -> None:
+        self._require_alive()
+        if self._state != STATE_PAUSED:
+            raise StateError(f"{operation} needs a paused microVM: save/restore unavailable while running.")
+
+    # ------------------------------------------------------------ what happens to workers
+
+    def _vcpu_exited(self, worker: Worker, event: VcpuExited) -> None:
+        level = "Error" if event.code else "Info"
+        self._log(level, f"vCPU {event.vcpu} (worker pid {worker.pid}) left its run loop: {event.reason}. {event.text}")
+        if event.code:
+            self._report_black_box(worker)
+        self.stop(event.code)
+
+    def _worker_failed(self, worker: Worker, text: str) -> None:
+        self._log("Error", text)
+        self._report_black_box(worker)
+        self.stop(exit_codes.GENERIC_ERROR)
+
+    def _worker_ended(self, worker: Worker, notice: CellEnded) -> None:
+        if self._shutdown_exit_code is not None:
+            return
+        if notice.signal:
+            how = f"was ended by signal {signal_name(notice.signal)}"
+            code = exit_codes.of_signal(notice.signal)
+        else:
+            how = f"exited with status {notice.status}"
+            code = notice.status or exit_codes.GENERIC_ERROR
+        wall = f", by its {notice.wall} wall" if notice.wall else ""
+        self._log("Error", f"Worker vcpu {worker.index} (pid {notice.pid}) {how}{wall}.")
+        self._report_black_box(worker)
+        self.stop(code)
+
+    def _report_black_box(self, worker: Worker) -> None:
+        page = worker.run_page(worker.index)
+        if page is not None:
+            self._log("Error", f"vCPU {worker.index}: {describe_run_page(page)}")
+
+    # ------------------------------------------------------------ heartbeat
+
+    def init(self, ops: EventOps) -> None:
+        """Subscriber: start the heartbeat."""
+        ops.add_timer(time.monotonic_ns() + HEARTBEAT_INTERVAL_NS, lambda: self._beat(ops))
+
+    def process(self, events: Events, ops: EventOps) -> None:
+        """Subscriber: nothing is watched here but time."""
+
+    def _beat(self, ops: EventOps) -> None:
+        now = time.monotonic_ns()
+        for worker in self.vcpus_handles:
+            if worker.alive and self._shutdown_exit_code is None:
+                self._beat_worker(worker, now)
+        ops.add_timer(now + HEARTBEAT_INTERVAL_NS, lambda: self._beat(ops))
+
+    def _beat_worker(self, worker: Worker, now: int) -> None:
+        index = worker.index
+        silent = now - self._last_pong.setdefault(index, now)
+        if silent >= STALL_AFTER_NS:
+            if index not in self._stalled:
+                self._stalled.add(index)
+                text = (
+                    f"Worker vcpu {index} (pid {worker.pid}) is alive but has not answered for {silent // SECOND_NS} s."
+                )
+                self._log("Warn", text)
+            return  # one unanswered ping is enough: its queue is bounded
+        try:
+            worker.ping(lambda: self._pong(index))
+        except WorkerError:
+            pass  # the worker's end is reported by itself
+
+    def _pong(self, index: int) -> None:
+        self._last_pong[index] = time.monotonic_ns()
+        if index in self._stalled:
+            self._stalled.discard(index)
+            self._log("Info", f"Worker vcpu {index} answers again.")
+
+    # ------------------------------------------------------------ end
+
+    def close(self) -> None:
+        """End the workers in order, write the last console output, release everything. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        end_workers(self.vcpus_handles)
+        for executor in self._executors:
+            executor.drain()
+        self.flush_console()
+        for subscription in self._subscriptions:
+            self._events.remove_subscriber(subscription)
+        for worker in self.vcpus_handles:
+            worker.close()
+        for executor in self._executors:
+            executor.close()
+        if self._console_input is not None:
+            self._console_input.close()
+        if self._console_output is not None:
+            self._console_output.close()
+        self.device_manager.close()
+        self.memory.close()
+
+    def __enter__(self) -> Vmm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def end_workers(workers: Sequence[Worker]) -> None:
+    """Ask all workers to finish, then wait for each; what does not end is killed."""
+    for worker in workers:
+        worker.finish()
+    for worker in workers:
+        worker.wait_ended()
+
+
+__all__ = ["DeviceError", "InstanceInfo", "Vmm", "end_workers"]
