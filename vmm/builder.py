@@ -20,6 +20,7 @@ from vmm.devices.manager import DeviceManager
 from vmm.errors import VmmError, WorkerError
 from vmm.event_manager import EventManager
 from vmm.exits import ExitExecutor
+from vmm.logger import LOG
 from vmm.memory import GuestMemory
 from vmm.resources import VmResources
 from vmm.supervisor import SupervisorClient
@@ -42,13 +43,11 @@ class MicrovmBuilder:
         command_line: CommandLine,
         events: EventManager,
         supervisor: SupervisorClient,
-        log: Callable[[str, str], None],
     ) -> None:
         self._plan = plan
         self._command_line = command_line
         self._events = events
         self._supervisor = supervisor
-        self._log = log
         self._context: zmq.Context[Any] = zmq.Context(io_threads=1)
         self._workers: dict[int, Worker] = {}
         supervisor.on_cell_ended = self._cell_ended
@@ -83,7 +82,7 @@ class MicrovmBuilder:
     def _build(self, resources: VmResources, size: int, descriptor: int) -> Vmm:
         memory = GuestMemory(descriptor, size, ram_regions(size))
         try:
-            assembly = _Assembly(self._events, self._plan.microvm_id, memory, descriptor, self._log)
+            assembly = _Assembly(self._events, self._plan.microvm_id, memory, descriptor)
         except (VmmError, IpcError, OSError):
             memory.close()
             raise
@@ -139,18 +138,16 @@ class _Assembly:
         microvm_id: str,
         memory: GuestMemory,
         memory_descriptor: int,
-        log: Callable[[str, str], None],
     ) -> None:
         self._memory = memory
         self._memory_descriptor = memory_descriptor
-        self._log = log
         self._workers: list[Worker] = []
         self._output: ConsoleOutput | None = None
         devices = DeviceManager(
-            transmit=self._transmit, reset=self._reset, set_routes=self._set_routes, log=lambda text: log("Warn", text)
+            transmit=self._transmit, reset=self._reset, set_routes=self._set_routes, log=LOG.warn
         )
         self.devices = devices
-        self.vmm = Vmm(microvm_id, events, memory, devices, log)
+        self.vmm = Vmm(microvm_id, events, memory, devices)
 
     def _transmit(self, byte: int) -> None:
         if self._output is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ipc import exit_codes
@@ -14,6 +14,7 @@ from vmm.devices.manager import DeviceManager
 from vmm.errors import DeviceError, StateError, WorkerError
 from vmm.event_manager import EventManager, EventOps, Events
 from vmm.exits import ExitExecutor
+from vmm.logger import LOG
 from vmm.memory import GuestMemory
 from vmm.version import APP_NAME, FIRECRACKER_VERSION
 from vmm.workers import SECOND_NS, Worker, signal_name
@@ -51,7 +52,6 @@ class Vmm:
         events: EventManager,
         memory: GuestMemory,
         device_manager: DeviceManager,
-        log: Callable[[str, str], None],
     ) -> None:
         self._id = microvm_id
         self._events = events
@@ -62,7 +62,6 @@ class Vmm:
         self._subscriptions: list[int] = []
         self._console_output: ConsoleOutput | None = None
         self._console_input: ConsoleInput | None = None
-        self._log = log
         self._state = STATE_NOT_STARTED
         self._shutdown_exit_code: int | None = None
         self._last_pong: dict[int, int] = {}
@@ -171,7 +170,7 @@ class Vmm:
     def stop(self, exit_code: int) -> None:
         """End the microVM: the main loop returns with this code. The first code counts, but 0 yields to an error."""
         if self._shutdown_exit_code is None:
-            self._log("Info", "Vmm is stopping.")
+            LOG.info("Vmm is stopping.")
         if not self._shutdown_exit_code:
             self._shutdown_exit_code = exit_code
 
@@ -187,14 +186,16 @@ class Vmm:
     # ------------------------------------------------------------ what happens to workers
 
     def _vcpu_exited(self, worker: Worker, event: VcpuExited) -> None:
-        level = "Error" if event.code else "Info"
-        self._log(level, f"vCPU {event.vcpu} (worker pid {worker.pid}) left its run loop: {event.reason}. {event.text}")
+        text = f"vCPU {event.vcpu} (worker pid {worker.pid}) left its run loop: {event.reason}. {event.text}"
         if event.code:
+            LOG.error(text)
             self._report_black_box(worker)
+        else:
+            LOG.info(text)
         self.stop(event.code)
 
     def _worker_failed(self, worker: Worker, text: str) -> None:
-        self._log("Error", text)
+        LOG.error(text)
         self._report_black_box(worker)
         self.stop(exit_codes.GENERIC_ERROR)
 
@@ -208,14 +209,14 @@ class Vmm:
             how = f"exited with status {notice.status}"
             code = notice.status or exit_codes.GENERIC_ERROR
         wall = f", by its {notice.wall} wall" if notice.wall else ""
-        self._log("Error", f"Worker vcpu {worker.index} (pid {notice.pid}) {how}{wall}.")
+        LOG.error(f"Worker vcpu {worker.index} (pid {notice.pid}) {how}{wall}.")
         self._report_black_box(worker)
         self.stop(code)
 
     def _report_black_box(self, worker: Worker) -> None:
         page = worker.run_page(worker.index)
         if page is not None:
-            self._log("Error", f"vCPU {worker.index}: {describe_run_page(page)}")
+            LOG.error(f"vCPU {worker.index}: {describe_run_page(page)}")
 
     # ------------------------------------------------------------ heartbeat
 
@@ -242,7 +243,7 @@ class Vmm:
                 text = (
                     f"Worker vcpu {index} (pid {worker.pid}) is alive but has not answered for {silent // SECOND_NS} s."
                 )
-                self._log("Warn", text)
+                LOG.warn(text)
             return  # one unanswered ping is enough: its queue is bounded
         try:
             worker.ping(lambda: self._pong(index))
@@ -253,7 +254,7 @@ class Vmm:
         self._last_pong[index] = time.monotonic_ns()
         if index in self._stalled:
             self._stalled.discard(index)
-            self._log("Info", f"Worker vcpu {index} answers again.")
+            LOG.info(f"Worker vcpu {index} answers again.")
 
     # ------------------------------------------------------------ end
 
