@@ -109,6 +109,14 @@ def _dependency(metapackage: str) -> str | None:
     return None
 
 
+def place(path: Path, content: bytes) -> None:
+    """Write a cache entry so that it appears complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_bytes(content)
+    fresh.replace(path)
+
+
 def module_order(kernel: Kernel, names: Sequence[str]) -> list[Path]:
     """Return the files of the named modules and of what they need, in load order; built-in ones are left out.
 

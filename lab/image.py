@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import os
+import io
 from pathlib import Path
 from typing import NamedTuple
 
 from devtool.project import cache_directory
 from lab.cpio import CpioWriter
-from lab.debian import BUSYBOX, Kernel, cache_lock, ensure_kernel, module_order
+from lab.debian import BUSYBOX, Kernel, cache_lock, ensure_kernel, module_order, place
+from lab.vmlinux import ensure_vmlinux
 
 METAPACKAGE = "linux-image-amd64"
 #: Modules loaded at boot, with parameters. Others can be had inside with modprobe.
@@ -32,7 +32,7 @@ _HERE = Path(__file__).resolve().parent
 class LabImage(NamedTuple):
     """What QEMU boots."""
 
-    vmlinuz: Path
+    vmlinux: Path  #: unpacked on the host: the emulated machine would take seconds for it
     initramfs: Path
     modules: Path
 
@@ -43,31 +43,29 @@ def ensure() -> LabImage:
     digest = hashlib.sha256(f"{kernel.package}\n{MODULES}\n".encode())
     for source in (Path(__file__), _HERE / "cpio.py", _HERE / "init.sh", _HERE / "agent.sh", BUSYBOX):
         digest.update(source.read_bytes())
-    initramfs = cache_directory() / "lab" / f"{digest.hexdigest()[:32]}.cpio.gz"
+    initramfs = cache_directory() / "lab" / f"{digest.hexdigest()[:32]}.cpio"
     if not initramfs.is_file():
         with cache_lock():
             _build(kernel, initramfs)
-    return LabImage(kernel.vmlinuz, initramfs, kernel.modules)
+    return LabImage(ensure_vmlinux(kernel), initramfs, kernel.modules)
 
 
 def _build(kernel: Kernel, initramfs: Path) -> None:
-    initramfs.parent.mkdir(parents=True, exist_ok=True)
-    fresh = initramfs.with_name(f".{initramfs.name}.{os.getpid()}")
-    with gzip.GzipFile(fresh, "wb", compresslevel=1, mtime=0) as output:
-        archive = CpioWriter(output)  # type: ignore[arg-type]  # GzipFile writes like any binary file
-        for folder in ("dev", "proc", "sys", "modules"):
-            archive.folder(folder)
-        archive.file("bin/busybox", BUSYBOX, 0o755)
-        for applet in ("sh", "mount", "insmod", "mkdir", "cp", "ln", "ip", "hostname", "uname", "sleep", "switch_root"):
-            archive.link(f"bin/{applet}", "busybox")
-        archive.file("init", _HERE / "init.sh", 0o755)
-        archive.file("agent.sh", _HERE / "agent.sh", 0o755)
-        order = module_order(kernel, list(MODULES))
-        parameters = {name.replace("-", "_"): text for name, text in MODULES.items()}
-        lines = []
-        for module in order:
-            archive.file(f"modules/{module.name}", module)
-            lines.append(f"{module.name} {parameters.get(module.stem.replace('-', '_'), '')}".rstrip() + "\n")
-        archive.file("modules/order", "".join(lines).encode())
-        archive.close()
-    fresh.replace(initramfs)
+    output = io.BytesIO()
+    archive = CpioWriter(output)
+    for folder in ("dev", "proc", "sys", "modules"):
+        archive.folder(folder)
+    archive.file("bin/busybox", BUSYBOX, 0o755)
+    for applet in ("sh", "mount", "insmod", "mkdir", "cp", "ln", "ip", "hostname", "uname", "sleep", "switch_root"):
+        archive.link(f"bin/{applet}", "busybox")
+    archive.file("init", _HERE / "init.sh", 0o755)
+    archive.file("agent.sh", _HERE / "agent.sh", 0o755)
+    order = module_order(kernel, list(MODULES))
+    parameters = {name.replace("-", "_"): text for name, text in MODULES.items()}
+    lines = []
+    for module in order:
+        archive.file(f"modules/{module.name}", module)
+        lines.append(f"{module.name} {parameters.get(module.stem.replace('-', '_'), '')}".rstrip() + "\n")
+    archive.file("modules/order", "".join(lines).encode())
+    archive.close()
+    place(initramfs, output.getvalue())

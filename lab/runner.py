@@ -57,7 +57,7 @@ def qemu_command(machine: Machine, image: LabImage, exchange: Path, ports: Mappi
         "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
         "-machine", "q35,hpet=off", "-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "max",
         "-smp", str(machine.cpus), "-m", f"{machine.memory_mib}M",
-        "-kernel", str(image.vmlinuz), "-initrd", str(image.initramfs), "-append", append,
+        "-kernel", str(image.vmlinux), "-initrd", str(image.initramfs), "-append", append,
         "-serial", f"file:{exchange / '.lab' / 'console.log'}",
         "-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap",
         "-device", "virtio-9p-pci,fsdev=host,mount_tag=host",
