@@ -19,18 +19,18 @@ PAGE_SIZE = 4096
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 _fence_lock = _thread.allocate_lock()
-_fence_enter = _fence_lock.acquire
-_fence_leave = _fence_lock.release
 
 
 def fence() -> None:
     """Order every store before it against every load after it (a full barrier).
 
     Taking and releasing an uncontended lock executes locked instructions, which are full barriers on x86-64.
-    Python has no other way to say it; tests/unit/ipc/test_fence.py is the litmus test.
+    Python has no other way to say it; tests/unit/ipc/test_fence.py is the litmus test. It must be a ``with``
+    statement: CPython switches threads and runs signal handlers after calls, not between entering and leaving an
+    empty block. With acquire() and release() a handler that uses the fence too met the lock taken, for ever.
     """
-    _fence_enter()
-    _fence_leave()
+    with _fence_lock:
+        pass
 
 
 def create_shared(name: str, size: int) -> int:
@@ -60,14 +60,15 @@ def map_shared(descriptor: int, size: int, *, writable: bool = True) -> mmap.mma
     Raises LayoutError if the object has another size or could still be resized by its other holders.
     """
     try:
-        actual = os.fstat(descriptor).st_size
+        # The seals first: a size that was read before they were on could have been changed since.
         seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+        actual = os.fstat(descriptor).st_size
     except OSError as error:
         raise LayoutError(f"not a shared memory descriptor: {error.strerror}") from None
-    if actual != size:
-        raise LayoutError(f"shared memory has {actual} bytes, expected {size}")
     if seals & _SEALS != _SEALS:
         raise LayoutError("shared memory is not sealed against resizing")
+    if actual != size:
+        raise LayoutError(f"shared memory has {actual} bytes, expected {size}")
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
     try:
         return mmap.mmap(descriptor, size, mmap.MAP_SHARED, protection)
