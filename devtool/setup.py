@@ -129,4 +129,5 @@ def precompile() -> None:
     if (ROOT / "jailer/seccomp/compile.py").is_file():
         compiled = subprocess.run([PYTHON, "-m", "jailer.seccomp.compile"], cwd=ROOT, check=False)
         if compiled.returncode != 0:
-            raise DevError("the seccomp policies do not compile (python -m jailer.seccomp.compile)")
+            # Not the end of everything: the lab and the linters work without, and the tests will say it.
+            say("warning: the seccomp policies do not compile (python -m jailer.seccomp.compile)")
