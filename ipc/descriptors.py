@@ -84,6 +84,9 @@ def receive(channel: socket.socket, maximum: int = 0, flags: int = 0) -> tuple[b
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             numbers.frombytes(data[: len(data) - len(data) % _INT_SIZE])
     owned = OwnedDescriptors(numbers)
+    if len(owned) > maximum:  # CMSG_SPACE rounds up: the kernel fills the room for one with two
+        owned.close()
+        raise DescriptorError(f"message brought {len(numbers)} descriptors, at most {maximum} are expected")
     if received_flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         owned.close()
         raise DescriptorError("message was cut: too long, or descriptors that nobody expects")
