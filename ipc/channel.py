@@ -178,9 +178,12 @@ class Channel:
             if self.counters.refused >= MAX_REFUSED:
                 raise ChannelError(f"the peer sent {self.counters.refused} frames that had to be refused")
 
-    def close(self) -> None:
-        """Close the socket and remove the path if it is still there."""
-        self._socket.close(0)
+    def close(self, linger_ms: int = 0) -> None:
+        """Close the socket and remove the path if it is still there.
+
+        What was sent and has not left yet is dropped, or sent while the context ends, for at most ``linger_ms``.
+        """
+        self._socket.close(linger_ms)
         self.unlink()
 
 
