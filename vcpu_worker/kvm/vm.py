@@ -94,6 +94,12 @@ class KvmVm:
         for slot, region in enumerate(regions):
             self.set_memory_region(slot, region.guest_address, region.size, base + region.offset, flags)
 
+    def get_clock(self) -> bytes:
+        """struct kvm_clock_data."""
+        buffer = bytearray(abi.CLOCK_SIZE)
+        ioctl_buffer(self.descriptor, abi.KVM_GET_CLOCK, buffer)
+        return bytes(buffer)
+
     # ------------------------------------------------------------ interrupts
 
     @property

@@ -1,0 +1,368 @@
+"""The control thread of a worker: takes commands, hands jobs to the vCPU threads, replies. Never waits for a vCPU."""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ipc import faults
+from ipc.channel import Channel
+from ipc.errors import IpcError
+from ipc.messages import (
+    Configure,
+    Configured,
+    DumpCpuConfig,
+    DumpedCpuConfig,
+    Failed,
+    Finish,
+    Finished,
+    Pause,
+    Paused,
+    Ping,
+    Pong,
+    Resume,
+    Resumed,
+    RoutesSet,
+    SavedState,
+    SaveState,
+    SetRoutes,
+    VcpuExited,
+)
+from vcpu_worker import state as vcpu_state
+from vcpu_worker.descriptor_set import DescriptorSet
+from vcpu_worker.errors import ConfigurationError, StateError, WorkerError
+from vcpu_worker.exits import REASON_RUN_FAILED, FinalExit
+from vcpu_worker.machine import Machine, Vcpu
+from vcpu_worker.run_loop import RunLoop
+from vcpu_worker.vcpu_thread import Completions, VcpuThread
+
+#: A vCPU that is asked to stop is kicked at once and again after 1, 2, 4 … ms until it is parked.
+FIRST_KICK_PAUSE_MS = 1
+LAST_KICK_PAUSE_MS = 64
+#: How long Finish waits for the vCPUs to park; a vCPU whose exit nobody answers cannot park.
+FINISH_TIMEOUT_MS = 500
+_MAX_TEXT = 1024
+
+EXIT_OK = 0
+EXIT_ERROR = 1
+
+CREATED = "created"
+CONFIGURING = "configuring"
+PAUSED = "paused"
+RUNNING = "running"
+PAUSING = "pausing"
+FINISHING = "finishing"
+FAILED = "failed"
+
+_Reply = Callable[[Any], None]
+
+
+class Runner:
+    """A vCPU with its thread and what the control thread knows of it."""
+
+    __slots__ = ("final", "running", "thread", "vcpu")
+
+    def __init__(self, vcpu: Vcpu, thread: VcpuThread) -> None:
+        self.vcpu = vcpu
+        self.thread = thread
+        self.running = False
+        self.final: FinalExit | None = None
+
+    @property
+    def loop(self) -> RunLoop:
+        """The run loop; there is one after Configure."""
+        loop = self.vcpu.loop
+        assert loop is not None
+        return loop
+
+    def stop(self) -> None:
+        """Ask the vCPU to leave KVM_RUN and interrupt it."""
+        self.loop.ask_to_stop()
+        self.thread.kick()
+
+
+class Control:
+    """Serves one worker. ``machine`` is the VM, or the error that making it ended with (told at Configure)."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        descriptors: DescriptorSet,
+        completions: Completions,
+        machine: Machine | WorkerError,
+        threads: list[VcpuThread],
+    ) -> None:
+        self.state = CREATED
+        self._channel = channel
+        self._descriptors = descriptors
+        self._completions = completions
+        self._machine = machine
+        self._runners: list[Runner] = []
+        if isinstance(machine, Machine):
+            self._runners = [Runner(vcpu, thread) for vcpu, thread in zip(machine.vcpus, threads, strict=True)]
+        self._waiting_for_park: list[_Reply] = []
+        self._clock_failures = 0
+        self._kick_pause_ms = FIRST_KICK_PAUSE_MS
+        self._next_kick_ns = 0
+        self._finish_deadline_ns = 0
+        self._ended = False
+        self._commands: dict[type[Any], Callable[[Any, _Reply], None]] = {
+            Configure: self._configure,
+            SetRoutes: self._set_routes,
+            Resume: self._resume,
+            Pause: self._pause,
+            SaveState: self._save_state,
+            DumpCpuConfig: self._dump_cpu_config,
+            Ping: self._ping,
+            Finish: self._finish,
+        }
+
+    # ------------------------------------------------------------ loop
+
+    def serve(self, descriptor_socket: int) -> int:
+        """Serve until the end; return the exit code of the process. Raises IpcError when the channel fails."""
+        poll = select.poll()
+        poll.register(self._channel.fileno(), select.POLLIN)
+        poll.register(descriptor_socket, select.POLLIN)
+        poll.register(self._completions.eventfd, select.POLLIN)
+        while True:
+            # ZeroMQ's descriptor is edge-triggered: read until there is nothing after everything that may have sent.
+            while not self._has_ended() and (self._completions.deliver() or self._receive()):
+                pass
+            if self._has_ended():
+                return EXIT_OK
+            for descriptor, events in poll.poll(self._timeout_ms()):
+                if descriptor == descriptor_socket and (events & ~select.POLLIN or not self._descriptors.receive()):
+                    return EXIT_ERROR  # the controller is gone
+            self._kick_if_due()
+
+    def _has_ended(self) -> bool:
+        return self._ended
+
+    def _receive(self) -> bool:
+        envelope = self._channel.receive(time.monotonic_ns())
+        if envelope is None:
+            return False
+        sequence = envelope.sequence
+
+        def reply(message: Any) -> None:
+            self._channel.send(message, reply_to=sequence)
+
+        command = self._commands.get(type(envelope.message))
+        if command is None:
+            reply(Failed("worker.state", f"{type(envelope.message).__name__} is not a command"))
+            return True
+        try:
+            command(envelope.message, reply)
+        except (WorkerError, IpcError) as error:
+            reply(_failed(error))
+        return True
+
+    def _timeout_ms(self) -> int | None:
+        if not self._next_kick_ns:
+            return None
+        return max(0, (self._next_kick_ns - time.monotonic_ns() + 999_999) // 1_000_000)
+
+    # ------------------------------------------------------------ configuration
+
+    def _configure(self, command: Configure, reply: _Reply) -> None:
+        faults.visit("vcpu.configure")
+        if isinstance(self._machine, WorkerError):
+            raise self._machine
+        if self.state != CREATED:
+            raise StateError(f"the worker is {self.state}: it can be configured once only")
+        machine = self._machine
+        self.state = FAILED  # until everything has succeeded: half a configuration cannot be repeated
+        self._descriptors.receive()
+        machine.configure(command, self._descriptors)
+        for runner in self._runners:
+            self._descriptors.send_vcpu(runner.vcpu.index, runner.vcpu.kvm.descriptor)
+        self.state = CONFIGURING
+        results: list[Any] = []
+
+        def configured(result: Any) -> None:
+            results.append(result)
+            if len(results) < len(self._runners):
+                return
+            for each in results:
+                if isinstance(each, Exception):
+                    self.state = FAILED
+                    reply(_failed(each))
+                    return
+            self.state = PAUSED
+            faults.visit("vcpu.configured")
+            reply(Configured(results[0]))
+
+        for runner in self._runners:
+            runner.thread.submit(_bind(machine.configure_vcpu, runner.vcpu, command), configured)
+
+    def _set_routes(self, command: SetRoutes, reply: _Reply) -> None:
+        if self.state in (CREATED, CONFIGURING, FAILED) or isinstance(self._machine, WorkerError):
+            raise StateError(f"the worker is {self.state}: it has no interrupts yet")
+        self._machine.set_routes(command.routes)
+        reply(RoutesSet())
+
+    # ------------------------------------------------------------ run and park
+
+    def _resume(self, command: Resume, reply: _Reply) -> None:
+        faults.visit("vcpu.resume")
+        if self.state == RUNNING:
+            reply(Resumed())
+            return
+        if self.state != PAUSED:
+            raise StateError(f"the worker is {self.state}: it cannot be resumed")
+        for runner in self._runners:
+            if runner.final is not None:
+                raise StateError(f"vCPU {runner.vcpu.index} has ended: {runner.final.text}")
+        self.state = RUNNING
+        reply(Resumed())
+        for runner in self._runners:
+            runner.running = True
+            runner.loop.allow_to_run()
+            runner.thread.submit(runner.loop.run, _bind(self._stopped, runner))
+
+    def _pause(self, command: Pause, reply: _Reply) -> None:
+        faults.visit("vcpu.pause")
+        if self.state == PAUSED:
+            reply(Paused(0))
+            return
+        if self.state not in (RUNNING, PAUSING):
+            raise StateError(f"the worker is {self.state}: it cannot be paused")
+        self._waiting_for_park.append(lambda _: reply(Paused(self._clock_failures)))
+        if self.state == RUNNING:
+            self.state = PAUSING
+            self._clock_failures = 0
+            self._stop_all()
+
+    def _stop_all(self) -> None:
+        for runner in self._runners:
+            if runner.running:
+                runner.stop()
+        self._kick_pause_ms = FIRST_KICK_PAUSE_MS
+        self._schedule_kick()
+        self._parked()
+
+    def _schedule_kick(self) -> None:
+        self._next_kick_ns = time.monotonic_ns() + self._kick_pause_ms * 1_000_000
+
+    def _kick_if_due(self) -> None:
+        now = time.monotonic_ns()
+        if not self._next_kick_ns or now < self._next_kick_ns:
+            return
+        if self.state == FINISHING and now >= self._finish_deadline_ns:
+            self._all_parked()
+            return
+        for runner in self._runners:
+            if runner.running:
+                runner.thread.kick()
+        self._kick_pause_ms = min(2 * self._kick_pause_ms, LAST_KICK_PAUSE_MS)
+        self._schedule_kick()
+
+    def _stopped(self, runner: Runner, result: Any) -> None:
+        """A vCPU left its run loop."""
+        if result is None and self.state == PAUSING:
+            # The guest's watchdogs are told by the vCPU's own thread; it counts as running until that is done.
+            runner.thread.submit(runner.vcpu.kvm.kvmclock_ctrl, _bind(self._clock_noted, runner))
+            return
+        runner.running = False
+        if result is not None:
+            if isinstance(result, Exception):
+                result = FinalExit(REASON_RUN_FAILED, EXIT_ERROR, (), f"internal error: {_text(result)}")
+            runner.final = result
+            detail = tuple(value & (1 << 64) - 1 for value in result.detail[:16])
+            self._channel.send(
+                VcpuExited(runner.vcpu.index, result.reason, result.code, detail, result.text[:_MAX_TEXT])
+            )
+        self._parked()
+
+    def _clock_noted(self, runner: Runner, noted: Any) -> None:
+        if noted is not True:
+            self._clock_failures += 1
+        runner.running = False
+        self._parked()
+
+    def _parked(self) -> None:
+        if self.state in (PAUSING, FINISHING) and not any(runner.running for runner in self._runners):
+            self._all_parked()
+
+    def _all_parked(self) -> None:
+        self._next_kick_ns = 0
+        if self.state == PAUSING:
+            self.state = PAUSED
+        waiting, self._waiting_for_park = self._waiting_for_park, []
+        for callback in waiting:
+            callback(None)
+
+    # ------------------------------------------------------------ state
+
+    def _runner(self, vcpu: int) -> Runner:
+        if self.state != PAUSED:
+            raise StateError(f"the worker is {self.state}: pause it first")
+        for runner in self._runners:
+            if runner.vcpu.index == vcpu:
+                return runner
+        raise ConfigurationError(f"this worker does not run vCPU {vcpu}")
+
+    def _save_state(self, command: SaveState, reply: _Reply) -> None:
+        runner = self._runner(command.vcpu)
+        machine = self._machine
+        assert isinstance(machine, Machine)
+
+        def save() -> bytes:
+            return vcpu_state.encode(vcpu_state.save(machine.vm, runner.vcpu.kvm, machine.state_msrs))
+
+        def saved(result: Any) -> None:
+            if isinstance(result, Exception):
+                reply(_failed(result))
+            else:
+                reply(SavedState(command.vcpu, vcpu_state.VERSION, result))
+
+        runner.thread.submit(save, saved)
+
+    def _dump_cpu_config(self, command: DumpCpuConfig, reply: _Reply) -> None:
+        runner = self._runner(command.vcpu)
+        machine = self._machine
+        assert isinstance(machine, Machine)
+        kvm = runner.vcpu.kvm
+
+        def dump() -> DumpedCpuConfig:
+            return DumpedCpuConfig(command.vcpu, tuple(kvm.get_cpuid()), tuple(kvm.get_msrs(machine.state_msrs)))
+
+        def dumped(result: Any) -> None:
+            reply(_failed(result) if isinstance(result, Exception) else result)
+
+        runner.thread.submit(dump, dumped)
+
+    # ------------------------------------------------------------ life
+
+    def _ping(self, command: Ping, reply: _Reply) -> None:
+        for runner in self._runners:
+            if runner.vcpu.loop is not None:
+                runner.vcpu.loop.publish_counters()
+        reply(Pong(self.state))
+
+    def _finish(self, command: Finish, reply: _Reply) -> None:
+        def parked(_: Any) -> None:
+            reply(Finished())
+            self._ended = True
+
+        self.state = FINISHING
+        self._finish_deadline_ns = time.monotonic_ns() + FINISH_TIMEOUT_MS * 1_000_000
+        self._waiting_for_park.append(parked)
+        self._stop_all()
+
+
+def _bind(function: Callable[..., Any], *first: Any) -> Callable[..., Any]:
+    """functools.partial without its import."""
+    return lambda *rest: function(*first, *rest)
+
+
+def _text(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _failed(error: Exception) -> Failed:
+    code = error.code if isinstance(error, WorkerError | IpcError) else "worker.internal"
+    return Failed(code, _text(error)[:_MAX_TEXT])

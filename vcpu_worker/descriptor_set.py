@@ -1,0 +1,92 @@
+"""Descriptors that the controller sent ahead of Configure, by what they are for."""
+
+from __future__ import annotations
+
+import os
+
+from ipc.channel import PairChannel
+from ipc.errors import ChannelError
+from ipc.messages import DevicePages, ExitRing, GuestMemory, Interrupt, VcpuDescriptor
+from vcpu_worker.errors import ConfigurationError
+
+#: An exit ring comes with its doorbell and its completion eventfd.
+_RING_DESCRIPTORS = 3
+#: As many messages as one Configure can need: memory, page, 32 rings, 64 interrupts.
+_MAX_HELD = 128
+
+
+class DescriptorSet:
+    """Owns what was received until it is taken. Every taker becomes the owner of what it gets."""
+
+    def __init__(self, channel: PairChannel) -> None:
+        self._channel = channel
+        self._held: dict[tuple[object, ...], tuple[int, ...]] = {}
+        self._memory_size = 0
+
+    def receive(self) -> bool:
+        """Read everything that has arrived; False when the controller closed its end. Raises IpcError subclasses."""
+        while True:
+            try:
+                envelope, owned = self._channel.receive(_RING_DESCRIPTORS)
+            except BlockingIOError:
+                return True
+            except ChannelError:
+                return False
+            with owned:
+                if envelope is None:
+                    continue
+                message = envelope.message
+                if isinstance(message, GuestMemory):
+                    self._memory_size = message.size
+                    self._hold((GuestMemory,), (owned.take(),))
+                elif isinstance(message, DevicePages):
+                    self._hold((DevicePages,), (owned.take(),))
+                elif isinstance(message, ExitRing):
+                    self._hold((ExitRing, message.vcpu), (owned.take(), owned.take(), owned.take()))
+                elif isinstance(message, Interrupt):
+                    self._hold((Interrupt, message.gsi), (owned.take(),))
+
+    def _hold(self, key: tuple[object, ...], descriptors: tuple[int, ...]) -> None:
+        for descriptor in self._held.pop(key, ()):
+            os.close(descriptor)
+        self._held[key] = descriptors
+        if len(self._held) > _MAX_HELD:
+            raise ConfigurationError("more descriptors came than any configuration needs")
+
+    def _take(self, what: str, *key: object) -> tuple[int, ...]:
+        descriptors = self._held.pop(key, None)
+        if descriptors is None:
+            raise ConfigurationError(f"the {what} was not handed over before Configure")
+        return descriptors
+
+    def guest_memory(self, size: int) -> int:
+        """Take the guest memory's descriptor; ``size`` is what Configure says."""
+        (descriptor,) = self._take("guest memory", GuestMemory)
+        if size != self._memory_size:
+            os.close(descriptor)
+            raise ConfigurationError(f"the guest memory has {self._memory_size} bytes, Configure says {size}")
+        return descriptor
+
+    def device_page(self) -> int:
+        """Take the device page's descriptor."""
+        return self._take("device page", DevicePages)[0]
+
+    def exit_ring(self, vcpu: int) -> tuple[int, int, int]:
+        """Take ring, doorbell and completion of a vCPU."""
+        ring, doorbell, completion = self._take(f"exit ring of vCPU {vcpu}", ExitRing, vcpu)
+        return ring, doorbell, completion
+
+    def interrupt(self, gsi: int) -> int:
+        """Take the eventfd of a GSI."""
+        return self._take(f"eventfd of GSI {gsi}", Interrupt, gsi)[0]
+
+    def send_vcpu(self, vcpu: int, descriptor: int) -> None:
+        """Hand a vCPU's descriptor to the controller, which maps its kvm_run page read-only. Once, before it runs."""
+        self._channel.send(VcpuDescriptor(vcpu), fds=(descriptor,))
+
+    def close(self) -> None:
+        """Close what nobody took."""
+        for descriptors in self._held.values():
+            for descriptor in descriptors:
+                os.close(descriptor)
+        self._held.clear()

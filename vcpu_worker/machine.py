@@ -1,0 +1,131 @@
+"""A worker's VM and its vCPUs: made before the worker is sealed, configured by the controller later.
+
+What needs /dev/kvm (making the VM and its vCPUs, asking what the host supports) happens at once when the worker
+starts; InstanceStart does not wait for it, and the sealed worker needs neither those ioctls nor the descriptor.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+
+from ipc.device_page import DEVICE_PAGE_SIZE, slots_of
+from ipc.exit_ring import RING_SIZE, ExitRingProducer
+from ipc.layout import map_shared
+from ipc.messages import BootRegisters, Configure, Route
+from vcpu_worker.cpu import boot_state, cpuid
+from vcpu_worker.cpu.msr import BOOT_MSRS, state_indices
+from vcpu_worker.cpu.topology import Topology
+from vcpu_worker.descriptor_set import DescriptorSet
+from vcpu_worker.errors import ConfigurationError
+from vcpu_worker.kvm import abi
+from vcpu_worker.kvm.system import KvmSystem
+from vcpu_worker.kvm.vcpu import KvmVcpu
+from vcpu_worker.kvm.vm import KvmVm, MsiRoute
+from vcpu_worker.run_loop import RunLoop
+
+
+class Vcpu:
+    """One vCPU of this worker: KVM's side of it and, once configured, its run loop."""
+
+    __slots__ = ("kvm", "loop", "ring")
+
+    def __init__(self, kvm: KvmVcpu) -> None:
+        self.kvm = kvm
+        self.ring: ExitRingProducer | None = None
+        self.loop: RunLoop | None = None
+
+    @property
+    def index(self) -> int:
+        """The guest's number of this vCPU (and its APIC id)."""
+        return self.kvm.index
+
+
+class Machine:
+    """The VM of this worker. Raises WorkerError from every method; a failed ``configure`` cannot be repeated."""
+
+    def __init__(self, system: KvmSystem, indices: Sequence[int]) -> None:
+        system.check()
+        self.supported_cpuid = system.supported_cpuid()
+        self.state_msrs = state_indices(system.msr_index_list())
+        self.vm = KvmVm(system)
+        mmap_size = system.vcpu_mmap_size()
+        self.vcpus = [Vcpu(KvmVcpu(self.vm, index, mmap_size)) for index in indices]
+        self._sync_regs = self.vm.extension(abi.KVM_CAP_SYNC_REGS) & (
+            abi.SYNC_X86_REGS | abi.SYNC_X86_SREGS | abi.SYNC_X86_EVENTS
+        )
+        self._interrupts: dict[int, int] = {}
+        self._mappings: list[mmap.mmap] = []
+
+    # ------------------------------------------------------------ Configure
+
+    def configure(self, command: Configure, descriptors: DescriptorSet) -> None:
+        """Do what concerns the whole VM: memory, interrupts, rings, run loops. Takes the descriptors it needs."""
+        if [vcpu.index for vcpu in self.vcpus] != list(command.vcpus):
+            raise ConfigurationError(
+                f"this worker was made for vCPUs {[vcpu.index for vcpu in self.vcpus]}, not {list(command.vcpus)}"
+            )
+        memory = descriptors.guest_memory(command.memory_size)
+        try:
+            self.vm.map_memory(memory, command.memory_size, command.regions, command.track_dirty_pages)
+        finally:
+            os.close(memory)
+        self._interrupts = {gsi: descriptors.interrupt(gsi) for gsi in command.interrupts}
+        slots = slots_of(self._map(descriptors.device_page(), DEVICE_PAGE_SIZE, writable=False))
+        for vcpu in self.vcpus:
+            ring, doorbell, completion = descriptors.exit_ring(vcpu.index)
+            vcpu.ring = ExitRingProducer(self._map(ring, RING_SIZE, writable=True), doorbell, completion)
+            vcpu.loop = RunLoop(vcpu.kvm, vcpu.ring, slots, command.ports, command.mmio)
+
+    def _map(self, descriptor: int, size: int, *, writable: bool) -> mmap.mmap:
+        """Map a shared object; its descriptor is closed."""
+        try:
+            mapping = map_shared(descriptor, size, writable=writable)
+        finally:
+            os.close(descriptor)
+        self._mappings.append(mapping)
+        return mapping
+
+    def configure_vcpu(self, vcpu: Vcpu, command: Configure) -> int:
+        """Give a vCPU its CPUID, MSRs and registers; return its TSC frequency in kHz. The vCPU's thread only.
+
+        The order matters: CPUID decides which MSRs exist, and KVM rebuilds its map of APIC ids when a LAPIC is
+        written, not when a vCPU is added (DESIGN: without this, MSIs to the newest vCPU are dropped).
+        """
+        kvm = vcpu.kvm
+        topology = Topology(vcpu.index, command.vcpu_count, command.smt)
+        kvm.set_cpuid(cpuid.normalise(self.supported_cpuid, topology))
+        kvm.set_msrs(BOOT_MSRS)
+        kvm.set_fpu(boot_state.boot_fpu())
+        kvm.set_lapic(boot_state.boot_lapic(kvm.get_lapic()))
+        if vcpu.index == 0:
+            self._set_boot_registers(kvm, command.boot)
+        kvm.run64[abi.RUN_VALID_REGS // 8] = self._sync_regs
+        return kvm.tsc_khz()
+
+    @staticmethod
+    def _set_boot_registers(kvm: KvmVcpu, boot: BootRegisters) -> None:
+        kvm.set_sregs(boot_state.boot_sregs(kvm.get_sregs(), boot))
+        kvm.set_regs(boot_state.boot_regs(boot))
+
+    # ------------------------------------------------------------ interrupts
+
+    def set_routes(self, routes: Sequence[Route]) -> None:
+        """Put routes into force. Order: masked irqfds go first, then the table changes, then unmasked ones come.
+
+        What a device signals while its GSI is masked stays in the eventfd and is injected when the irqfd comes back.
+        """
+        for route in routes:
+            if route.gsi not in self._interrupts:
+                raise ConfigurationError(f"no eventfd was handed over for GSI {route.gsi}")
+        table = dict(self.vm.routes)
+        for route in routes:
+            if route.masked:
+                self.vm.deassign_irqfd(route.gsi)
+            else:
+                table[route.gsi] = MsiRoute(route.address, route.data)
+        self.vm.set_routes(table)
+        for route in routes:
+            if not route.masked:
+                self.vm.assign_irqfd(route.gsi, self._interrupts[route.gsi])

@@ -1,0 +1,106 @@
+"""Entry point of a worker cell: the control thread, from the fork to the exit code."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import sys
+import time
+from collections.abc import Callable
+
+import zmq
+
+from ipc import faults
+from ipc.channel import Channel, PairChannel
+from ipc.errors import ChannelError, IpcError
+from ipc.messages import DESCRIPTORS, WORKER, Hello, Welcome
+from ipc.plan import LaunchPlan, endpoint
+from vcpu_worker.commands import EXIT_ERROR, Control
+from vcpu_worker.descriptor_set import DescriptorSet
+from vcpu_worker.errors import WorkerError
+from vcpu_worker.kvm.system import KvmSystem
+from vcpu_worker.machine import Machine
+from vcpu_worker.vcpu_thread import Completions, VcpuThread, install_kick_handler
+
+#: A controller that does not answer HELLO in this time is dead or hostile.
+WELCOME_TIMEOUT_S = 30
+#: How long the last message may take to leave the process.
+_LINGER_MS = 200
+
+
+def run(plan: LaunchPlan, worker: int, channel: socket.socket, kvm_fd: int, seal: Callable[[], None]) -> int:
+    """Be worker number ``worker`` until the controller says Finish or is gone; return the exit code of the cell.
+
+    ``channel`` is our end of the descriptor channel, ``kvm_fd`` an open /dev/kvm; both are taken over. ``seal`` is
+    called once, when every thread exists, before anything of the guest is read. No exception leaves this function.
+    """
+    try:
+        return _run(plan, worker, channel, kvm_fd, seal)
+    except (WorkerError, IpcError) as error:
+        return _complain(worker, str(error))
+    except Exception as error:  # a cell prints no traceback
+        return _complain(worker, f"internal error: {type(error).__name__}: {error}")
+
+
+def _complain(worker: int, text: str) -> int:
+    os.write(2, f"vcpu {worker}: {text}\n".encode())
+    return EXIT_ERROR
+
+
+def _run(plan: LaunchPlan, worker: int, channel: socket.socket, kvm_fd: int, seal: Callable[[], None]) -> int:
+    install_kick_handler()
+    system = KvmSystem(kvm_fd)
+    context = zmq.Context(io_threads=1)
+    control_channel = Channel(context, WORKER, plan.epoch)
+    control_channel.connect(endpoint(plan.worker_ipc_directory, worker))
+    faults.visit("vcpu.hello")
+    control_channel.send(Hello(worker, os.getpid(), system.api_version(), system.vcpu_mmap_size(), system.max_vcpus()))
+    # While the controller reads it: everything that takes time and needs /dev/kvm.
+    vcpus = (worker,)
+    machine = _make_machine(system, vcpus)
+    completions = Completions()
+    threads = [VcpuThread(f"fc_vcpu {index}", completions) for index in vcpus]
+    for thread in threads:
+        thread.start()
+    os.close(kvm_fd)
+    _await_welcome(control_channel)
+    seal()
+    _run_drills(plan)
+    channel.setblocking(False)
+    descriptors = DescriptorSet(PairChannel(channel, DESCRIPTORS, plan.epoch))
+    code = Control(control_channel, descriptors, completions, machine, threads).serve(channel.fileno())
+    control_channel.close(_LINGER_MS)
+    context.term()
+    return code
+
+
+def _make_machine(system: KvmSystem, vcpus: tuple[int, ...]) -> Machine | WorkerError:
+    """Make the VM; what goes wrong is told when the controller asks for it (Configure)."""
+    try:
+        return Machine(system, vcpus)
+    except WorkerError as error:
+        return error
+
+
+def _await_welcome(channel: Channel) -> None:
+    deadline = time.monotonic() + WELCOME_TIMEOUT_S
+    poll = select.poll()
+    poll.register(channel.fileno(), select.POLLIN)
+    while True:
+        envelope = channel.receive()
+        if envelope is not None:
+            if isinstance(envelope.message, Welcome):
+                return
+            raise ChannelError(f"the controller answered HELLO with {type(envelope.message).__name__}")
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise ChannelError(f"the controller did not answer HELLO within {WELCOME_TIMEOUT_S} s")
+        poll.poll(left * 1000)
+
+
+def _run_drills(plan: LaunchPlan) -> None:
+    """Attack our own walls if the jailer armed a drill (ipc.drills, imported by the template only then)."""
+    drills = sys.modules.get("ipc.drills")
+    if drills is not None:
+        drills.run(plan.drills)
