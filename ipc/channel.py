@@ -18,7 +18,8 @@ from ipc.schema import MAX_FRAME_SIZE, Envelope, Schema, decode, encode
 
 #: Frames that may wait in one direction; a peer that does not read is failed instead of growing our memory.
 HIGH_WATER_MARK = 64
-#: A peer that sends this many refused frames is hostile or broken.
+#: A peer that sends this many refused frames in a row is hostile or broken. Not in all: commands that came too late
+#: on a busy host must not add up, over weeks, to the end of the channel.
 MAX_REFUSED = 64
 
 
@@ -43,13 +44,14 @@ class Counters:
 class Sequencer:
     """Sans-IO core of a channel: numbers what is sent, checks what is received."""
 
-    __slots__ = ("_epoch", "_last_received", "_last_sent", "_schema", "counters")
+    __slots__ = ("_epoch", "_last_received", "_last_sent", "_refused_in_a_row", "_schema", "counters")
 
     def __init__(self, schema: Schema, epoch: int) -> None:
         self._schema = schema
         self._epoch = epoch
         self._last_sent = 0
         self._last_received = 0
+        self._refused_in_a_row = 0
         self.counters = Counters()
 
     def frame(self, message: Any, reply_to: int = 0, deadline: int = 0) -> tuple[int, bytes]:
@@ -64,8 +66,18 @@ class Sequencer:
         """Return the envelope of a received frame, or None if it was refused (and counted).
 
         Refused: malformed frames, another epoch, sequence numbers that do not rise, and, if ``now`` (CLOCK_MONOTONIC,
-        ns) is given, frames whose deadline has passed.
+        ns) is given, frames whose deadline has passed. Raises ChannelError when too many in a row had to be refused.
         """
+        envelope = self._check(frame, now)
+        if envelope is not None:
+            self._refused_in_a_row = 0
+            return envelope
+        self._refused_in_a_row += 1
+        if self._refused_in_a_row >= MAX_REFUSED:
+            raise ChannelError(f"the peer sent {self._refused_in_a_row} frames in a row that had to be refused")
+        return None
+
+    def _check(self, frame: bytes, now: int) -> Envelope | None:
         try:
             envelope = decode(self._schema, frame)
         except MessageError:
@@ -82,6 +94,33 @@ class Sequencer:
         return envelope
 
 
+class _FaultPoint:
+    """What an armed channel fault does to the frames of one direction."""
+
+    __slots__ = ("_held", "_name")
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._held: bytes | None = None
+
+    def pass_on(self, frame: bytes) -> tuple[bytes, ...]:
+        """Return the frames that take the place of ``frame``: none, itself, or several."""
+        fault = faults.visit(self._name)
+        if fault is None and self._held is None:
+            return (frame,)
+        frames: tuple[bytes, ...] = (frame,)
+        if fault is not None:
+            if fault.action == "drop":
+                return ()
+            if fault.action == "reorder" and self._held is None:
+                self._held = frame  # until the next frame has overtaken it
+                return ()
+            frames = (frame, frame) if fault.action == "duplicate" else (faults.mangle(fault, frame),)
+        if self._held is not None:
+            frames, self._held = (*frames, self._held), None
+        return frames
+
+
 class Channel:
     """One side of a worker's ZeroMQ channel. Never blocks."""
 
@@ -94,7 +133,9 @@ class Channel:
         # A reconnect would call socket(2), which the filter of a cell does not allow.
         self._socket.setsockopt(zmq.RECONNECT_IVL, -1)
         self._sequencer = Sequencer(schema, epoch)
-        self._held: bytes | None = None
+        self._outgoing = _FaultPoint("channel.send")
+        self._incoming = _FaultPoint("channel.receive")
+        self._received: list[bytes] = []
         self._path = ""
 
     @property
@@ -133,50 +174,29 @@ class Channel:
     def send(self, message: Any, reply_to: int = 0, deadline: int = 0) -> int:
         """Queue a message; return its sequence number. Raises ChannelError when the peer does not read."""
         sequence, frame = self._sequencer.frame(message, reply_to, deadline)
-        fault = faults.visit("channel.send")
-        frames = [frame] if fault is None else self._distort(fault, frame)
-        for each in frames:
+        for each in self._outgoing.pass_on(frame):
             try:
                 self._socket.send(each, zmq.DONTWAIT)
             except zmq.Again:
-                raise ChannelError("the peer does not read its control channel") from None
+                raise ChannelError("the peer of the control channel is gone or does not read") from None
             except zmq.ZMQError as error:
                 raise ChannelError(f"cannot send on the control channel: {error.strerror}") from None
         return sequence
 
-    def _distort(self, fault: faults.Fault, frame: bytes) -> list[bytes]:
-        if fault.action == "drop":
-            return []
-        if fault.action == "duplicate":
-            return [frame, frame]
-        if fault.action == "reorder":
-            if self._held is None:
-                self._held = frame
-                return []
-            held, self._held = self._held, None
-            return [frame, held]
-        return [faults.mangle(fault, frame)]
-
     def receive(self, now: int = 0) -> Envelope | None:
         """Return the next acceptable message, None when there is none. Raises ChannelError on a hostile peer."""
         while True:
+            while self._received:
+                envelope = self._sequencer.accept(self._received.pop(0), now)
+                if envelope is not None:
+                    return envelope
             try:
                 frame = self._socket.recv(zmq.DONTWAIT)
             except zmq.Again:
                 return None
             except zmq.ZMQError as error:
                 raise ChannelError(f"cannot receive on the control channel: {error.strerror}") from None
-            fault = faults.visit("channel.receive")
-            if fault is not None:
-                distorted = self._distort(fault, frame)
-                if not distorted:
-                    continue
-                frame = distorted[0]
-            envelope = self._sequencer.accept(frame, now)
-            if envelope is not None:
-                return envelope
-            if self.counters.refused >= MAX_REFUSED:
-                raise ChannelError(f"the peer sent {self.counters.refused} frames that had to be refused")
+            self._received.extend(self._incoming.pass_on(frame))
 
     def close(self, linger_ms: int = 0) -> None:
         """Close the socket and remove the path if it is still there.
@@ -218,11 +238,13 @@ class PairChannel:
         if not frame:
             owned.close()
             raise ChannelError("the peer closed its channel")
-        envelope = self._sequencer.accept(frame)
+        try:
+            envelope = self._sequencer.accept(frame)
+        except ChannelError:
+            owned.close()
+            raise
         if envelope is None:
             owned.close()
-            if self.counters.refused >= MAX_REFUSED:
-                raise ChannelError(f"the peer sent {self.counters.refused} frames that had to be refused")
             return None, descriptors.OwnedDescriptors()
         return envelope, owned
 

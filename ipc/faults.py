@@ -110,13 +110,15 @@ def visit(point: str) -> Fault | None:
     assert point in FAULT_POINTS, point
     if not _armed:
         return None
+    chosen: Fault | None = None
     for fault in _armed.get(point, ()):
-        if not fault.due():
+        if not fault.due():  # every fault of the point counts this visit, whichever acts
             continue
-        if fault.action in CHANNEL_ACTIONS:
-            return fault
-        _act(fault)
-    return None
+        if fault.action not in CHANNEL_ACTIONS:
+            _act(fault)
+        elif chosen is None:
+            chosen = fault
+    return chosen
 
 
 def _act(fault: Fault) -> None:
