@@ -1,0 +1,266 @@
+"""ELF64 kernels (vmlinux): headers, the PVH entry note, and loading into guest memory.
+
+Sources: System V ABI (ELF-64 object file format), Xen's public/elfnote.h (XEN_ELFNOTE_PHYS32_ENTRY). The image is
+untrusted: everything read from it is bounded and checked against the file and guest RAM before a byte is written.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+from vmm.boot import layout
+from vmm.boot.errors import elf_error, memory_error
+from vmm.memory import GuestMemory
+
+MAGIC = b"\x7fELF"
+HEADER_SIZE = 64
+#: No kernel has more than a handful; the limit bounds the work for a hostile one.
+MAX_PROGRAM_HEADERS = 64
+MAX_NOTE_SEGMENTS = 8
+MAX_NOTES_SIZE = 64 * 1024
+
+_HEADER = struct.Struct("<4sBBBB8xHHIQQQIHHHHHH")
+_PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")
+_NOTE_HEADER = struct.Struct("<III")
+assert _HEADER.size == HEADER_SIZE
+assert _PROGRAM_HEADER.size == 56
+assert _NOTE_HEADER.size == 12
+
+_CLASS_64 = 2
+_DATA_LITTLE_ENDIAN = 1
+_MACHINE_X86_64 = 62
+_PT_LOAD = 1
+_PT_NOTE = 4
+_XEN_NAME = b"Xen\0"
+_XEN_PHYS32_ENTRY = 18
+_U64_END = 1 << 64
+
+
+class ElfHeader(NamedTuple):
+    """What matters of the ELF header; the program header table lies at ``table_offset``, ``table_size`` bytes."""
+
+    entry: int
+    table_offset: int
+    table_size: int
+
+
+class Segment(NamedTuple):
+    """``file_size`` bytes at ``file_offset`` go to guest address ``address``; zeros follow up to ``memory_size``."""
+
+    file_offset: int
+    file_size: int
+    address: int
+    memory_size: int
+
+
+class NoteSegment(NamedTuple):
+    """Notes in the file; each field of a note is padded to ``alignment`` (4 or 8)."""
+
+    file_offset: int
+    size: int
+    alignment: int
+
+
+class ElfImage(NamedTuple):
+    """A checked image. ``start`` and ``end`` are the guest addresses that it covers, zeros included."""
+
+    entry: int
+    segments: tuple[Segment, ...]
+    notes: tuple[NoteSegment, ...]
+    start: int
+    end: int
+
+
+def parse_header(header: bytes, file_size: int) -> ElfHeader:
+    """Parse the first 64 bytes of a file of ``file_size`` bytes. Raises KernelError."""
+    if len(header) < HEADER_SIZE:
+        raise elf_error("kernel.elf.truncated", "Unable to read elf header", "the file ends within it")
+    fields = _HEADER.unpack_from(header)
+    magic, elf_class, data, _, _, _, machine, _, entry, table_offset, _, _, _, entry_size, count = fields[:15]
+    if magic != MAGIC:
+        raise elf_error("kernel.elf.magic", "Invalid Elf magic number")
+    if data != _DATA_LITTLE_ENDIAN:
+        raise elf_error("kernel.elf.byte_order", "Trying to load big-endian binary on little-endian machine")
+    if elf_class != _CLASS_64 or machine != _MACHINE_X86_64:
+        raise elf_error("kernel.elf.machine", "Invalid Elf magic number", "not a 64-bit x86 kernel")
+    if entry_size != _PROGRAM_HEADER.size:
+        raise elf_error("kernel.elf.table", "Invalid program header size")
+    if table_offset < HEADER_SIZE:
+        raise elf_error("kernel.elf.table", "Invalid program header offset")
+    if not 0 < count <= MAX_PROGRAM_HEADERS:
+        raise elf_error("kernel.elf.table", "Unable to read program header", f"{count} of them")
+    if table_offset + count * entry_size > file_size:
+        raise elf_error("kernel.elf.truncated", "Unable to read program header", "the file ends before them")
+    if entry < layout.HIGH_MEMORY_ADDRESS:
+        raise elf_error("kernel.elf.entry", "Invalid entry address", f"{entry:#x} is below 1 MiB")
+    return ElfHeader(entry, table_offset, count * entry_size)
+
+
+def parse_program_headers(header: ElfHeader, table: bytes, file_size: int) -> ElfImage:
+    """Parse the program header table. Raises KernelError."""
+    if len(table) < header.table_size:
+        raise elf_error("kernel.elf.truncated", "Unable to read program header")
+    segments: list[Segment] = []
+    notes: list[NoteSegment] = []
+    for kind, _, offset, _, address, in_file, in_memory, alignment in _PROGRAM_HEADER.iter_unpack(
+        table[: header.table_size]
+    ):
+        if kind == _PT_LOAD and (in_memory or in_file):
+            segment = Segment(offset, in_file, address, in_memory)
+            _check_segment(segment, file_size)
+            segments.append(segment)
+        elif kind == _PT_NOTE and in_file:
+            notes.append(_note_segment(offset, in_file, alignment, file_size))
+    if not segments:
+        raise elf_error("kernel.elf.empty", "Unable to read kernel image", "it has no loadable segment")
+    if len(notes) > MAX_NOTE_SEGMENTS or sum(note.size for note in notes) > MAX_NOTES_SIZE:
+        raise elf_error("kernel.elf.notes", "Unable to read note header", "the notes are too large for a kernel")
+    _check_overlap(segments)
+    image = ElfImage(
+        header.entry,
+        tuple(segments),
+        tuple(notes),
+        min(segment.address for segment in segments),
+        max(segment.address + segment.memory_size for segment in segments),
+    )
+    check_entry(image, header.entry)
+    return image
+
+
+def _check_segment(segment: Segment, file_size: int) -> None:
+    if segment.file_offset + segment.file_size > file_size:
+        raise elf_error("kernel.elf.truncated", "Unable to read kernel image", "a segment ends beyond the file")
+    if segment.file_size > segment.memory_size:
+        raise elf_error("kernel.elf.segment", "Unable to read kernel image", "a segment is larger than its memory")
+    if segment.address < layout.HIGH_MEMORY_ADDRESS or segment.address + segment.memory_size > _U64_END:
+        raise elf_error(
+            "kernel.elf.segment", "Invalid Program Header Address", f"{segment.address:#x}; kernels load from 1 MiB on"
+        )
+
+
+def _check_overlap(segments: list[Segment]) -> None:
+    end = 0
+    for segment in sorted(segments, key=lambda each: each.address):
+        if segment.address < end:
+            raise elf_error("kernel.elf.segment", "Invalid Program Header Address", "segments overlap")
+        end = segment.address + segment.memory_size
+
+
+def _note_segment(offset: int, size: int, alignment: int, file_size: int) -> NoteSegment:
+    if offset + size > file_size:
+        raise elf_error("kernel.elf.truncated", "Unable to read note header", "the notes end beyond the file")
+    if alignment not in (0, 1, 2, 4, 8):
+        raise elf_error("kernel.elf.notes", "Invalid alignment", f"{alignment} for notes")
+    return NoteSegment(offset, size, max(alignment, 4))
+
+
+def check_entry(image: ElfImage, entry: int) -> None:
+    """Raise KernelError unless ``entry`` lies in a loaded segment."""
+    for segment in image.segments:
+        if segment.address <= entry < segment.address + segment.memory_size:
+            return
+    raise elf_error("kernel.elf.entry", "Invalid entry address", f"{entry:#x} is in no loadable segment")
+
+
+def find_pvh_entry(notes: bytes, alignment: int) -> int | None:
+    """Find the 32-bit PVH entry in one note segment; None when it has none. Raises KernelError."""
+    position = 0
+    while position + _NOTE_HEADER.size <= len(notes):
+        name_size, descriptor_size, kind = _NOTE_HEADER.unpack_from(notes, position)
+        name_start = position + _NOTE_HEADER.size
+        start = name_start + -(-name_size // alignment) * alignment
+        end = start + descriptor_size
+        if end > len(notes):
+            raise elf_error("kernel.elf.notes", "Unable to read note header", "a note ends beyond its segment")
+        if kind == _XEN_PHYS32_ENTRY and notes[name_start : name_start + name_size] == _XEN_NAME:
+            if descriptor_size not in (4, 8):
+                raise elf_error("kernel.elf.notes", "Invalid PVH note header")
+            entry = int.from_bytes(notes[start:end], "little")
+            if entry >= 1 << 32:
+                raise elf_error("kernel.elf.notes", "Invalid PVH note header", f"entry {entry:#x} is not a 32-bit one")
+            return entry
+        position = start + -(-descriptor_size // alignment) * alignment
+    return None
+
+
+def pvh_entry(image: ElfImage, notes: list[bytes]) -> int | None:
+    """Find the PVH entry among the contents of ``image.notes`` (same order). Raises KernelError."""
+    for segment, content in zip(image.notes, notes, strict=True):
+        entry = find_pvh_entry(content, segment.alignment)
+        if entry is not None:
+            check_entry(image, entry)
+            return entry
+    return None
+
+
+def check_placement(image: ElfImage, memory: GuestMemory) -> None:
+    """Raise KernelError unless every segment, zeros included, fits into the first RAM region."""
+    ram = memory.regions[0].size
+    if image.end > ram:
+        raise memory_error(f"the kernel ends at {image.end:#x}, RAM below the first gap at {ram:#x}")
+
+
+class ElfStreamLoader:
+    """Loads an image that arrives in order and in pieces of any size, without keeping it.
+
+    The headers and the program header table must come within the first ``PREFIX_SIZE`` bytes, as in every kernel.
+    Pieces are at most what the unpacker yields; nothing is written before the headers were checked.
+    """
+
+    PREFIX_SIZE = 64 * 1024
+
+    def __init__(self, memory: GuestMemory, file_size: int) -> None:
+        self._memory = memory
+        self._file_size = file_size
+        self._prefix = bytearray()
+        self._position = 0
+        self._image: ElfImage | None = None
+        self._notes: list[bytearray] = []
+
+    def feed(self, piece: bytes | memoryview) -> None:
+        """Take the next ``piece`` of the file. Raises KernelError."""
+        if self._image is None:
+            self._prefix += piece
+            if len(self._prefix) < min(self.PREFIX_SIZE, self._file_size):
+                return
+            piece = bytes(self._prefix)
+            self._prefix = bytearray()
+            self._image = self._parse(piece)
+            self._notes = [bytearray(note.size) for note in self._image.notes]
+        self._scatter(self._image, piece)
+        self._position += len(piece)
+
+    def _parse(self, prefix: bytes) -> ElfImage:
+        header = parse_header(prefix[:HEADER_SIZE], self._file_size)
+        if header.table_offset + header.table_size > len(prefix):
+            raise elf_error("kernel.elf.table", "Invalid program header offset", "too far from the start of the file")
+        table = prefix[header.table_offset : header.table_offset + header.table_size]
+        image = parse_program_headers(header, table, self._file_size)
+        check_placement(image, self._memory)
+        return image
+
+    def _scatter(self, image: ElfImage, piece: bytes | memoryview) -> None:
+        start, end = self._position, self._position + len(piece)
+        view = memoryview(piece)
+        for segment in image.segments:
+            low = max(start, segment.file_offset)
+            high = min(end, segment.file_offset + segment.file_size)
+            if low < high:
+                self._memory.write_sparse(segment.address + low - segment.file_offset, view[low - start : high - start])
+        for note, content in zip(image.notes, self._notes, strict=True):
+            low = max(start, note.file_offset)
+            high = min(end, note.file_offset + note.size)
+            if low < high:
+                content[low - note.file_offset : high - note.file_offset] = view[low - start : high - start]
+
+    def finish(self) -> tuple[ElfImage, int | None]:
+        """Return the image and its PVH entry once all of the file was fed. Raises KernelError."""
+        if self._image is None or self._position != self._file_size:
+            raise elf_error("kernel.elf.truncated", "Unable to read kernel image", "it ends too early")
+        return self._image, pvh_entry(self._image, [bytes(content) for content in self._notes])
+
+
+def is_elf(start: bytes) -> bool:
+    """Tell whether a file that begins with ``start`` claims to be ELF."""
+    return start[:4] == MAGIC

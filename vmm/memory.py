@@ -1,0 +1,159 @@
+"""Guest memory as the controller sees it: one memfd, mapped once, addressed by guest physical address."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Sequence
+
+from ipc.messages import MemoryRegion
+from vmm.errors import VmmError
+
+_PAGE_SIZE = 4096
+#: write_sparse looks for zeros in steps of this size. A kernel is a third zeros; smaller steps find hardly more.
+_SPARSE_BLOCK = 64 * 1024
+_ZEROS = bytes(_SPARSE_BLOCK)
+
+
+class GuestMemoryError(VmmError):
+    """An access outside guest RAM, or guest memory that cannot be mapped. ``errno`` is 0 unless a call failed."""
+
+    code = "memory"
+
+    def __init__(self, text: str, errno: int = 0) -> None:
+        super().__init__(text)
+        self.errno = errno
+
+
+class GuestMemory:
+    """All RAM of one guest.
+
+    The descriptor stays the caller's; the mapping keeps the file alive. Every access must lie within one region.
+    Fresh memory reads as zeros; the loaders rely on that and never clear anything.
+    """
+
+    __slots__ = ("_map", "_view", "_regions", "size")
+
+    def __init__(self, fd: int, size: int, regions: Sequence[MemoryRegion]) -> None:
+        """Map ``size`` bytes of the memfd ``fd``. Raises GuestMemoryError."""
+        _check_regions(size, regions)
+        try:
+            if os.fstat(fd).st_size < size:
+                raise GuestMemoryError(f"the guest memory file is smaller than the {size} bytes of RAM")
+            mapping = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            mapping.madvise(mmap.MADV_DONTDUMP)
+        except OSError as error:
+            raise GuestMemoryError(f"Cannot create mmap region: {error.strerror}", error.errno or 0) from error
+        self._map = mapping
+        self._view = memoryview(mapping)
+        self._regions = tuple(regions)
+        self.size = size
+
+    @property
+    def regions(self) -> tuple[MemoryRegion, ...]:
+        """The RAM regions, in ascending order."""
+        return self._regions
+
+    def _offset(self, address: int, length: int) -> int:
+        if length >= 0:
+            for start, size, offset in self._regions:
+                if start <= address and address + length <= start + size:
+                    return offset + address - start
+        raise GuestMemoryError(f"{length} bytes at guest address {address:#x} are not RAM of this guest")
+
+    def contains(self, address: int, length: int) -> bool:
+        """Tell whether ``length`` bytes at ``address`` are RAM within one region."""
+        return length >= 0 and any(
+            start <= address and address + length <= start + size for start, size, _ in self._regions
+        )
+
+    def read(self, address: int, length: int) -> bytes:
+        """Copy ``length`` bytes out of guest memory. Raises GuestMemoryError."""
+        offset = self._offset(address, length)
+        return self._map[offset : offset + length]
+
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Copy ``data`` (bytes, or a contiguous view of bytes) into guest memory. Raises GuestMemoryError."""
+        length = len(data)
+        offset = self._offset(address, length)
+        self._view[offset : offset + length] = data
+
+    def write_sparse(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Copy ``data`` into fresh guest memory, leaving out blocks of zeros: they take no page of the host.
+
+        Raises GuestMemoryError.
+        """
+        length = len(data)
+        offset = self._offset(address, length)
+        start = position = 0
+        with memoryview(data) as source:
+            while position < length:
+                end = min(position + _SPARSE_BLOCK, length)
+                # A look at one byte spares the comparison for nearly every block that has content.
+                if source[position] == 0 and source[position:end].tobytes() == _ZEROS[: end - position]:
+                    self._view[offset + start : offset + position] = source[start:position]
+                    start = end
+                position = end
+            self._view[offset + start : offset + length] = source[start:length]
+
+    def view(self, address: int, length: int) -> memoryview:
+        """Return a writable view of ``length`` bytes, valid until it is released. Raises GuestMemoryError.
+
+        The guest changes these bytes at any time: copy what must not change between two looks.
+        """
+        offset = self._offset(address, length)
+        return self._view[offset : offset + length]
+
+    def read_from_file(self, fd: int, file_offset: int, address: int, length: int) -> int:
+        """Fill guest memory straight from a file and return the number of bytes read, less than ``length`` at its end.
+
+        Raises GuestMemoryError for a bad address, OSError where the file cannot be read.
+        """
+        offset = self._offset(address, length)
+        done = 0
+        while done < length:
+            count = os.preadv(fd, [self._view[offset + done : offset + length]], file_offset + done)
+            if count == 0:
+                break
+            done += count
+        return done
+
+    def discard(self, address: int, length: int) -> None:
+        """Give pages back to the host (a hole in the memfd); they read as zeros afterwards. Raises GuestMemoryError."""
+        offset = self._offset(address, length)
+        if offset % _PAGE_SIZE or length % _PAGE_SIZE:
+            raise GuestMemoryError(f"{length} bytes at guest address {address:#x} are not whole pages")
+        if length:
+            try:
+                self._map.madvise(mmap.MADV_REMOVE, offset, length)
+            except OSError as error:
+                raise GuestMemoryError(f"Cannot discard guest memory: {error.strerror}", error.errno or 0) from error
+
+    def clear(self) -> None:
+        """Discard all of it: what a failed start leaves must not reach the next one. Raises GuestMemoryError."""
+        for region in self._regions:
+            self.discard(region.guest_address, region.size)
+
+    def close(self) -> None:
+        """Unmap. Views that are still held keep the mapping alive until they go. May be called twice."""
+        self._view.release()
+        try:
+            self._map.close()
+        except BufferError:
+            # A device still holds a view; the mapping ends with it.
+            pass
+
+
+def _check_regions(size: int, regions: Sequence[MemoryRegion]) -> None:
+    """Regions ascend without overlap, are whole pages and lie within ``size`` bytes of the file."""
+    end = 0
+    total = 0
+    for region in regions:
+        misplaced = region.guest_address < end or region.offset < total or region.size <= 0
+        unaligned = (region.guest_address | region.offset | region.size) % _PAGE_SIZE
+        if misplaced or unaligned or region.offset + region.size > size:
+            raise GuestMemoryError(f"the RAM region {tuple(region)} does not fit into {size} bytes of guest memory")
+        end = region.guest_address + region.size
+        total = region.offset + region.size
+    if not regions:
+        raise GuestMemoryError("guest memory without a RAM region")
