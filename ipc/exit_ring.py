@@ -10,8 +10,10 @@ breach raises RingError, after which the ring must not be used any more. The pro
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
+import select
 import struct
 
 from ipc.errors import RingError
@@ -84,8 +86,12 @@ KIND_PIO_STRING_WRITE = 6  # count × size bytes in the string area, written by 
 
 FLAG_SYNCHRONOUS = 1
 
-_SIZES = frozenset((1, 2, 4, 8))
 _LAST_KIND = KIND_PIO_STRING_WRITE
+_PORT_KINDS = frozenset((KIND_PIO_READ, KIND_PIO_WRITE, KIND_PIO_STRING_READ, KIND_PIO_STRING_WRITE))
+_POSTABLE_KINDS = frozenset((KIND_PIO_WRITE, KIND_MMIO_WRITE))
+_LAST_PORT = 0xFFFF
+_PORT_SIZES = frozenset((1, 2, 4))
+_MMIO_SIZES = frozenset((1, 2, 4, 8))
 
 
 def initialise(buffer: mmap.mmap) -> None:
@@ -98,28 +104,48 @@ def initialise(buffer: mmap.mmap) -> None:
     words.release()
 
 
-def _check_header(words: memoryview) -> None:
-    if words[WORD_MAGIC] != MAGIC or words[WORD_VERSION] != LAYOUT_VERSION or words[WORD_ENTRY_COUNT] != ENTRY_COUNT:
+def _check_header(buffer: mmap.mmap) -> None:
+    # With views of its own: one that lives on in the traceback would keep the caller from closing the mapping.
+    if len(buffer) != RING_SIZE:
+        raise RingError(f"an exit ring has {RING_SIZE} bytes, not {len(buffer)}")
+    with memoryview(buffer).cast("Q") as words:
+        found = (words[WORD_MAGIC], words[WORD_VERSION], words[WORD_ENTRY_COUNT])
+    if found != (MAGIC, LAYOUT_VERSION, ENTRY_COUNT):
         raise RingError("not an exit ring of this version")
 
 
 class ExitRingProducer:
-    """The worker's side. ``doorbell`` and ``completion`` are eventfds in blocking mode, owned by the caller."""
+    """The worker's side. ``doorbell`` and ``completion`` are non-blocking eventfds, owned by the caller."""
 
-    __slots__ = ("_completion", "_doorbell", "_entries", "_pack", "_sequence", "_view", "counters", "string", "words")
+    __slots__ = (
+        "_completion",
+        "_doorbell",
+        "_entries",
+        "_pack",
+        "_poll",
+        "_sequence",
+        "_view",
+        "counters",
+        "string",
+        "words",
+    )
 
     def __init__(self, buffer: mmap.mmap, doorbell: int, completion: int) -> None:
+        _check_header(buffer)
         self._view = memoryview(buffer)
         self.words = self._view[:PAGE_SIZE].cast("Q")
-        _check_header(self.words)
         self.counters = self._view[WORD_COUNTERS * 8 : (WORD_COUNTERS + COUNTER_COUNT) * 8].cast("Q")
         self.string = self._view[_STRING_OFFSET : _STRING_OFFSET + STRING_DATA_SIZE]
         self._entries = self._view[_ENTRIES_OFFSET:_STRING_OFFSET]
         self._pack = _ENTRY.pack_into
         self._doorbell = doorbell
         self._completion = completion
-        # A replacement worker goes on where its predecessor stopped.
+        poll = select.poll()
+        poll.register(completion, select.POLLIN)
+        self._poll = poll.poll
+        # A replacement worker goes on where its predecessor stopped, and does not wait yet.
         self._sequence = self.words[WORD_POSTED]
+        self.words[WORD_WAITING] = 0
 
     def _publish(self, kind: int, address: int, size: int, data: int, flags: int, count: int) -> int:  # noqa: PLR0917
         words = self.words
@@ -144,8 +170,19 @@ class ExitRingProducer:
         words[WORD_WAITING] = sequence
         fence()
         while words[WORD_DONE] < sequence:
-            os.read(self._completion, 8)  # not os.eventfd_read: that one ends with EINTR when the vCPU is kicked
+            self._sleep()
         words[WORD_WAITING] = 0
+
+    def _sleep(self) -> None:
+        """Block until the consumer writes the completion eventfd, or for no reason.
+
+        A kick (signal) does not end it: CPython repeats poll() and read() after EINTR, but not os.eventfd_read().
+        """
+        self._poll()
+        try:
+            os.read(self._completion, 8)
+        except BlockingIOError:
+            pass
 
     def post(self, kind: int, address: int, size: int, data: int) -> None:
         """Append a write that nobody waits for; blocks only while the ring is full."""
@@ -159,9 +196,8 @@ class ExitRingProducer:
         """
         sequence = self._publish(kind, address, size, data, FLAG_SYNCHRONOUS, count)
         words = self.words
-        completion = self._completion
         while words[WORD_DONE] < sequence:
-            os.read(completion, 8)
+            self._sleep()
         words[WORD_WAITING] = 0
         return words[WORD_ANSWER]
 
@@ -194,7 +230,11 @@ class Entry:
 
 
 class ExitRingConsumer:
-    """The controller's side: takes entries strictly in order and completes each exactly once."""
+    """The controller's side: takes entries strictly in order and completes each exactly once.
+
+    ``completion`` is made non-blocking if it is not: a hostile worker can fill an eventfd, and a blocking write to
+    it would stop the controller. (Nor may the worker change that: its filter refuses F_SETFL and FIONBIO.)
+    """
 
     __slots__ = (
         "_completion",
@@ -203,6 +243,7 @@ class ExitRingConsumer:
         "_pending",
         "_unpack",
         "_view",
+        "_woken",
         "_words",
         "counters",
         "entry",
@@ -210,15 +251,19 @@ class ExitRingConsumer:
     )
 
     def __init__(self, buffer: mmap.mmap, completion: int) -> None:
+        _check_header(buffer)
         self._view = memoryview(buffer)
         self._words = self._view[:PAGE_SIZE].cast("Q")
-        _check_header(self._words)
         self.counters = self._view[WORD_COUNTERS * 8 : (WORD_COUNTERS + COUNTER_COUNT) * 8].cast("Q")
         self.string = self._view[_STRING_OFFSET : _STRING_OFFSET + STRING_DATA_SIZE]
         self._entries = self._view[_ENTRIES_OFFSET:_STRING_OFFSET]
         self._unpack = _ENTRY.unpack_from
+        status = fcntl.fcntl(completion, fcntl.F_GETFL)
+        if not status & os.O_NONBLOCK:
+            fcntl.fcntl(completion, fcntl.F_SETFL, status | os.O_NONBLOCK)
         self._completion = completion
         self._done = self._words[WORD_DONE]
+        self._woken = 0
         self._pending = False
         self.entry = Entry()
 
@@ -250,29 +295,45 @@ class ExitRingConsumer:
         )
         if entry.sequence != expected:
             raise RingError(f"entry {expected} carries sequence {entry.sequence}")
-        if not 0 < entry.kind <= _LAST_KIND or entry.size not in _SIZES or entry.flags > FLAG_SYNCHRONOUS:
-            raise RingError(f"entry {expected}: kind {entry.kind}, size {entry.size}, flags {entry.flags}")
-        if entry.kind >= KIND_PIO_STRING_READ:
-            if not 0 < entry.count * entry.size <= STRING_DATA_SIZE or not entry.flags:
-                raise RingError(f"entry {expected}: string of {entry.count} × {entry.size} bytes")
-        elif entry.count != 1:
-            raise RingError(f"entry {expected}: count {entry.count}")
+        self._check(entry)
         self._pending = True
         return entry
+
+    @staticmethod
+    def _check(entry: Entry) -> None:
+        kind, size = entry.kind, entry.size
+        if kind in _PORT_KINDS:
+            bounded = size in _PORT_SIZES and entry.address <= _LAST_PORT
+        else:
+            bounded = 0 < kind <= _LAST_KIND and size in _MMIO_SIZES
+        if not bounded or entry.flags > FLAG_SYNCHRONOUS or entry.data >> 8 * size:
+            raise RingError(
+                f"entry {entry.sequence}: kind {kind}, size {size}, flags {entry.flags}, address {entry.address:#x}, "
+                f"data {entry.data:#x}"
+            )
+        if not entry.flags and kind not in _POSTABLE_KINDS:
+            raise RingError(f"entry {entry.sequence}: kind {kind} cannot be posted")
+        if kind >= KIND_PIO_STRING_READ:
+            if not 0 < entry.count * size <= STRING_DATA_SIZE:
+                raise RingError(f"entry {entry.sequence}: string of {entry.count} × {size} bytes")
+        elif entry.count != 1:
+            raise RingError(f"entry {entry.sequence}: count {entry.count}")
 
     def complete(self, answer: int = 0) -> None:
         """Mark the taken entry as executed, with the value for a read, and wake a waiting producer."""
         assert self._pending, "no entry was taken"
-        self._pending = False
         words = self._words
         done = self._done + 1
         if self.entry.flags:
             words[WORD_ANSWER] = answer
         words[WORD_DONE] = done
         self._done = done
+        self._pending = False
         fence()
         waiting = words[WORD_WAITING]
-        if waiting and waiting <= done:
+        # Once for each number: behind a full ring the producer's word stays until it gets to run.
+        if waiting and waiting <= done and waiting != self._woken:
+            self._woken = waiting
             self._wake()
 
     def _wake(self) -> None:
