@@ -1,7 +1,8 @@
 """Builds the tiny guests: NAME.S beside this file → an ELF64 kernel, by binutils, cached by content.
 
-Conventions of the sources: the entry symbol is `start` or `_start`; a PVH entry is announced by a note in section `.note.pvh`
-(name "Xen", type 18: XEN_ELFNOTE_PHYS32_ENTRY); text, data and bss are loaded at 1 MiB, writable and executable.
+Conventions of the sources: the entry symbol is `_start` or `start` (neither: the beginning of .text); a PVH entry is
+announced by a note in section `.note.pvh` (name "Xen", type 18: XEN_ELFNOTE_PHYS32_ENTRY); text, data and bss are
+loaded at 1 MiB, writable and executable.
 Sources may `.include` *.inc files of this folder and take symbols from `defines`.
 
 `python -m tests.guests.build [NAME…]` builds guests (all, if none is named) and prints their paths.
@@ -23,7 +24,6 @@ FOLDER = Path(__file__).resolve().parent
 LOAD_ADDRESS = 0x100000
 _LINKER_SCRIPT = """
 ENTRY(_start)
-PROVIDE(_start = start);
 PHDRS {{ load PT_LOAD FLAGS(7); note PT_NOTE FLAGS(4); }}
 SECTIONS {{
     . = {address:#x};
@@ -32,6 +32,7 @@ SECTIONS {{
     .note : {{ KEEP(*(.note.pvh)) }} :load :note
     .data : {{ *(.data .data.*) }} :load
     .bss : {{ *(.bss .bss.* COMMON) }} :load
+    PROVIDE(_start = DEFINED(start) ? start : ADDR(.text));
     /DISCARD/ : {{ *(.note.gnu.property .comment .eh_frame) }}
 }}
 """

@@ -66,6 +66,8 @@ def test_script_on_a_disk_and_in_an_appended_archive(guest_image, tmp_path):
 @pytest.mark.slow
 def test_commands_from_the_console(guest_image):
     with subprocess.Popen(qemu(guest_image, ""), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as guest:
+        assert guest.stdin is not None
+        assert guest.stdout is not None
         try:
             seen = ""
             while "CELLBLOCK-READY" not in seen:  # what is typed before is lost, as on a real serial line

@@ -68,14 +68,11 @@ def test_a_machine_that_does_not_boot_is_reported(monkeypatch, tmp_path, no_left
         Lab()
 
 
-def start_cli(*command):
+def start_cli(temporary):
     """Start ./dev lab with a command that announces itself; returns the process when the command runs."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lab", "--", "sh", "-c", "echo running; sleep 1000", *command],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-m", "lab", "--", "sh", "-c", "echo running; sleep 1000"]
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     assert process.stdout.readline() == "running\n"
     return process
@@ -84,12 +81,11 @@ def start_cli(*command):
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 128 + 15), (signal.SIGINT, 130), (signal.SIGKILL, -9)], ids=str
 )
-def test_no_machine_outlives_the_tool(number, status, no_leftovers):
-    temporary = Path(tempfile.gettempdir())
+def test_no_machine_outlives_the_tool(number, status, no_leftovers, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with no_leftovers():
-        before = set(temporary.glob("cellblock-lab-*"))
-        process = start_cli()
-        (exchange,) = set(temporary.glob("cellblock-lab-*")) - before
+        process = start_cli(tmp_path)
+        (exchange,) = tmp_path.glob("cellblock-lab-*")
         process.send_signal(number)
         assert process.wait() == status
         process.stdout.close()
@@ -101,8 +97,7 @@ def test_no_machine_outlives_the_tool(number, status, no_leftovers):
 
 
 def test_a_folder_in_use_is_not_taken_for_abandoned(monkeypatch, tmp_path):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     used, abandoned = tmp_path / "cellblock-lab-used", tmp_path / "cellblock-lab-abandoned"
     for folder in (used, abandoned):
         folder.mkdir()
