@@ -52,7 +52,8 @@ class DevicePage:
         return first
 
     def publish(self, slot: int, value: int, flags: int) -> None:
-        """Set value (32 bits) and flags of a slot at once."""
+        """Set value (32 bits) and flags of an allocated slot at once."""
+        assert 0 <= slot < self._next, f"slot {slot} was not allocated"
         self._slots[slot] = flags << 32 | value & 0xFFFF_FFFF
 
     def close(self) -> None:
@@ -63,7 +64,9 @@ class DevicePage:
 
 def slots_of(buffer: mmap.mmap) -> memoryview:
     """Return the slots as a view of 64-bit words (the worker's side). Raises LayoutError."""
-    words = memoryview(buffer).cast("Q")
-    if len(words) * 8 != DEVICE_PAGE_SIZE or words[WORD_MAGIC] != MAGIC or words[WORD_VERSION] != LAYOUT_VERSION:
-        raise LayoutError("not a device page of this version")
-    return words[WORD_SLOTS:]
+    if len(buffer) != DEVICE_PAGE_SIZE:
+        raise LayoutError(f"a device page has {DEVICE_PAGE_SIZE} bytes, not {len(buffer)}")
+    with memoryview(buffer).cast("Q") as words:
+        if words[WORD_MAGIC] != MAGIC or words[WORD_VERSION] != LAYOUT_VERSION:
+            raise LayoutError("not a device page of this version")
+        return words[WORD_SLOTS:]

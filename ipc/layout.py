@@ -17,6 +17,8 @@ from ipc.errors import LayoutError
 PAGE_SIZE = 4096
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+#: Linux 5.1; the fcntl module of Python 3.11 does not have it.
+_F_SEAL_FUTURE_WRITE = 0x0010
 
 _fence_lock = _thread.allocate_lock()
 
@@ -39,6 +41,16 @@ def create_shared(name: str, size: int) -> int:
     A process that maps it can therefore not be killed (SIGBUS) by another one that truncates it.
     Raises LayoutError when the kernel refuses.
     """
+    descriptor = _create(name, size)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+    except OSError as error:
+        os.close(descriptor)
+        raise LayoutError(f"cannot seal shared memory {name!r}: {error.strerror}") from None
+    return descriptor
+
+
+def _create(name: str, size: int) -> int:
     if size <= 0 or size % PAGE_SIZE:
         raise LayoutError(f"size of shared memory {name!r} is not a positive multiple of {PAGE_SIZE}: {size}")
     try:
@@ -47,11 +59,26 @@ def create_shared(name: str, size: int) -> int:
         raise LayoutError(f"cannot create shared memory {name!r}: {error.strerror}") from None
     try:
         os.ftruncate(descriptor, size)
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
     except OSError as error:
         os.close(descriptor)
         raise LayoutError(f"cannot size shared memory {name!r} to {size} bytes: {error.strerror}") from None
     return descriptor
+
+
+def create_published(name: str, size: int) -> tuple[int, mmap.mmap]:
+    """Return a new memfd as :func:`create_shared` makes it, and the only writable mapping that it will ever have.
+
+    Whoever gets the descriptor can read it, and cannot write it, map it for writing, or take the seal away.
+    Raises LayoutError.
+    """
+    descriptor = _create(name, size)
+    try:
+        mapping = mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS | _F_SEAL_FUTURE_WRITE)
+    except OSError as error:
+        os.close(descriptor)
+        raise LayoutError(f"cannot map and seal shared memory {name!r}: {error.strerror}") from None
+    return descriptor, mapping
 
 
 def map_shared(descriptor: int, size: int, *, writable: bool = True) -> mmap.mmap:
