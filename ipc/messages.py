@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ipc.device_page import SLOT_COUNT
 from ipc.plan import MAX_MEMORY_BYTES, MAX_WORKERS
 from ipc.schema import U8, U16, U32, U64, Bytes, Field, Flag, Int, ListOf, RecordOf, Schema, Text
 
@@ -96,7 +97,7 @@ class CpuidEntry(NamedTuple):
 
 
 _REGION = RecordOf(MemoryRegion, guest_address=Int(U64), size=Int(MAX_MEMORY_BYTES, 1), offset=Int(MAX_MEMORY_BYTES))
-_WINDOW = RecordOf(Window, address=Int(U64), length=Int(1 << 40, 1), slot=Int(504))
+_WINDOW = RecordOf(Window, address=Int(U64), length=Int(1 << 40, 1), slot=Int(SLOT_COUNT - 1))
 _ROUTE = RecordOf(Route, gsi=Int(MAX_GSI - 1), address=Int(U64), data=Int(U32), masked=Flag())
 _MSR = RecordOf(MsrValue, register=Int(U32), value=Int(U64))
 _CPUID: Field = RecordOf(
@@ -149,10 +150,10 @@ class Welcome(NamedTuple):
 
 
 class Configure(NamedTuple):
-    """Make the VM. The descriptors (ipc.descriptors.Slot) were all sent on the descriptor channel before.
+    """Make the VM. The descriptors were all sent on the descriptor channel before (the messages of ``DESCRIPTORS``).
 
     ``vcpus`` are the indices that this worker runs; ``boot`` is used for vCPU 0 only. ``interrupts`` are the GSIs
-    whose eventfds were sent. ``msrs`` and ``cpuid`` are additions of a CPU template (later values win).
+    whose eventfds were sent.
     """
 
     vcpu_count: int
@@ -302,9 +303,7 @@ WORKER.register(16, Ping)
 WORKER.register(17, Pong, state=Text(32))
 WORKER.register(18, Finish)
 WORKER.register(19, Finished)
-WORKER.register(
-    20, VcpuExited, vcpu=_VCPU, reason=Text(32), code=Int(U8), detail=ListOf(Int(U64), 16), text=Text(1024)
-)
+WORKER.register(20, VcpuExited, vcpu=_VCPU, reason=Text(32), code=Int(U8), detail=ListOf(Int(U64), 16), text=Text(1024))
 
 # ---------------------------------------------------------------- controller ↔ supervisor
 

@@ -47,8 +47,7 @@ class ExitExecutor:
         self._buffer: mmap.mmap = map_shared(self.descriptor, RING_SIZE)
         initialise(self._buffer)
         self.doorbell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        # The worker's thread blocks in a read of this one.
-        self.completion = os.eventfd(0, os.EFD_CLOEXEC)
+        self.completion = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._ring = ExitRingConsumer(self._buffer, self.completion)
 
     @property
@@ -92,11 +91,17 @@ class ExitExecutor:
                     break
                 ring.complete(answer)
             else:
-                os.eventfd_write(self.doorbell, 1)  # come back after the other subscribers
+                self._ring_own_doorbell()  # come back after the other subscribers
         except RingError as error:
             self._broken = True
             self._failed(str(error))
         self._after_batch()
+
+    def _ring_own_doorbell(self) -> None:
+        try:
+            os.eventfd_write(self.doorbell, 1)
+        except BlockingIOError:
+            pass  # the worker has filled the counter; it is signalled
 
     def _unpark(self) -> None:
         self._parked = False

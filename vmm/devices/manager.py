@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 
 from ipc.device_page import DEVICE_PAGE_SIZE, DevicePage
-from ipc.layout import create_shared, map_shared
+from ipc.layout import create_published
 from vmm.boot.layout import (
     BOOT_TIMER_ADDRESS,
     BOOT_TIMER_SIZE,
@@ -39,8 +39,9 @@ class DeviceManager:
         set_routes: SetRoutes,
         log: Callable[[str], None],
     ) -> None:
-        self.page_descriptor = create_shared("device-page", DEVICE_PAGE_SIZE)
-        self._page_buffer: mmap.mmap = map_shared(self.page_descriptor, DEVICE_PAGE_SIZE)
+        self.page_descriptor: int
+        self._page_buffer: mmap.mmap
+        self.page_descriptor, self._page_buffer = create_published("device-page", DEVICE_PAGE_SIZE)
         self._page = DevicePage(self._page_buffer)
         self._log = log
         self.ports = port_bus(self._page)
