@@ -12,15 +12,18 @@ import os
 import select
 import sys
 import time
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from vmm.cli import DEFAULT_INSTANCE_ID
 from vmm.errors import VmmError
 from vmm.files import FileOpenError, open_output
+
+if TYPE_CHECKING:
+    from vmm.cli import CommandLine
 
 OFF, ERROR, WARN, INFO, DEBUG, TRACE = range(6)
 LEVEL_NAMES = ("OFF", "ERROR", "WARN", "INFO", "DEBUG", "TRACE")
 DEFAULT_LEVEL = INFO
-DEFAULT_INSTANCE_ID = "anonymous-instance"
 #: Thread names as they appear in lines; the API has no thread of its own here, its lines say so all the same.
 MAIN_THREAD = "main"
 API_THREAD = "fc_api"
@@ -60,6 +63,12 @@ class LoggerConfig(NamedTuple):
     show_level: bool | None = None
     show_log_origin: bool | None = None
     module: str | None = None
+
+    @staticmethod
+    def of(line: CommandLine) -> LoggerConfig:
+        """Return what the logger flags of a command line say."""
+        level = None if line.level is None else level_by_name(line.level)
+        return LoggerConfig(line.log_path, level, line.show_level or None, line.show_log_origin or None, line.module)
 
 
 def level_by_name(name: str) -> int | None:
@@ -140,6 +149,13 @@ class Logger:
         """Log at level Trace."""
         if self.level >= TRACE:
             self.write(TRACE, message, thread, 2)
+
+    def log(self, level_name: str, message: str) -> None:
+        """Log at a level that is given by name (``Warn``)."""
+        level = level_by_name(level_name)
+        assert level is not None, level_name
+        if self.level >= level:
+            self.write(level, message, MAIN_THREAD, 2)
 
     def write(self, level: int, message: str, thread: str = MAIN_THREAD, depth: int = 1) -> None:
         """Write a line whatever the level is; ``depth`` counts the frames up to the place that logs."""

@@ -1,0 +1,129 @@
+"""``--config-file``: the whole configuration in one JSON document.
+
+Keys are those of GET /vm/config. ``boot-source`` and ``drives`` are required; keys that are not known are ignored, as
+Firecracker does. What this version cannot do yet is refused by name.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from vmm.api.json_decoder import JsonError
+from vmm.api.routes import BOOT_SOURCE, LOGGER, MACHINE_CONFIG
+from vmm.api.schema import ANYTHING, Field, List, Object, Option, decode
+from vmm.errors import VmmError
+from vmm.files import FileOpenError, read_text
+from vmm.logger import LoggerConfig, LoggerConfigError
+from vmm.resources import BootSourceConfig, BootSourceError, MachineConfigError, MachineConfigUpdate
+
+if TYPE_CHECKING:
+    from vmm.api.text import JsonValue
+    from vmm.logger import Logger
+    from vmm.resources import VmResources
+
+#: A configuration file may not be larger than this.
+MAX_SIZE = 1 << 20
+
+
+class ConfigFileError(VmmError):
+    """The configuration file cannot be read or does not describe a microVM."""
+
+    code = "vmm.config_file"
+
+
+class VmmConfig(NamedTuple):
+    """The document, in the order in which Firecracker declares it. Sections of features to come are raw JSON."""
+
+    balloon: JsonValue
+    drives: list[JsonValue]
+    boot_source: BootSourceConfig
+    cpu_config: JsonValue
+    logger: LoggerConfig | None
+    machine_config: MachineConfigUpdate | None
+    metrics: JsonValue
+    mmds_config: JsonValue
+    network_interfaces: list[JsonValue]
+    vsock: JsonValue
+    entropy: JsonValue
+    pmem: list[JsonValue]
+    memory_hotplug: JsonValue
+
+
+_VMM_CONFIG = Object(
+    "VmmConfig",
+    VmmConfig,
+    Field("balloon", Option(ANYTHING)),
+    Field("drives", List(ANYTHING)),
+    Field("boot-source", BOOT_SOURCE),
+    Field("cpu-config", Option(ANYTHING)),
+    Field("logger", Option(LOGGER)),
+    Field("machine-config", Option(MACHINE_CONFIG)),
+    Field("metrics", Option(ANYTHING)),
+    Field("mmds-config", Option(ANYTHING)),
+    Field("network-interfaces", List(ANYTHING), []),
+    Field("vsock", Option(ANYTHING)),
+    Field("entropy", Option(ANYTHING)),
+    Field("pmem", List(ANYTHING), []),
+    Field("memory-hotplug", Option(ANYTHING)),
+    ignore_unknown=True,
+)
+
+
+def read(path: str) -> bytes:
+    """Return the text of the configuration file. Raises ConfigFileError."""
+    try:
+        return read_text(path, MAX_SIZE)
+    except FileOpenError as error:
+        raise ConfigFileError(f"Unable to open or read from the configuration file: {error}") from error
+
+
+def parse(text: bytes) -> VmmConfig:
+    """Return the document. Raises ConfigFileError."""
+    try:
+        return decode(_VMM_CONFIG, text)
+    except JsonError as error:
+        raise _failed(f"Invalid JSON: {error}") from error
+
+
+def apply(config: VmmConfig, resources: VmResources, logger: Logger) -> None:
+    """Configure a microVM as the document says. Raises ConfigFileError at the first section that is refused."""
+    refused = [key for key, value in _sections_to_come(config).items() if value]
+    if refused:
+        raise _failed(f"The section {refused[0]} is not yet supported.")
+    try:
+        if config.logger is not None:
+            logger.configure(config.logger)
+        if config.machine_config is not None:
+            resources.update_machine_config(config.machine_config)
+        resources.set_boot_source(config.boot_source)
+    except LoggerConfigError as error:
+        raise _failed(f"Logger error: {error}") from error
+    except MachineConfigError as error:
+        raise _failed(f"Machine config error: {error}") from error
+    except BootSourceError as error:
+        raise _failed(f"Boot source error: {error}") from error
+
+
+def load(path: str, resources: VmResources, logger: Logger) -> None:
+    """Read, parse and apply a configuration file. Raises ConfigFileError."""
+    apply(parse(read(path)), resources, logger)
+
+
+def _sections_to_come(config: VmmConfig) -> dict[str, JsonValue]:
+    """Return the sections of features that do not exist yet; one that is null or an empty list asks for nothing."""
+    return {
+        "balloon": config.balloon is not None,
+        "drives": config.drives,
+        "cpu-config": config.cpu_config is not None,
+        "metrics": config.metrics is not None,
+        "mmds-config": config.mmds_config is not None,
+        "network-interfaces": config.network_interfaces,
+        "vsock": config.vsock is not None,
+        "entropy": config.entropy is not None,
+        "pmem": config.pmem,
+        "memory-hotplug": config.memory_hotplug is not None,
+    }
+
+
+def _failed(text: str) -> ConfigFileError:
+    return ConfigFileError(f"Configuration for VMM from one single json failed: {text}")

@@ -1,0 +1,301 @@
+"""Configuration of a microVM before it is built: validated on every change, complete when the builder gets it.
+
+A change that is refused changes nothing. Error texts are Firecracker's where clients compare them.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+from vmm.cli import CONSOLES, KERNEL_ENTRIES
+from vmm.errors import VmmError
+from vmm.files import FileOpenError, open_input, open_output
+
+if TYPE_CHECKING:
+    from vmm.api.text import JsonValue
+    from vmm.cli import CommandLine
+
+MAX_SUPPORTED_VCPUS = 32
+#: As many vCPUs as a microVM can be started with now.
+MAX_STARTABLE_VCPUS = 1
+DEFAULT_MEM_SIZE_MIB = 128
+#: The guest's command line with its terminating zero byte, before and after additions.
+COMMAND_LINE_MAX_SIZE = 2048
+DEFAULT_COMMAND_LINE = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce"
+
+HUGE_PAGES_NONE = "None"
+HUGE_PAGES_TRANSPARENT = "Transparent"
+HUGE_PAGES_2M = "2M"
+HUGE_PAGES = (HUGE_PAGES_NONE, HUGE_PAGES_TRANSPARENT, HUGE_PAGES_2M)
+NO_CPU_TEMPLATE = "None"
+#: Static CPU templates that exist on x86-64.
+CPU_TEMPLATES = ("C3", "T2", "T2S", NO_CPU_TEMPLATE, "T2CL", "T2A")
+
+
+class MachineConfigError(VmmError):
+    """PUT or PATCH /machine-config is refused."""
+
+    code = "vmm.machine_config"
+
+
+class BootSourceError(VmmError):
+    """PUT /boot-source is refused."""
+
+    code = "vmm.boot_source"
+
+
+class SerialError(VmmError):
+    """The file for the serial console cannot be opened."""
+
+    code = "vmm.serial"
+
+
+class StartError(VmmError):
+    """The configuration cannot be started, whatever the host has."""
+
+    code = "vmm.start"
+
+
+class MachineConfigUpdate(NamedTuple):
+    """Changes of the machine configuration; None leaves a value as it is. ``mem_size_mib`` is in MiB."""
+
+    vcpu_count: int | None = None
+    mem_size_mib: int | None = None
+    smt: bool | None = None
+    cpu_template: str | None = None
+    track_dirty_pages: bool | None = None
+    huge_pages: str | None = None
+
+
+class MachineConfig(NamedTuple):
+    """vCPUs and memory of the microVM. ``cpu_template`` is None or the name of a static template."""
+
+    vcpu_count: int = 1
+    mem_size_mib: int = DEFAULT_MEM_SIZE_MIB
+    smt: bool = False
+    cpu_template: str | None = None
+    track_dirty_pages: bool = False
+    huge_pages: str = HUGE_PAGES_NONE
+
+    @property
+    def mem_size_bytes(self) -> int:
+        """Size of guest memory in bytes."""
+        return self.mem_size_mib << 20
+
+    def updated(self, update: MachineConfigUpdate) -> MachineConfig:
+        """Return the configuration after a change. Raises MachineConfigError."""
+        vcpu_count = self.vcpu_count if update.vcpu_count is None else update.vcpu_count
+        smt = self.smt if update.smt is None else update.smt
+        if not 0 < vcpu_count <= MAX_SUPPORTED_VCPUS or (smt and vcpu_count > 1 and vcpu_count % 2):
+            raise MachineConfigError(
+                f"The number of vCPUs must be greater than 0, less than {MAX_SUPPORTED_VCPUS} and must be 1 or an even "
+                "number if SMT is enabled."
+            )
+        mem_size_mib = self.mem_size_mib if update.mem_size_mib is None else update.mem_size_mib
+        huge_pages = self.huge_pages if update.huge_pages is None else update.huge_pages
+        if not mem_size_mib or (huge_pages != HUGE_PAGES_NONE and mem_size_mib % 2):
+            raise MachineConfigError(
+                "The memory size (MiB) is either 0, or not a multiple of the configured page size."
+            )
+        template = self.cpu_template if update.cpu_template is None else update.cpu_template
+        return MachineConfig(
+            vcpu_count,
+            mem_size_mib,
+            smt,
+            None if template == NO_CPU_TEMPLATE else template,
+            self.track_dirty_pages if update.track_dirty_pages is None else update.track_dirty_pages,
+            huge_pages,
+        )
+
+    def to_json(self) -> dict[str, JsonValue]:
+        """Return what GET /machine-config shows: the CPU template only if one was set."""
+        template: dict[str, JsonValue] = {} if self.cpu_template is None else {"cpu_template": self.cpu_template}
+        return {
+            "vcpu_count": self.vcpu_count,
+            "mem_size_mib": self.mem_size_mib,
+            "smt": self.smt,
+            **template,
+            "track_dirty_pages": self.track_dirty_pages,
+            "huge_pages": self.huge_pages,
+        }
+
+
+class BootSourceConfig(NamedTuple):
+    """Body of PUT /boot-source. Without ``boot_args`` the default command line is used."""
+
+    kernel_image_path: str
+    initrd_path: str | None = None
+    boot_args: str | None = None
+
+    def to_json(self) -> dict[str, JsonValue]:
+        """Return the ``boot-source`` section of GET /vm/config."""
+        return {
+            "kernel_image_path": self.kernel_image_path,
+            "initrd_path": self.initrd_path,
+            "boot_args": self.boot_args,
+        }
+
+
+class BootSource:
+    """A boot source whose files are open: what was there at the time of the request is what will be booted.
+
+    ``kernel_fd`` and ``initrd_fd`` (-1: no initrd) are positioned at 0 and read with pread by the builder, so that a
+    start that failed can be repeated. ``command_line`` is the client's, or the default, without additions.
+    """
+
+    __slots__ = ("config", "kernel_fd", "initrd_fd", "command_line")
+
+    def __init__(self, config: BootSourceConfig) -> None:
+        """Check the command line and open the files. Raises BootSourceError."""
+        self.config = config
+        self.kernel_fd = -1
+        self.initrd_fd = -1
+        try:
+            self.kernel_fd = open_input(config.kernel_image_path)
+        except FileOpenError as error:
+            raise BootSourceError(f"The kernel file cannot be opened: {error}") from error
+        try:
+            if config.initrd_path is not None:
+                self.initrd_fd = open_input(config.initrd_path)
+            self.command_line = checked_command_line(config.boot_args)
+        except FileOpenError as error:
+            self.close_files()
+            raise BootSourceError(
+                f"The initrd file cannot be opened due to invalid path or invalid permissions. {error}"
+            ) from error
+        except BootSourceError:
+            self.close_files()
+            raise
+
+    def close_files(self) -> None:
+        """Close the descriptors. Idempotent."""
+        for fd in (self.kernel_fd, self.initrd_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.kernel_fd = self.initrd_fd = -1
+
+
+def checked_command_line(boot_args: str | None) -> str:
+    """Return the command line for ``boot_args``. Raises BootSourceError unless it is printable ASCII and fits."""
+    line = DEFAULT_COMMAND_LINE if boot_args is None else boot_args
+    if not (line.isascii() and line.isprintable()):
+        raise BootSourceError("The kernel command line is invalid: String contains a non-printable ASCII character.")
+    if len(line) >= COMMAND_LINE_MAX_SIZE:
+        raise BootSourceError("The kernel command line is invalid: Inserting string would make command line too long.")
+    return line
+
+
+class TokenBucketConfig(NamedTuple):
+    """``size`` tokens that refill in ``refill_time`` ms, and a burst that is used first and never refilled."""
+
+    size: int
+    one_time_burst: int | None
+    refill_time: int
+
+
+class SerialConfig(NamedTuple):
+    """Body of PUT /serial: where the guest's console goes, and how fast it may write (tokens are bytes)."""
+
+    serial_out_path: str | None = None
+    rate_limiter: TokenBucketConfig | None = None
+
+
+class StartOptions(NamedTuple):
+    """What the command line adds to the configuration; the API does not change it.
+
+    ``kernel_entry`` and ``console`` are choices of ``vmm.cli``; ``kernel_cache_fd`` is a directory descriptor, or -1.
+    """
+
+    boot_timer: bool = False
+    unpack_kernel: bool = True
+    kernel_cache_fd: int = -1
+    kernel_entry: str = KERNEL_ENTRIES[0]
+    console: str = CONSOLES[0]
+    exerciser: bool = False
+
+    @staticmethod
+    def of(line: CommandLine, kernel_cache_fd: int) -> StartOptions:
+        """Return what a command line asks for."""
+        return StartOptions(
+            line.boot_timer, line.unpack_kernel, kernel_cache_fd, line.kernel_entry, line.console, line.exerciser
+        )
+
+
+class VmResources:
+    """Everything that is configured before the start. One per process; survives starts that fail."""
+
+    __slots__ = ("machine_config", "boot_source", "serial", "options")
+
+    def __init__(self, options: StartOptions | None = None) -> None:
+        self.machine_config = MachineConfig()
+        self.boot_source: BootSource | None = None
+        self.serial = SerialConfig()
+        self.options = options or StartOptions()
+
+    def update_machine_config(self, update: MachineConfigUpdate) -> None:
+        """Change the machine configuration. Raises MachineConfigError."""
+        self.machine_config = self.machine_config.updated(update)
+
+    def set_boot_source(self, config: BootSourceConfig) -> None:
+        """Replace the boot source. Raises BootSourceError, and then the one before stays."""
+        boot_source = BootSource(config)
+        if self.boot_source is not None:
+            self.boot_source.close_files()
+        self.boot_source = boot_source
+
+    def set_serial(self, config: SerialConfig) -> None:
+        """Replace the configuration of the serial console; its file is opened at the start."""
+        self.serial = config
+
+    def open_serial_output(self) -> int:
+        """Open ``serial_out_path`` and return a non-blocking descriptor, or -1 if none is set. Raises SerialError."""
+        if self.serial.serial_out_path is None:
+            return -1
+        try:
+            return open_output(self.serial.serial_out_path)
+        except FileOpenError as error:
+            raise SerialError(f"Failed to open the serial output file: {error}") from error
+
+    def require_boot_source(self) -> BootSource:
+        """Return the boot source with its files open. Raises StartError if none is configured."""
+        if self.boot_source is None:
+            raise StartError("Cannot start microvm without kernel configuration.")
+        return self.boot_source
+
+    def check_startable(self) -> None:
+        """Raise StartError if the configuration lacks something, or has something that cannot be started yet."""
+        self.require_boot_source()
+        machine = self.machine_config
+        if machine.vcpu_count > MAX_STARTABLE_VCPUS:
+            raise StartError(
+                f"vcpu_count {machine.vcpu_count} is not yet supported: a microVM has {MAX_STARTABLE_VCPUS} vCPU."
+            )
+        if machine.cpu_template is not None:
+            raise StartError(f"CPU templates are not yet supported: cpu_template is {machine.cpu_template}.")
+        if machine.huge_pages != HUGE_PAGES_NONE:
+            raise StartError(f"Huge pages are not yet supported: huge_pages is {machine.huge_pages}.")
+
+    def to_json(self) -> dict[str, JsonValue]:
+        """Return what GET /vm/config shows: every section, whatever is configured."""
+        boot_source = BootSourceConfig("") if self.boot_source is None else self.boot_source.config
+        return {
+            "balloon": None,
+            "drives": [],
+            "boot-source": boot_source.to_json(),
+            "cpu-config": None,
+            "logger": None,
+            "machine-config": self.machine_config.to_json(),
+            "metrics": None,
+            "mmds-config": None,
+            "network-interfaces": [],
+            "vsock": None,
+            "entropy": None,
+            "pmem": [],
+            "memory-hotplug": None,
+        }
+
+    def close(self) -> None:
+        """Close the files that are held open for the start."""
+        if self.boot_source is not None:
+            self.boot_source.close_files()
