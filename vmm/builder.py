@@ -13,16 +13,17 @@ from ipc import faults
 from ipc.errors import IpcError
 from ipc.messages import BootRegisters, Configure, Route
 from ipc.plan import LaunchPlan
+from vmm.boot.cmdline import Cmdline, complete
 from vmm.boot.layout import ram_regions
-from vmm.cli import CommandLine
+from vmm.boot.loader import KIND_BZIMAGE, load_kernel
 from vmm.console import ConsoleInput, ConsoleOutput, monotonic_bucket
 from vmm.devices.manager import DeviceManager
 from vmm.errors import VmmError, WorkerError
 from vmm.event_manager import EventManager
 from vmm.exits import ExitExecutor
-from vmm.logger import LOG
+from vmm.logger import DEBUG, LOG
 from vmm.memory import GuestMemory
-from vmm.resources import VmResources
+from vmm.resources import CONSOLE_STDIO, StartOptions, VmResources
 from vmm.supervisor import SupervisorClient
 from vmm.vmm import Vmm, end_workers
 from vmm.workers import Worker, WorkerDescriptors
@@ -40,12 +41,10 @@ class MicrovmBuilder:
     def __init__(
         self,
         plan: LaunchPlan,
-        command_line: CommandLine,
         events: EventManager,
         supervisor: SupervisorClient,
     ) -> None:
         self._plan = plan
-        self._command_line = command_line
         self._events = events
         self._supervisor = supervisor
         self._context: zmq.Context[Any] = zmq.Context(io_threads=1)
@@ -88,9 +87,9 @@ class MicrovmBuilder:
             raise
         vmm = assembly.vmm
         try:
-            assembly.attach_devices(self._command_line, self._plan)
-            assembly.attach_console(resources, self._command_line, self._plan)
-            boot = load_kernel_of(resources, memory, self._command_line, self._plan, self._log)
+            assembly.attach_devices(resources.options, self._plan)
+            assembly.attach_console(resources, self._plan)
+            boot = load_boot_source(resources, memory, self._plan)
             faults.visit("vmm.kernel_loaded")
             self._start_workers(assembly, resources, boot)
             faults.visit("vmm.configured")
@@ -129,6 +128,33 @@ class MicrovmBuilder:
         self._context.destroy(linger=0)
 
 
+def load_boot_source(resources: VmResources, memory: GuestMemory, plan: LaunchPlan) -> BootRegisters:
+    """Load kernel and initrd into guest memory and log how. Raises a BootError."""
+    options = resources.options
+    source = resources.require_boot_source()
+    cache = options.kernel_cache_fd if options.kernel_cache_fd >= 0 else plan.kernel_cache_fd
+    cmdline = Cmdline(source.command_line)
+    complete(cmdline, pci=False)
+    image = load_kernel(
+        memory,
+        source.kernel_fd,
+        cmdline,
+        source.initrd_fd if source.initrd_fd >= 0 else None,
+        vcpu_count=resources.machine_config.vcpu_count,
+        cache_fd=cache,
+        unpack=options.unpack_kernel,
+        entry=options.kernel_entry,
+    )
+    mark = " (bzImage)" if image.kind == KIND_BZIMAGE else ""
+    LOG.info(f"Kernel loaded using {image.protocol} boot protocol{mark}")
+    if image.note:
+        LOG.warn(image.note)
+    if LOG.level >= DEBUG:
+        steps = ", ".join(f"{step} {nanoseconds // 1000} us" for step, nanoseconds in image.timings)
+        LOG.debug(f"Kernel loading took: {steps}")
+    return image.registers
+
+
 class _Assembly:
     """The parts of one microVM while it is being put together."""
 
@@ -143,9 +169,7 @@ class _Assembly:
         self._memory_descriptor = memory_descriptor
         self._workers: list[Worker] = []
         self._output: ConsoleOutput | None = None
-        devices = DeviceManager(
-            transmit=self._transmit, reset=self._reset, set_routes=self._set_routes, log=LOG.warn
-        )
+        devices = DeviceManager(transmit=self._transmit, reset=self._reset, set_routes=self._set_routes, log=LOG.warn)
         self.devices = devices
         self.vmm = Vmm(microvm_id, events, memory, devices)
 
@@ -160,28 +184,28 @@ class _Assembly:
         """Device interrupts are bound in the VM of the worker that owns the destination vCPU: with one, that one."""
         self._workers[0].set_routes(routes, done)
 
-    def attach_devices(self, command_line: CommandLine, plan: LaunchPlan) -> None:
+    def attach_devices(self, options: StartOptions, plan: LaunchPlan) -> None:
         """Attach what the command line asks for beside the standard devices."""
-        if command_line.boot_timer:
+        if options.boot_timer:
             start = plan.start_time_us or time.monotonic_ns() // 1000
             self.devices.attach_boot_timer(start, plan.start_time_cpu_us)
-        if command_line.exerciser:
+        if options.exerciser:
             self.devices.attach_exerciser(self.vmm.stop)
 
-    def attach_console(self, resources: VmResources, command_line: CommandLine, plan: LaunchPlan) -> None:
+    def attach_console(self, resources: VmResources, plan: LaunchPlan) -> None:
         """Connect COM1 with a file, standard input and output, a pseudo-terminal, or nothing."""
-        serial = resources.serial
-        limiter = serial.rate_limiter
+        console = resources.options.console
+        limiter = resources.serial.rate_limiter
         bucket = monotonic_bucket(limiter.size, limiter.refill_time, limiter.one_time_burst) if limiter else None
         console_input: ConsoleInput | None = None
-        if serial.serial_out_path is not None:
-            descriptor = open_serial_output(serial.serial_out_path)
+        descriptor = resources.open_serial_output()
+        if descriptor >= 0:
             self._output = ConsoleOutput(descriptor, owned=True, bucket=bucket)
-            source = 0 if command_line.console == "stdio" else -1
-        elif command_line.console == "pty":
+            source = 0 if console == CONSOLE_STDIO else -1
+        elif console == "pty":
             self._output = ConsoleOutput(os.dup(plan.console_fd), owned=True, bucket=bucket)
             source = plan.console_fd
-        elif command_line.console == "stdio":
+        elif console == CONSOLE_STDIO:
             self._output = ConsoleOutput(1, owned=False, bucket=bucket)
             source = 0
         else:
@@ -229,11 +253,3 @@ class _Assembly:
             rings=((vcpu, executor.descriptor, executor.doorbell, executor.completion),),
             interrupts=tuple((line.gsi, line.eventfd) for line in self.devices.interrupts),
         )
-
-
-def open_serial_output(path: str) -> int:
-    """Open the file of PUT /serial: non-blocking, created if missing. Raises VmmError."""
-    try:
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_APPEND, 0o600)
-    except OSError as error:
-        raise VmmError(f"Cannot open the serial output {path}: {error.strerror} (os error {error.errno})") from None

@@ -1,0 +1,191 @@
+"""The controller process: put the parts together, serve until the microVM ends, clean up, return the exit code."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+
+from ipc import exit_codes, faults
+from ipc.errors import IpcError
+from ipc.messages import Shutdown
+from ipc.plan import LaunchPlan
+from vmm import config_file
+from vmm.actions import StartMicrovm
+from vmm.api.handler import ApiHandler
+from vmm.api.server import ApiServer, bind
+from vmm.boot import loader
+from vmm.builder import MicrovmBuilder
+from vmm.cli import CommandLine, CommandLineError, parse
+from vmm.controller import Controller
+from vmm.errors import VmmError
+from vmm.event_manager import EventManager
+from vmm.logger import LOG, LoggerConfig, level_by_name
+from vmm.resources import StartOptions, VmResources
+from vmm.supervisor import SupervisorClient
+from vmm.version import FIRECRACKER_VERSION
+from vmm.vmm import Vmm
+
+
+def warm() -> None:
+    """Import all that a controller may need later; the template calls it, late imports fail inside the jail."""
+    loader.warm()
+
+
+def run(plan: LaunchPlan, supervisor: socket.socket, seal: Callable[[], None]) -> int:
+    """Be the controller until the microVM ends; return its exit code. No exception leaves this function.
+
+    ``supervisor`` is our end of the supervisor channel and is taken over. ``seal`` is called once, when our threads
+    exist and the API socket is bound, before a client or a guest is served.
+    """
+    try:
+        return Program(plan, parse(plan.arguments), supervisor).run(seal)
+    except CommandLineError as error:
+        return _complain(str(error), error.exit_code)
+    except (VmmError, IpcError) as error:
+        return _complain(str(error), exit_codes.GENERIC_ERROR)
+    except Exception as error:  # a cell prints no traceback
+        return _complain(f"internal error: {type(error).__name__}: {error}", exit_codes.UNEXPECTED_ERROR)
+
+
+def _complain(text: str, code: int) -> int:
+    os.write(2, f"{text}\n".encode(errors="backslashreplace"))
+    return code
+
+
+class Program:
+    """One run of the controller."""
+
+    def __init__(self, plan: LaunchPlan, command_line: CommandLine, supervisor: socket.socket) -> None:
+        self._plan = plan
+        self._command_line = command_line
+        self._exit_code: int | None = None
+        self._events = EventManager()
+        self._supervisor = SupervisorClient(supervisor, plan.epoch, self._events)
+        self._supervisor.on_shutdown = self._shutdown
+        self._supervisor.on_closed = self._supervisor_closed
+        LOG.instance_id = command_line.id
+        LOG.configure(_logger_config(command_line))
+        self._resources = VmResources(_start_options(command_line))
+        self._builder = MicrovmBuilder(plan, self._events, self._supervisor)
+        self._vmm: Vmm | None = None
+        self._controller = Controller(self._resources, command_line.id, self._build, LOG)
+        self._server: ApiServer | None = None
+
+    def run(self, seal: Callable[[], None]) -> int:
+        """Serve until the end; return the exit code."""
+        LOG.info(f"Running Firecracker v{FIRECRACKER_VERSION}")
+        listener = None if self._command_line.no_api else bind(self._command_line.api_sock)
+        try:
+            self._events.add_subscriber(self._supervisor)
+            self._builder.prepare()
+            seal()
+            _run_drills(self._plan)
+            faults.visit("vmm.start")
+            if listener is not None:
+                LOG.info(f"Listening on API socket ({self._command_line.api_sock}).")
+                handler = ApiHandler(self._controller, LOG)
+                self._server = ApiServer(listener, handler, LOG, self._command_line.http_api_max_payload_size)
+                self._events.add_subscriber(self._server)
+            self._start_from_config_file()
+            while (code := self._end()) is None:
+                self._events.run()
+        finally:
+            self._clean_up(listener)
+        return _log_end(code)
+
+    def _build(self, resources: VmResources) -> Vmm:
+        self._vmm = self._builder.build(resources)
+        return self._vmm
+
+    def _start_from_config_file(self) -> None:
+        path = self._command_line.config_file
+        if path is None:
+            return
+        try:
+            config_file.load(path, self._resources, LOG)
+            self._controller.execute(StartMicrovm())
+        except config_file.ConfigFileError as error:
+            LOG.error(f"Failed to build MicroVM from Json: {error}")
+            self._exit_code = exit_codes.BAD_CONFIGURATION
+        except VmmError as error:
+            LOG.error(f"Could not Start MicroVM from one single json: {error}")
+            self._exit_code = exit_codes.BAD_CONFIGURATION
+        else:
+            LOG.info("Successfully started microvm that was configured from one single json")
+
+    def _end(self) -> int | None:
+        """Return the exit code once the program must end: what the supervisor wants, or how the microVM ended."""
+        if self._exit_code is not None:
+            return self._exit_code
+        return None if self._vmm is None else self._vmm.shutdown_exit_code()
+
+    def _shutdown(self, notice: Shutdown) -> None:
+        """The supervisor was told to end (a signal): obey."""
+        LOG.error(notice.text)
+        self._exit_code = notice.code
+
+    def _supervisor_closed(self) -> None:
+        """Without a supervisor nobody can end or reap our workers: end."""
+        if self._exit_code is None:
+            LOG.error("The supervisor is gone.")
+            self._exit_code = exit_codes.GENERIC_ERROR
+
+    def _clean_up(self, listener: socket.socket | None) -> None:
+        if self._server is not None:
+            self._server.close()
+        elif listener is not None:
+            listener.close()
+        if self._vmm is not None:
+            self._vmm.close()
+        self._builder.close()
+        self._resources.close()
+        self._supervisor.close()
+        self._events.close()
+
+
+def _logger_config(line: CommandLine) -> LoggerConfig:
+    return LoggerConfig(
+        log_path=line.log_path,
+        level=None if line.level is None else level_by_name(line.level),
+        show_level=line.show_level,
+        show_log_origin=line.show_log_origin,
+        module=line.module,
+    )
+
+
+def _start_options(line: CommandLine) -> StartOptions:
+    """Return what the command line adds to the configuration. Raises CommandLineError for what is not built yet."""
+    for flag in ("metadata", "metrics_path", "seccomp_filter", "enable_pci"):
+        if getattr(line, flag):
+            raise CommandLineError(f"--{flag.replace('_', '-')} is not supported yet: start without it.")
+    cache = -1
+    if line.kernel_cache is not None:
+        try:
+            cache = os.open(line.kernel_cache, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CommandLineError(f"--kernel-cache {line.kernel_cache}: {error.strerror}.") from None
+    return StartOptions(
+        boot_timer=line.boot_timer,
+        unpack_kernel=line.unpack_kernel,
+        kernel_cache_fd=cache,
+        kernel_entry=line.kernel_entry,
+        console=line.console,
+        exerciser=line.exerciser,
+    )
+
+
+def _log_end(code: int) -> int:
+    if code == exit_codes.OK:
+        LOG.info("Firecracker exiting successfully. exit_code=0")
+    else:
+        LOG.error(f"Firecracker exiting with error. exit_code={code}")
+    return code
+
+
+def _run_drills(plan: LaunchPlan) -> None:
+    """Attack our own walls if the jailer armed a drill (ipc.drills, imported by the template only then)."""
+    drills = sys.modules.get("ipc.drills")
+    if drills is not None:
+        drills.run(plan.drills)
