@@ -23,12 +23,15 @@ from vmm.event_manager import EventManager
 from vmm.exits import ExitExecutor
 from vmm.logger import DEBUG, LOG
 from vmm.memory import GuestMemory
-from vmm.resources import CONSOLE_STDIO, StartOptions, VmResources
+from vmm.resources import StartOptions, VmResources
 from vmm.supervisor import SupervisorClient
 from vmm.vmm import Vmm, end_workers
 from vmm.workers import Worker, WorkerDescriptors
 
 MIB = 1 << 20
+# Values of StartOptions.console (vmm.cli.CONSOLES).
+CONSOLE_STDIO = "stdio"
+CONSOLE_PTY = "pty"
 
 
 class MicrovmBuilder:
@@ -202,7 +205,7 @@ class _Assembly:
         if descriptor >= 0:
             self._output = ConsoleOutput(descriptor, owned=True, bucket=bucket)
             source = 0 if console == CONSOLE_STDIO else -1
-        elif console == "pty":
+        elif console == CONSOLE_PTY:
             self._output = ConsoleOutput(os.dup(plan.console_fd), owned=True, bucket=bucket)
             source = plan.console_fd
         elif console == CONSOLE_STDIO:
