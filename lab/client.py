@@ -1,4 +1,4 @@
-"""Drives `firecracker` and `jailer` as any client would: command line, API socket, console. For demo, tests, benches."""
+"""Drives `firecracker` and `jailer` as any client would: command line, API socket, console."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo: a jailed microVM boots an unmodified Debian kernel; its cells, pause and resume, and a clean end are shown."""
+"""The demo: a jailed microVM boots an unmodified Debian kernel, shows its cells, pauses, resumes and ends cleanly."""
 
 from __future__ import annotations
 
@@ -103,31 +103,33 @@ def _show_cells(jail: Jail) -> None:
 def describe_cell(pid: int) -> str:
     """Return some lines on one process, read from /proc by the host's root."""
     proc = Path(f"/proc/{pid}")
-    status = dict(
-        (name, value.strip())
-        for name, _, value in (line.partition(":") for line in _read(proc / "status").splitlines())
-    )
-    differing = [name for name in NAMESPACES if _link(proc / "ns" / name) != _link(Path("/proc/self/ns") / name)]
+    status = _fields(proc / "status")
+    own = [name for name in NAMESPACES if _link(proc / "ns" / name) != _link(Path("/proc/self/ns") / name)]
     cgroups = sorted({line.split(":", 2)[2] for line in _read(proc / "cgroup").splitlines()} - {"/"})
-    memory = {
-        line.split(":")[0]: line.split()[1]
-        for line in _read(proc / "smaps_rollup").splitlines()
-        if line.endswith(" kB")
-    }
+    memory = _fields(proc / "smaps_rollup")
     root = ", ".join(sorted(os.listdir(proc / "root"))) or "(empty)"
-    return "\n".join(
+    rss, proportional, private = (memory.get(name, "?") for name in ("Rss", "Pss", "Private_Dirty"))
+    lines = [
         (
             f"  {status['Name']}: pid {pid}, parent {status['PPid']}, uid {status['Uid'].split()[1]}, "
-            f"threads {status['Threads']}",
+            f"threads {status['Threads']}"
+        ),
+        (
             f"    seccomp mode {status['Seccomp']} ({status.get('Seccomp_filters', '?')} filters), "
-            f"no_new_privs {status['NoNewPrivs']}, effective capabilities {status['CapEff']}",
-            f"    own namespaces: {', '.join(differing)}",
-            f"    cgroup: {', '.join(cgroups) or '/'}",
-            f"    root directory: {root}",
-            f"    memory: RSS {memory.get('Rss', '?')} KiB, proportional {memory.get('Pss', '?')} KiB, "
-            f"private dirty {memory.get('Private_Dirty', '?')} KiB",
-        )
-    )
+            f"no_new_privs {status['NoNewPrivs']}, effective capabilities {status['CapEff']}"
+        ),
+        f"    own namespaces: {', '.join(own)}",
+        f"    cgroup: {', '.join(cgroups) or '/'}",
+        f"    root directory: {root}",
+        f"    memory: RSS {rss}, proportional {proportional}, private dirty {private}",
+    ]
+    return "\n".join(lines)
+
+
+def _fields(path: Path) -> dict[str, str]:
+    """Parse lines of the form ``Name: value``."""
+    parts = (line.partition(":") for line in _read(path).splitlines())
+    return {name: value.strip() for name, _, value in parts}
 
 
 def _read(path: Path) -> str:

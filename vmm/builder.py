@@ -54,6 +54,10 @@ class MicrovmBuilder:
         self._workers: dict[int, Worker] = {}
         supervisor.on_cell_ended = self._cell_ended
 
+    def bind(self) -> None:
+        """Make the endpoint of worker 0. That starts ZeroMQ's threads, which have to exist when the filter goes on."""
+        self._worker(0).bind()
+
     def prepare(self) -> None:
         """Ask for worker 0 without waiting for it."""
         self._worker(0).spawn()

@@ -79,8 +79,9 @@ class Program:
         listener = None if self._command_line.no_api else bind(self._command_line.api_sock)
         try:
             self._events.add_subscriber(self._supervisor)
-            self._builder.prepare()
+            self._builder.bind()
             seal()
+            self._builder.prepare()
             _run_drills(self._plan)
             faults.visit("vmm.start")
             if listener is not None:

@@ -125,14 +125,20 @@ class Worker:
 
     # ------------------------------------------------------------ spawn and handshake
 
-    def spawn(self) -> None:
-        """Bind the endpoint and ask the supervisor for the process; does not wait. Raises on refusal later."""
+    def bind(self) -> None:
+        """Make the endpoint that the worker will connect to. Raises IpcError."""
         self._release()
         self.ended = self.vcpu_exit = None
         self.failure = ""
         self._channel = Channel(self._context, WORKER, self._plan.epoch)
         self._channel.bind(endpoint(self._plan.controller_ipc_directory, self.index))
         self._subscription = self._events.add_subscriber(self)
+
+    def spawn(self) -> None:
+        """Ask the supervisor for the process; does not wait, a refusal shows in :meth:`wait_greeted`."""
+        if self._channel is None or self.pid:
+            self.bind()
+        self.pid = 0
         self._spawn_request = self._supervisor.submit_spawn(self.index)
         self._move(WorkerEvent.SPAWN)
 
