@@ -132,7 +132,8 @@ def run_tests(*, quick: bool, soak: str | None, arguments: Sequence[str]) -> int
     if total.passed + total.failed == 0:
         say("no test ran")
         total += Counts(0, 1, 0)
-    print(f"{total.passed} passed, {total.failed} failed, {total.skipped} skipped", flush=True)
+    # A stage that died may have left its line unfinished: the closing one stands alone.
+    print(f"\n{total.passed} passed, {total.failed} failed, {total.skipped} skipped", flush=True)
     return 1 if total.failed else 0
 
 

@@ -45,7 +45,7 @@ def test_elf_with_pvh_note(folder):
         assert load["p_memsz"] - load["p_filesz"] >= 8192
         assert isinstance(note, NoteSegment)
         (pvh,) = note.iter_notes()
-        assert (pvh["n_name"], pvh["n_type"]) == ("Xen", 18)
+        assert f"{pvh['n_name']} {pvh['n_type']}" == "Xen 18"
         entry = int.from_bytes(pvh["n_descdata"], "little")
         assert entry == elf["e_entry"] == builder.LOAD_ADDRESS + 1
         assert load.data()[1:6] == b"\xb8\x34\x12\0\0"

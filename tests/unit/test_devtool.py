@@ -1,0 +1,112 @@
+"""./dev's own logic: which tests run where, what a report says, what the launchers look like."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from devtool import setup, testing
+from devtool.project import LAUNCHERS, PYTHON, ROOT, DevError
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def stages(paths=(), *, quick=False):
+    return {stage.name: stage for stage in testing.plan_stages(paths, quick=quick)}
+
+
+def test_the_lab_is_used_only_without_hardware_paging(monkeypatch):
+    for here in (False, True):
+        monkeypatch.setattr(testing, "has_hardware_paging", lambda here=here: here)
+        assert stages()["lab"].in_lab is not here
+    assert "lab" not in stages(quick=True)
+
+
+def test_chosen_paths_choose_the_stage():
+    assert stages(["tests/lab/test_lab_itself.py::test_x"])["lab"].paths == ["tests/lab/test_lab_itself.py::test_x"]
+    assert set(stages(["tests/unit"])) == {"host, parallel"}
+    assert stages(["tests"]).keys() == stages().keys()
+
+
+def test_arguments_are_divided_into_paths_and_options():
+    paths, options = testing.split_arguments(["-k", "lab", "tests/unit", "-x", "tests/lab/test_lab_itself.py::t[a b]"])
+    assert paths == ["tests/unit", "tests/lab/test_lab_itself.py::t[a b]"]
+    assert options == ["-k", "lab", "-x"]
+    with pytest.raises(DevError, match="no such test"):
+        testing.split_arguments(["tests/unit/test_not_there.py"])
+
+
+def test_report_is_counted(tmp_path):
+    report = tmp_path / "report.xml"
+    assert testing.read_report(report) is None
+    report.write_text("<testsuites><testsuite tests='7' failures='1' errors='2' skipped='1'/></testsuites>")
+    assert testing.read_report(report) == (3, 3, 1)
+    report.write_text("<testsuites>")
+    assert testing.read_report(report) is None
+
+
+@pytest.mark.parametrize("argument", ["--help", "setup --help", "test --help", "lab --help", "where --help"])
+def test_help_is_given(argument):
+    done = subprocess.run([ROOT / "dev", *argument.split()], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "usage: ./dev" in done.stdout
+
+
+def test_wrong_commands_are_refused():
+    for arguments, message in ((["lint", "x"], "unexpected argument 'x'"), (["bench", "none"], "no benchmark 'none'")):
+        done = subprocess.run([ROOT / "dev", *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_failing_test_fails_the_whole(tmp_path):
+    """Through the real thing: a stage with a failed test, one that dies, and one without tests."""
+    failing = tmp_path / "test_failing.py"
+    for text, closing in (
+        ("def test_a(): pass\ndef test_b(): assert False\n", "1 passed, 1 failed, 0 skipped"),
+        ("import os\ndef test_a(): os._exit(3)\n", "0 passed, 1 failed, 0 skipped"),
+        ("", "0 passed, 1 failed, 0 skipped"),
+    ):
+        failing.write_text(text)
+        script = (
+            "from devtool import testing\n"
+            f"stage = testing.Stage('one', [{str(failing)!r}], ['-c', '/dev/null'])\n"
+            "testing.plan_stages = lambda paths, quick: [stage]\n"
+            "raise SystemExit(testing.run_tests(quick=True, soak=None, arguments=[]))"
+        )
+        done = subprocess.run([PYTHON, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.stdout.splitlines()[-1] == closing
+        assert done.returncode == 1
+
+
+def test_launchers_are_recognisable_and_start(tmp_path, monkeypatch):
+    head = (LAUNCHERS / "firecracker").read_bytes()[:1024]
+    assert setup.LAUNCHER_MARKER.encode() in head
+    (tmp_path / "fake_main.py").write_text("def main(argv): print(argv[1:]); return 7\n")
+    for python in (PYTHON, tmp_path / "a folder with blanks" / "python"):
+        if not python.exists():
+            python.parent.mkdir()
+            python.symlink_to("/usr/bin/python3")
+        monkeypatch.setattr(setup, "PYTHON", python)
+        monkeypatch.setattr(setup, "ROOT", tmp_path)
+        program = tmp_path / "program"
+        program.write_text(setup.launcher_text("fake_main", "program"))
+        program.chmod(0o755)
+        done = subprocess.run([program, "a b", "c"], stdout=subprocess.PIPE, text=True, check=False)
+        assert (done.returncode, done.stdout) == (7, "['a b', 'c']\n")
+
+
+def test_missing_packages_are_named():
+    assert setup.missing_debian_packages(["dpkg", "no-such-package-at-all"]) == ["no-such-package-at-all"]
+    assert setup.missing_debian_packages(setup.DEBIAN_PACKAGES) == []
+
+
+def test_hardware_paging_is_read_from_the_modules():
+    assert testing.has_hardware_paging() in {True, False}
+    assert Path("/dev/kvm").exists() or not testing.has_hardware_paging()
