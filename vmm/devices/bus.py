@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ipc.device_page import FLAG_READ_LOCAL, FLAG_WRITE_POSTED, DevicePage
+from ipc.errors import LayoutError
 from ipc.messages import Window
 from vmm.errors import DeviceError
 
@@ -25,7 +26,8 @@ class Deferral:
         self._then: Callable[[], None] | None = None
 
     def complete(self) -> None:
-        """The write is in force."""
+        """The write is in force. Called once."""
+        assert not self.done
         self.done = True
         if self._then is not None:
             self._then()
@@ -40,7 +42,8 @@ class Deferral:
 class Device:
     """What the buses call. Offsets are relative to the device's window; sizes are 1, 2, 4 or 8 bytes.
 
-    The arguments come from the guest; a device answers anything and raises nothing.
+    The arguments come from the guest; a device answers anything and raises nothing. ``offset`` lies in the window; a
+    port access may run over its end. ``value`` fits ``size``.
     """
 
     def read(self, offset: int, size: int) -> int:
@@ -110,7 +113,7 @@ class Bus:
     def insert(self, device: Device, address: int, length: int) -> list[PublishedSlot]:
         """Attach a device; return its slots of the device page (one per port, or one for an MMIO window).
 
-        Raises DeviceError if the window overlaps another one or leaves the address space.
+        Raises DeviceError if the window overlaps another one or leaves the address space, or the page is full.
         """
         end = address + length
         if length <= 0 or address < 0 or end > self._limit:
@@ -121,7 +124,10 @@ class Bus:
         if (before is not None and before.end > address) or (after is not None and after.start < end):
             raise DeviceError(f"window {address:#x}+{length:#x} overlaps another device")
         count = length if self._slot_per_address else 1
-        first = self._page.allocate(count)
+        try:
+            first = self._page.allocate(count)
+        except LayoutError as error:
+            raise DeviceError(f"window {address:#x}+{length:#x} cannot be attached: {error}") from None
         self._ranges.insert(position, _Range(address, end, device, first))
         self._starts.insert(position, address)
         return [PublishedSlot(self._page, first + number) for number in range(count)]
@@ -135,6 +141,9 @@ class Bus:
         if not position:
             return None
         found = self._ranges[position - 1]
+        if self._slot_per_address:
+            # A wide port access belongs to the device of its first port, as for the worker, which looks up that slot.
+            return found if address < found.end else None
         return found if address + size <= found.end else None
 
     def read(self, address: int, size: int) -> int:
@@ -149,7 +158,7 @@ class Bus:
         found = self._find(address, size)
         if found is None:
             return None
-        return found.device.write(address - found.start, size, value)
+        return found.device.write(address - found.start, size, value & ALL_ONES[size])
 
 
 def port_bus(page: DevicePage) -> Bus:
