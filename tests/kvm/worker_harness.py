@@ -56,9 +56,7 @@ POSTED, CALLED, READ_BACK, LOCAL, ECHO = 0x600, 0x604, 0x608, 0x60C, 0x610
 FAILED, DONE = 0x6F0, 0x6F4
 MMIO_POSTED, MMIO_CALLED, MMIO_READ, MMIO_LOCAL = 0x2000_0000, 0x2000_1000, 0x2000_2000, 0x2000_3000
 
-MODES = (
-    "exits storm local spin ticks sleeper triple_fault halt_for_good run_device_memory crossing".split()
-)
+MODES = "exits storm local spin ticks sleeper triple_fault halt_for_good run_device_memory crossing".split()
 
 _PML4, _PDPT, _DIRECTORY, _GDT, _IDT = 0x9000, 0xA000, 0xB000, 0x500, 0x520
 _GDT_ENTRIES = (0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, 0x008F_8B00_0000_FFFF)
@@ -304,9 +302,13 @@ class Controller:
         """Send a command; its reply is kept until :meth:`collect`."""
         return self.channel.send(message)
 
-    def collect(self, sequence: int) -> Any:
+    def has_reply(self, sequence: int) -> bool:
+        """Has a submitted command been answered?"""
+        return sequence in self._replies
+
+    def collect(self, sequence: int, *, serve_exits: bool = True) -> Any:
         """Wait for the reply to a submitted command."""
-        self.wait(lambda: sequence in self._replies)
+        self.wait(lambda: sequence in self._replies, serve_exits=serve_exits)
         return self._replies.pop(sequence)
 
     def request(self, message: Any, expected: type[Reply]) -> Reply:

@@ -151,7 +151,7 @@ def field_offset(structure: str, position: int) -> int:
     """Find where a Struct puts one field by packing a mark into it."""
     packer = getattr(abi, structure)
     count = len(packer.unpack(bytes(packer.size)))
-    packed = packer.pack(*(1 if number == position else 0 for number in range(count)))
+    packed: bytes = packer.pack(*(1 if number == position else 0 for number in range(count)))
     return packed.index(1)
 
 
@@ -183,12 +183,16 @@ def test_every_layout_constant_is_checked():
     checked = {*CONSTANTS, *STRUCTURE_SIZES}
     prefixes = ("RUN_", "SREGS_", "FPU_", "EXIT_", "MP_STATE_", "SYNC_", "IRQFD_", "IOEVENTFD_")
     unchecked = {name for name in vars(abi) if name.startswith(prefixes) and name not in checked}
-    assert unchecked == {
-        "RUN_INTERNAL_DATA",
-        "RUN_SYSTEM_EVENT_NDATA",
-        "IOEVENTFD_SIZE",
-        "MP_STATE_SIZE",
-    } - checked
+    assert (
+        unchecked
+        == {
+            "RUN_INTERNAL_DATA",
+            "RUN_SYSTEM_EVENT_NDATA",
+            "IOEVENTFD_SIZE",
+            "MP_STATE_SIZE",
+        }
+        - checked
+    )
 
 
 def test_request_names():

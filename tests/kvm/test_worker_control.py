@@ -1,0 +1,277 @@
+"""A real worker process on /dev/kvm: pause and resume, saved state, refused commands, every way to end."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ipc.messages import (
+    BootRegisters,
+    DumpCpuConfig,
+    DumpedCpuConfig,
+    ExitRing,
+    Finish,
+    MemoryRegion,
+    Pause,
+    Paused,
+    Ping,
+    Pong,
+    Resume,
+    Resumed,
+    Route,
+    SavedState,
+    SaveState,
+    SetRoutes,
+    Window,
+)
+from tests.conftest import Scale
+from tests.kvm.worker_harness import ChecksCounts, Controller
+from vcpu_worker import state as vcpu_state
+from vcpu_worker.kvm import abi
+
+
+def nothing_written(entry, string):
+    return 0
+
+
+def wait_for_count(worker: Controller, device: ChecksCounts, count: int) -> None:
+    worker.wait(lambda: device.count >= count)
+
+
+@pytest.mark.soak("worker")
+def test_pause_and_resume_lose_no_exit(tmp_path: Path, scale: Scale, seed: int):
+    """In a tight loop, under a storm of posted and synchronous exits, each with the next count."""
+    choose = random.Random(seed)
+    device = ChecksCounts()
+    with Controller(tmp_path, device, mode="storm") as worker:
+        worker.configure()
+        for _ in range(scale(1_000, 20_000)):
+            worker.resume()
+            if choose.random() < 0.5:
+                wait_for_count(worker, device, device.count + choose.randrange(50))
+            worker.pause()
+            at_pause = device.count
+            assert worker.serve() == 0, "a parked vCPU has no open exit"
+            assert worker.ring.idle
+            assert device.count == at_pause
+        assert (device.errors, device.failures, worker.events) == ([], [], [])
+        assert device.count > 100
+        assert worker.finish() == 0
+
+
+def test_pause_waits_for_the_open_exit(tmp_path: Path):
+    """While an exit is not answered the vCPU does not park, and the control thread serves everything else."""
+    device = ChecksCounts()
+    with Controller(tmp_path, device, mode="storm") as worker:
+        worker.configure()
+        worker.resume()
+        worker.wait(lambda: not worker.ring.idle, serve_exits=False)
+        pause = worker.submit(Pause())
+        for _ in range(20):
+            ping = worker.submit(Ping())
+            assert worker.collect(ping, serve_exits=False) in (Pong("pausing"), Pong("running"))
+        assert not worker.has_reply(pause)
+        assert isinstance(worker.collect(pause), Paused)
+        worker.resume()
+        worker.wait(lambda: device.count > 100)
+        assert (device.errors, device.failures) == ([], [])
+
+
+def test_pause_interrupts_a_guest_that_never_exits(tmp_path: Path):
+    with Controller(tmp_path, nothing_written, mode="spin") as worker:
+        worker.configure()
+        worker.resume()
+        worker.wait(lambda: worker.parameters[2] > 0)
+        worker.pause()
+        count = worker.parameters[2]
+        assert worker.request(Ping(), Pong) == Pong("paused")
+        assert worker.parameters[2] == count
+        worker.resume()
+        worker.wait(lambda: worker.parameters[2] > count)
+        worker.pause()
+        assert worker.counters()["interrupted"] >= 2
+
+
+def test_pause_and_resume_are_idempotent_and_overlap(tmp_path: Path):
+    with Controller(tmp_path, nothing_written, mode="spin") as worker:
+        worker.configure()
+        worker.pause()
+        worker.resume()
+        worker.resume()
+        pauses = [worker.submit(Pause()) for _ in range(3)]
+        assert all(isinstance(worker.collect(pause), Paused) for pause in pauses)
+        assert worker.request(Resume(), Resumed) == Resumed()
+
+
+def test_saved_state_is_complete_and_the_vcpu_goes_on(tmp_path: Path):
+    device = ChecksCounts()
+    with Controller(tmp_path, device, mode="storm") as worker:
+        worker.configure()
+        worker.resume()
+        worker.wait(lambda: device.count > 10)
+        assert worker.refused(SaveState(0)).code == "worker.state"
+        worker.pause()
+        saved = worker.request(SaveState(0), SavedState)
+        state = vcpu_state.decode(saved.state)
+        registers = dict(zip(abi.REGS_NAMES, abi.REGS.unpack(state.regs), strict=True))
+        assert registers["rbx"] == device.count
+        assert registers["rip"] >> 20 == 1
+        assert state.tsc_khz > 0
+        assert {msr.register for msr in state.msrs} >= {0x10, 0xC000_0082, 0x2FF, 0x6E0}
+        assert state.msrs[-1].register == 0x6E0
+        assert len(state.cpuid) > 10
+        # Saving changes nothing: a second one differs in nothing but time.
+        again = vcpu_state.decode(worker.request(SaveState(0), SavedState).state)
+        assert (again.regs, again.sregs, again.xsave, again.events) == (
+            state.regs,
+            state.sregs,
+            state.xsave,
+            state.events,
+        )
+        dumped = worker.request(DumpCpuConfig(0), DumpedCpuConfig)
+        assert dumped.cpuid == state.cpuid
+        assert worker.refused(SaveState(1)).code == "worker.configuration"
+        worker.resume()
+        count = device.count
+        worker.wait(lambda: device.count > count + 10)
+        assert (device.errors, device.failures) == ([], [])
+
+
+def test_black_box_survives_the_worker(tmp_path: Path):
+    device = ChecksCounts()
+    with Controller(tmp_path, device, mode="storm") as worker:
+        worker.configure()
+        worker.resume()
+        worker.wait(lambda: device.count > 10)
+        os.kill(worker.pid, signal.SIGKILL)
+        assert worker.wait_ended() == -signal.SIGKILL
+        worker.serve()
+        assert worker.run_page is not None
+        registers = abi.REGS.unpack_from(worker.run_page, abi.RUN_SYNC_REGS)
+        rbx, rip = registers[1], registers[16]
+        assert device.count - 2 <= rbx <= device.count + 2
+        assert rip >> 20 == 1
+
+
+def configure_with(worker: Controller, **changes: Any):
+    worker.greet()
+    worker.send_descriptors()
+    return worker.refused(worker.configuration()._replace(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"vcpus": (1,)}, "worker.configuration"),
+        ({"vcpus": ()}, "worker.configuration"),
+        ({"memory_size": 8 << 20}, "worker.configuration"),
+        ({"regions": (MemoryRegion(0, 8 << 20, 0),)}, "worker.configuration"),
+        ({"regions": (MemoryRegion(0x800, 1 << 20, 0),)}, "worker.configuration"),
+        ({"regions": (MemoryRegion(0, 1 << 20, 0), MemoryRegion(0, 1 << 20, 1 << 20))}, "worker.kvm"),
+        ({"interrupts": (7,)}, "worker.configuration"),
+        ({"ports": (Window(0xFFFF, 2, 0),)}, "worker.configuration"),
+        ({"ports": (Window(0x10, 2, 503),)}, "worker.configuration"),
+        ({"ports": (Window(0x10, 2, 0), Window(0x11, 2, 4))}, "worker.configuration"),
+        ({"mmio": (Window(0x1000, 0x1000, 0), Window(0x1800, 8, 1))}, "worker.configuration"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_and_not_repeatable(tmp_path: Path, changes: dict, code: str):
+    with Controller(tmp_path, nothing_written) as worker:
+        assert configure_with(worker, **changes).code == code
+        assert worker.refused(worker.configuration()).code == "worker.state"
+        assert worker.refused(Resume()).code == "worker.state"
+        assert worker.request(Ping(), Pong) == Pong("failed")
+        assert worker.finish() == 0
+
+
+def test_configuration_without_descriptors_is_refused(tmp_path: Path):
+    with Controller(tmp_path, nothing_written) as worker:
+        worker.greet()
+        failed = worker.refused(worker.configuration())
+        assert failed.code == "worker.configuration"
+        assert "guest memory" in failed.text
+
+
+def test_registers_that_no_processor_accepts_are_refused(tmp_path: Path):
+    with Controller(tmp_path, nothing_written) as worker:
+        boot: BootRegisters = worker.configuration().boot._replace(cr0=0x8000_0000)  # paging without protection
+        failed = configure_with(worker, boot=boot)
+        assert (failed.code, "KVM_SET_SREGS" in failed.text) == ("worker.kvm", True)
+
+
+@pytest.mark.parametrize("message", [Resume(), Pause(), SaveState(0), SetRoutes((Route(5, 0xFEE0_0000, 0x40, False),))])
+def test_commands_before_configure_are_refused(tmp_path: Path, message: object):
+    with Controller(tmp_path, nothing_written) as worker:
+        worker.greet()
+        assert worker.refused(message).code == "worker.state"
+        assert worker.finish() == 0
+
+
+def test_what_is_no_command_is_refused(tmp_path: Path):
+    with Controller(tmp_path, nothing_written) as worker:
+        worker.greet()
+        assert worker.refused(Pong("running")).code == "worker.state"
+
+
+def test_finish_ends_a_worker_whose_exit_nobody_answers(tmp_path: Path):
+    with Controller(tmp_path, ChecksCounts(), mode="storm") as worker:
+        worker.configure()
+        worker.resume()
+        worker.wait(lambda: not worker.ring.idle, serve_exits=False)
+        worker.collect(worker.submit(Finish()), serve_exits=False)
+        assert worker.wait_ended() == 0
+
+
+@pytest.mark.parametrize("mode", ["spin", "storm", "halt_for_good"])
+def test_worker_ends_when_the_controller_is_gone(tmp_path: Path, mode: str):
+    with Controller(tmp_path, ChecksCounts(), mode=mode) as worker:
+        worker.configure()
+        worker.resume()
+        worker.request(Ping(), Pong)
+        worker.close_descriptor_channel()
+        assert worker.wait_ended() == 1
+
+
+def test_descriptors_that_nobody_asked_for_end_the_worker(tmp_path: Path):
+    """More descriptors than any message announces: cut by the kernel, and the controller is not believed any more."""
+    with Controller(tmp_path, nothing_written) as worker:
+        worker.greet()
+        worker.descriptor_channel.send(ExitRing(0), fds=(worker.doorbell,) * 4)
+        assert worker.wait_ended() == 1
+
+
+def test_seal_is_called_once_with_all_threads_and_before_configuration(tmp_path: Path):
+    record = tmp_path / "sealed"
+
+    def seal() -> None:
+        names = sorted(
+            Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")
+        )
+        with record.open("a") as file:
+            print(*names, sep="\n", file=file)
+
+    with Controller(tmp_path, nothing_written, seal=seal) as worker:
+        worker.greet()
+        worker.request(Ping(), Pong)
+        sealed = record.read_text().splitlines()
+        assert "fc_vcpu 0" in sealed
+        worker.send_descriptors()
+        worker.request(Ping(), Pong)
+        now = [Path(f"/proc/{worker.pid}/task/{task}/comm") for task in os.listdir(f"/proc/{worker.pid}/task")]
+        assert sorted(path.read_text().strip() for path in now) == sealed
+        assert worker.finish() == 0
+
+
+def test_seal_that_fails_ends_the_worker(tmp_path: Path, capfd: pytest.CaptureFixture):
+    def seal() -> None:
+        raise RuntimeError("a wall differs")
+
+    with Controller(tmp_path, nothing_written, seal=seal) as worker:
+        worker.greet()
+        assert worker.wait_ended() == 1
+    assert "a wall differs" in capfd.readouterr().err
