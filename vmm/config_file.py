@@ -6,20 +6,19 @@ Firecracker does. What this version cannot do yet is refused by name.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from vmm.api.json_decoder import JsonError
 from vmm.api.routes import BOOT_SOURCE, LOGGER, MACHINE_CONFIG
 from vmm.api.schema import ANYTHING, Field, List, Object, Option, decode
 from vmm.errors import VmmError
 from vmm.files import FileOpenError, read_text
-from vmm.logger import LoggerConfig, LoggerConfigError
-from vmm.resources import BootSourceConfig, BootSourceError, MachineConfigError, MachineConfigUpdate
+from vmm.logger import LoggerConfigError
+from vmm.resources import BootSourceError, MachineConfigError
 
 if TYPE_CHECKING:
-    from vmm.api.text import JsonValue
-    from vmm.logger import Logger
-    from vmm.resources import VmResources
+    from vmm.logger import Logger, LoggerConfig
+    from vmm.resources import BootSourceConfig, MachineConfigUpdate, VmResources
 
 #: A configuration file may not be larger than this.
 MAX_SIZE = 1 << 20
@@ -31,27 +30,22 @@ class ConfigFileError(VmmError):
     code = "vmm.config_file"
 
 
-class VmmConfig(NamedTuple):
-    """The document, in the order in which Firecracker declares it. Sections of features to come are raw JSON."""
+class VmmConfig:
+    """The document. ``to_come`` are the sections of features that do not exist yet, and are not empty."""
 
-    balloon: JsonValue
-    drives: list[JsonValue]
-    boot_source: BootSourceConfig
-    cpu_config: JsonValue
-    logger: LoggerConfig | None
-    machine_config: MachineConfigUpdate | None
-    metrics: JsonValue
-    mmds_config: JsonValue
-    network_interfaces: list[JsonValue]
-    vsock: JsonValue
-    entropy: JsonValue
-    pmem: list[JsonValue]
-    memory_hotplug: JsonValue
+    __slots__ = ("boot_source", "logger", "machine_config", "to_come")
+
+    def __init__(self, *values: Any) -> None:
+        """Take the values of ``_FIELDS``, in their order."""
+        sections = {field.key: value for field, value in zip(_FIELDS, values, strict=True)}
+        self.boot_source: BootSourceConfig = sections.pop("boot-source")
+        self.logger: LoggerConfig | None = sections.pop("logger")
+        self.machine_config: MachineConfigUpdate | None = sections.pop("machine-config")
+        self.to_come = [key for key, value in sections.items() if value is not None and value != []]
 
 
-_VMM_CONFIG = Object(
-    "VmmConfig",
-    VmmConfig,
+#: Fields in the order in which Firecracker declares them, which is the order in which missing ones are reported.
+_FIELDS = (
     Field("balloon", Option(ANYTHING)),
     Field("drives", List(ANYTHING)),
     Field("boot-source", BOOT_SOURCE),
@@ -65,8 +59,8 @@ _VMM_CONFIG = Object(
     Field("entropy", Option(ANYTHING)),
     Field("pmem", List(ANYTHING), []),
     Field("memory-hotplug", Option(ANYTHING)),
-    ignore_unknown=True,
 )
+_VMM_CONFIG = Object("VmmConfig", VmmConfig, *_FIELDS, ignore_unknown=True)
 
 
 def read(path: str) -> bytes:
@@ -87,9 +81,8 @@ def parse(text: bytes) -> VmmConfig:
 
 def apply(config: VmmConfig, resources: VmResources, logger: Logger) -> None:
     """Configure a microVM as the document says. Raises ConfigFileError at the first section that is refused."""
-    refused = [key for key, value in _sections_to_come(config).items() if value]
-    if refused:
-        raise _failed(f"The section {refused[0]} is not yet supported.")
+    if config.to_come:
+        raise _failed(f"The section {config.to_come[0]} is not yet supported.")
     try:
         if config.logger is not None:
             logger.configure(config.logger)
@@ -107,22 +100,6 @@ def apply(config: VmmConfig, resources: VmResources, logger: Logger) -> None:
 def load(path: str, resources: VmResources, logger: Logger) -> None:
     """Read, parse and apply a configuration file. Raises ConfigFileError."""
     apply(parse(read(path)), resources, logger)
-
-
-def _sections_to_come(config: VmmConfig) -> dict[str, JsonValue]:
-    """Return the sections of features that do not exist yet; one that is null or an empty list asks for nothing."""
-    return {
-        "balloon": config.balloon is not None,
-        "drives": config.drives,
-        "cpu-config": config.cpu_config is not None,
-        "metrics": config.metrics is not None,
-        "mmds-config": config.mmds_config is not None,
-        "network-interfaces": config.network_interfaces,
-        "vsock": config.vsock is not None,
-        "entropy": config.entropy is not None,
-        "pmem": config.pmem,
-        "memory-hotplug": config.memory_hotplug is not None,
-    }
 
 
 def _failed(text: str) -> ConfigFileError:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from vmm import actions
 from vmm.errors import VmmError
@@ -15,54 +15,54 @@ from vmm.version import APP_NAME, FIRECRACKER_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Protocol
 
     from vmm.actions import Action
     from vmm.api.text import JsonValue
     from vmm.logger import Logger
     from vmm.resources import VmResources
 
+    class InstanceInfo(Protocol):
+        """What GET / reports."""
+
+        @property
+        def id(self) -> str:
+            """Id of the microVM."""
+
+        @property
+        def state(self) -> str:
+            """``Not started``, ``Running`` or ``Paused``."""
+
+        @property
+        def vmm_version(self) -> str:
+            """Version that clients expect."""
+
+        @property
+        def app_name(self) -> str:
+            """Name that clients expect."""
+
+    class Microvm(Protocol):
+        """What the controller needs of ``vmm.vmm.Vmm``; each operation raises VmmError when it fails."""
+
+        def version(self) -> str:
+            """Return the version."""
+
+        def instance_info(self) -> InstanceInfo:
+            """Return id, state, version and name."""
+
+        def pause_vm(self) -> None:
+            """Park all vCPUs. Idempotent."""
+
+        def resume_vm(self) -> None:
+            """Let all vCPUs run. Idempotent."""
+
+        def send_ctrl_alt_del(self) -> None:
+            """Type Ctrl-Alt-Del."""
+
+
 NOT_SUPPORTED_PREBOOT = "The requested operation is not supported before starting the microVM."
 NOT_SUPPORTED_POSTBOOT = "The requested operation is not supported after starting the microVM."
 STATE_NOT_STARTED = "Not started"
-
-
-class InstanceInfo(Protocol):
-    """What GET / reports."""
-
-    @property
-    def id(self) -> str:
-        """Id of the microVM."""
-
-    @property
-    def state(self) -> str:
-        """``Not started``, ``Running`` or ``Paused``."""
-
-    @property
-    def vmm_version(self) -> str:
-        """Version that clients expect."""
-
-    @property
-    def app_name(self) -> str:
-        """Name that clients expect."""
-
-
-class Microvm(Protocol):
-    """What the controller needs of ``vmm.vmm.Vmm``; each operation raises VmmError when it fails."""
-
-    def version(self) -> str:
-        """Return the version."""
-
-    def instance_info(self) -> InstanceInfo:
-        """Return id, state, version and name."""
-
-    def pause_vm(self) -> None:
-        """Park all vCPUs. Idempotent."""
-
-    def resume_vm(self) -> None:
-        """Let all vCPUs run. Idempotent."""
-
-    def send_ctrl_alt_del(self) -> None:
-        """Type Ctrl-Alt-Del."""
 
 
 class ActionError(VmmError):

@@ -12,7 +12,7 @@ or to a line that is a request line, and then its body. Where the end of the bod
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from vmm.errors import VmmError
 
@@ -57,31 +57,36 @@ class Request(NamedTuple):
         return self.uri if self.uri.startswith("/") else ""
 
 
-class Continue(NamedTuple):
+class Continue:
     """The client waits for leave to send the body."""
 
-    version: str
+    __slots__ = ("version",)
+
+    def __init__(self, version: str) -> None:
+        self.version = version
+
+    def __repr__(self) -> str:
+        return f"Continue({self.version!r})"
 
 
-class ProtocolError(NamedTuple):
+class ProtocolError:
     """A request that is malformed, and what is wrong with it."""
 
-    text: str
+    __slots__ = ("text",)
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return f"ProtocolError({self.text!r})"
 
 
-Event: TypeAlias = Request | Continue | ProtocolError
+if TYPE_CHECKING:
+    Event: TypeAlias = Request | Continue | ProtocolError
 
 
 class _BadRequestError(VmmError):
     code = "vmm.http"
-
-
-class RequestLine(NamedTuple):
-    """First line of a request."""
-
-    method: str
-    uri: str
-    version: str
 
 
 class _Headers:
@@ -113,7 +118,8 @@ class RequestParser:
         self.payload_limit = payload_limit
         self._buffer = bytearray()
         self._state = _REQUEST_LINE
-        self._line = RequestLine("", "", "")
+        #: Method, URI and version.
+        self._line = ("", "", "")
         self._headers = _Headers()
         #: Bytes of a body that are still to be skipped.
         self._remaining = 0
@@ -209,7 +215,7 @@ class RequestParser:
                 f"Request payload with size {length} is larger than the limit of {limit} allowed by server."
             )
         self._state = _BODY
-        return Continue(self._line.version) if self._headers.expect else None
+        return Continue(self._line[2]) if self._headers.expect else None
 
     def _take_body(self) -> Request | None:
         length = self._headers.content_length
@@ -277,7 +283,7 @@ def _header_error(reason: str) -> _BadRequestError:
     return _BadRequestError(f"Invalid header. Reason: {reason}")
 
 
-def parse_request_line(line: bytes) -> RequestLine:
+def parse_request_line(line: bytes) -> tuple[str, str, str]:
     """Return method, URI and version of a request line without its CR LF."""
     method, first_space, rest = line.partition(b" ")
     uri, second_space, version = rest.partition(b" ")
@@ -295,7 +301,7 @@ def parse_request_line(line: bytes) -> RequestLine:
     version_text = version.decode("latin-1")
     if version_text not in VERSIONS:
         raise _BadRequestError("Invalid HTTP Version: Unsupported HTTP version.")
-    return RequestLine(method_text, uri_text, version_text)
+    return method_text, uri_text, version_text
 
 
 def parse_header_line(headers: _Headers, line: bytes) -> None:

@@ -7,28 +7,29 @@ its fields; that is refused here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Generic, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, NoReturn, TypeVar
 
 from vmm.api.json_decoder import JsonError, Reader, UnplacedError, unexpected
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Protocol
 
     from vmm.api.text import JsonValue
 
-T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
+    T_co = TypeVar("T_co", covariant=True)
 
+    class Type(Protocol[T_co]):
+        """Something that can be decoded."""
+
+        def decode(self, reader: Reader) -> T_co:
+            """Consume a value. Raises JsonError, or UnplacedError if the object around it decides on the position."""
+
+
+T = TypeVar("T")
 _QUOTE, _OPEN_OBJECT, _CLOSE_OBJECT, _OPEN_LIST, _MINUS = b'"{}[-'
 _N, _T, _F = b"ntf"
 _DIGITS: Final = frozenset(b"0123456789")
-
-
-class Type(Protocol[T_co]):
-    """Something that can be decoded."""
-
-    def decode(self, reader: Reader) -> T_co:
-        """Consume a value. Raises JsonError, or UnplacedError if the object around it decides on the position."""
 
 
 class Unsigned:
