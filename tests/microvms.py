@@ -1,0 +1,52 @@
+"""Helpers of the full-stack tests: real `firecracker` and `jailer` processes, real KVM."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from lab.client import Microvm, launch_unjailed
+
+_COUNTS = re.compile(r"Exerciser: (\d+) counts, (\d+) errors, guest says (\d+)")
+
+
+def write_config(
+    directory: Path,
+    kernel: Path | str,
+    *,
+    boot_args: str = "",
+    initrd: Path | str | None = None,
+    mem_size_mib: int = 128,
+    **more: Any,
+) -> Path:
+    """Write a configuration file; return its path."""
+    config: dict[str, Any] = {
+        "boot-source": {"kernel_image_path": str(kernel), "boot_args": boot_args},
+        "drives": [],
+        "machine-config": {"vcpu_count": 1, "mem_size_mib": mem_size_mib},
+        **more,
+    }
+    if initrd is not None:
+        config["boot-source"]["initrd_path"] = str(initrd)
+    path = directory / "config.json"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def launch_config(
+    directory: Path, kernel: Path | str, *arguments: str, boot_args: str = "", api: bool = False
+) -> Microvm:
+    """Start an un-jailed microVM from a configuration file."""
+    config = write_config(directory, kernel, boot_args=boot_args)
+    flags = ["--config-file", str(config), *arguments]
+    return launch_unjailed(directory, flags if api else [*flags, "--no-api"])
+
+
+def exerciser_counts(output: str) -> tuple[int, int, int]:
+    """Return (counts, errors, errors that the guest saw) from the log."""
+    found = _COUNTS.search(output)
+    assert found is not None, f"the exerciser did not report:\n{output}"
+    counts, errors, guest = map(int, found.groups())
+    return counts, errors, guest
