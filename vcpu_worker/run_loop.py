@@ -121,6 +121,10 @@ class RunLoop:
         for counter, parts in _SUMS:
             shared[counter] = sum([counts[part] for part in parts])
 
+    def exits(self) -> int:
+        """How many exits were answered so far (interrupted KVM_RUNs do not count)."""
+        return sum(self._counts) - self._counts[_INTERRUPTED]
+
     # ------------------------------------------------------------ the vCPU's thread
 
     def run(self) -> FinalExit | None:

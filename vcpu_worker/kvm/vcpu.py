@@ -23,6 +23,7 @@ class KvmVcpu:
     """One vCPU and its mapped kvm_run page, seen as bytes, 32-bit and 64-bit words."""
 
     def __init__(self, vm: KvmVm, index: int, mmap_size: int) -> None:
+        self.vm = vm  # the guest's memory is mapped as long as the VM object lives
         self.index = index
         self.descriptor = vm.create_vcpu(index)
         try:
