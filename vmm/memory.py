@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 
 from ipc.messages import MemoryRegion
+from vmm.errno_text import errno_text
 from vmm.errors import VmmError
 
 _PAGE_SIZE = 4096
@@ -43,7 +44,9 @@ class GuestMemory:
             mapping = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
             mapping.madvise(mmap.MADV_DONTDUMP)
         except OSError as error:
-            raise GuestMemoryError(f"Cannot create mmap region: {error.strerror}", error.errno or 0) from error
+            raise GuestMemoryError(
+                f"Invalid Memory Configuration: Cannot create mmap region: {errno_text(error)}", error.errno or 0
+            ) from error
         self._map = mapping
         self._view = memoryview(mapping)
         self._regions = tuple(regions)
@@ -127,7 +130,7 @@ class GuestMemory:
             try:
                 self._map.madvise(mmap.MADV_REMOVE, offset, length)
             except OSError as error:
-                raise GuestMemoryError(f"Cannot discard guest memory: {error.strerror}", error.errno or 0) from error
+                raise GuestMemoryError(f"Cannot discard guest memory: {errno_text(error)}", error.errno or 0) from error
 
     def clear(self) -> None:
         """Discard all of it: what a failed start leaves must not reach the next one. Raises GuestMemoryError."""

@@ -213,6 +213,7 @@ class ElfStreamLoader:
     def __init__(self, memory: GuestMemory, file_size: int) -> None:
         self._memory = memory
         self._file_size = file_size
+        self._prefix_size = min(self.PREFIX_SIZE, file_size)
         self._prefix = bytearray()
         self._position = 0
         self._image: ElfImage | None = None
@@ -221,12 +222,13 @@ class ElfStreamLoader:
     def feed(self, piece: bytes | memoryview) -> None:
         """Take the next ``piece`` of the file. Raises KernelError."""
         if self._image is None:
-            self._prefix += piece
-            if len(self._prefix) < min(self.PREFIX_SIZE, self._file_size):
-                return
-            piece = bytes(self._prefix)
+            if self._prefix or len(piece) < self._prefix_size:
+                self._prefix += piece
+                if len(self._prefix) < self._prefix_size:
+                    return
+                piece = bytes(self._prefix)
+            self._image = self._parse(bytes(piece[: self._prefix_size]))
             self._prefix = bytearray()
-            self._image = self._parse(piece)
             self._notes = [bytearray(note.size) for note in self._image.notes]
         self._scatter(self._image, piece)
         self._position += len(piece)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from vmm.boot.errors import KernelCacheError
 from vmm.boot.payload import MAX_UNPACKED_SIZE
+from vmm.errno_text import errno_text
 
 MAGIC = b"CELLBKRN"
 VERSION = 1
@@ -173,7 +174,7 @@ class CacheWriter:
                 pass
 
     def _fail(self, error: OSError) -> None:
-        self.failed = error.strerror or "unknown error"
+        self.failed = errno_text(error)
         self.abort()
 
 

@@ -22,6 +22,7 @@ from vmm.boot.errors import (
 from vmm.boot.image_file import KernelFile, load_elf, new_hasher
 from vmm.boot.timings import Timings
 from vmm.boot.unpack import PayloadDetails, load_unpacked
+from vmm.errno_text import errno_text
 from vmm.memory import GuestMemory
 
 #: Which entry of the kernel to use: the fitting one, or one of the two wherever the kernel has it.
@@ -153,7 +154,7 @@ class _CleanedOnFailure:
             return
         self._memory.clear()
         if isinstance(error, OSError):
-            raise read_error(error.strerror or "input/output error") from error
+            raise read_error(errno_text(error)) from error
         if isinstance(error, MemoryError):
             raise KernelError("kernel.host_memory", "Cannot load kernel: the host has not enough memory") from error
 
@@ -240,6 +241,6 @@ def _load_initrd(memory: GuestMemory, fd: int, kernel: _Kernel) -> tuple[int, in
             )
     except OSError as error:
         raise InitrdError(
-            "initrd.read", f"{INITRD_PREFIX}Cannot load initrd due to an invalid image: {error.strerror}"
+            "initrd.read", f"{INITRD_PREFIX}Cannot load initrd due to an invalid image: {errno_text(error)}"
         ) from error
     return address, size
