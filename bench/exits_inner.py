@@ -7,7 +7,6 @@ Same process, same vCPU, same guest (IN from one port for ever), rounds of both 
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import statistics
