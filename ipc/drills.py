@@ -1,0 +1,147 @@
+"""Drills: a cell attacks its own walls, so that a test sees them hold. Armed by the jailer (``--drill``), else inert.
+
+Each attack reports on standard error what came of it, unless a wall ended the cell before it could.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import socket
+import struct
+from collections.abc import Callable
+
+from ipc.plan import ROLE_VCPU, ROLE_VMM
+
+#: The supervisor sets it before it forks workers: whom their "ptrace" drill attacks. The controller attacks its parent.
+controller_pid = 0
+
+_EXECUTED = b"drill execve: succeeded\n"
+_PTRACE_ATTACH, _PTRACE_DETACH = 16, 17
+_FIONCLEX = 0x5450
+_SYS_EXECVEAT = 322
+_AT_EMPTY_PATH = 0x1000
+
+
+def _tiny_program() -> bytes:
+    """Return an ELF program for x86-64 that writes a line to standard error and exits with status 0."""
+    base = 0x400000
+    header_size, program_header_size = 64, 56
+    entry = base + header_size + program_header_size
+    # fmt: off
+    code = bytes((
+        0xB8, 1, 0, 0, 0,                        # mov eax, 1 (write)
+        0xBF, 2, 0, 0, 0,                        # mov edi, 2
+        0x48, 0x8D, 0x35, 0x10, 0, 0, 0,         # lea rsi, [rip + 16]: behind the code
+        0xBA, len(_EXECUTED), 0, 0, 0,           # mov edx, length
+        0x0F, 0x05,                              # syscall
+        0xB8, 60, 0, 0, 0,                       # mov eax, 60 (exit)
+        0x31, 0xFF,                              # xor edi, edi
+        0x0F, 0x05,                              # syscall
+    ))
+    # fmt: on
+    size = header_size + program_header_size + len(code) + len(_EXECUTED)
+    ident = b"\x7fELF" + bytes((2, 1, 1)) + bytes(9)
+    header = ident + struct.pack(
+        "<HHIQQQIHHHHHH", 2, 62, 1, entry, header_size, 0, 0, header_size, program_header_size, 1, 0, 0, 0
+    )
+    segment = struct.pack("<IIQQQQQQ", 1, 5, 0, base, base, size, size, 4096)
+    return header + segment + code + _EXECUTED
+
+
+def _execve() -> str:
+    program = os.memfd_create("drill")
+    os.write(program, _tiny_program())
+    libc = ctypes.CDLL(None, use_errno=True)
+    arguments = (ctypes.c_char_p * 2)(b"drill", None)
+    numbers = [ctypes.c_long(each) for each in (_SYS_EXECVEAT, program, _AT_EMPTY_PATH)]
+    libc.syscall(numbers[0], numbers[1], b"", arguments, None, numbers[2])
+    number = ctypes.get_errno()
+    raise OSError(number, os.strerror(number))
+
+
+def _open() -> str:
+    try:
+        descriptor = os.open("/etc/passwd", os.O_RDONLY)
+        what = "/etc/passwd"
+    except FileNotFoundError:
+        descriptor = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
+        what = f"/ with {os.listdir(descriptor)}"
+    os.close(descriptor)
+    return what
+
+
+def _fork() -> str:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return f"child {pid}"
+
+
+def _socket() -> str:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as connection:
+        return f"descriptor {connection.fileno()}"
+
+
+def _executable_mapping() -> str:
+    with mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC):
+        return "a page"
+
+
+def _ioctl() -> str:
+    import fcntl
+
+    fcntl.ioctl(2, _FIONCLEX)
+    return "FIONCLEX"
+
+
+def _ptrace() -> str:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.restype = ctypes.c_long
+    libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+    target = controller_pid or os.getppid()
+    if libc.ptrace(_PTRACE_ATTACH, target, None, None) == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    os.waitpid(target, 0x40000000)  # __WALL: it is not our child
+    libc.ptrace(_PTRACE_DETACH, target, None, None)
+    return f"process {target}"
+
+
+DRILLS: dict[str, Callable[[], str]] = {
+    "execve": _execve,
+    "open": _open,
+    "fork": _fork,
+    "socket": _socket,
+    "executable-mapping": _executable_mapping,
+    "ioctl": _ioctl,
+    "ptrace": _ptrace,
+}
+
+
+def check(specifications: tuple[str, ...]) -> None:
+    """Raise ValueError unless every specification is ``NAME`` or ``ROLE:NAME`` (ROLE: vcpu, the default, or vmm)."""
+    for specification in specifications:
+        role, name = _parse(specification)
+        if name not in DRILLS or role not in (ROLE_VCPU, ROLE_VMM):
+            raise ValueError(f"--drill {specification}: a drill is one of {', '.join(DRILLS)}, or vmm: and one of them")
+
+
+def _parse(specification: str) -> tuple[str, str]:
+    role, separator, name = specification.partition(":")
+    return (role, name) if separator else (ROLE_VCPU, role)
+
+
+def run(specifications: tuple[str, ...], role: str = ROLE_VCPU) -> None:
+    """Carry out the drills that are armed for this role, right after the seal."""
+    for specification in specifications:
+        wanted, name = _parse(specification)
+        if wanted != role:
+            continue
+        try:
+            outcome = f"succeeded ({DRILLS[name]()})"
+        except OSError as error:
+            outcome = f"refused: {error.strerror} ({error.errno})"
+        os.write(2, f"drill {name}: {outcome}\n".encode())

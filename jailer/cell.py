@@ -1,0 +1,181 @@
+"""What a freshly forked cell does before its role runs, and the seal that closes its walls."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, NoReturn
+
+from ipc import descriptors, faults
+from ipc.errors import IpcError
+from ipc.plan import ROLE_VMM, LaunchPlan, cell_name
+from jailer import syscalls, walls
+from jailer.errors import CellError, JailerError, os_error_text
+from jailer.seccomp.install import Filter, install
+from jailer.steps import identity
+
+# Frames of a seal channel, cell → supervisor. ENTERED: the controller is in its jail. FILTERED brings the listener
+# in report mode. FAILED is followed by a text.
+ENTERED = b"entered"
+FILTERED = b"filtered"
+CLOSED = b"closed"
+FAILED = b"failed:"
+# Supervisor → cell.
+VERIFIED = b"verified"
+GO = b"go"
+REFUSED = b"refused"
+
+#: Signals that end a process by default and that a terminal or a service manager sends to a whole process group.
+#: Only the supervisor, the visible process, acts on them.
+_GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+EXIT_FAILED = 1
+
+
+class CellContext(NamedTuple):
+    """What the supervisor prepared for one cell. ``seal`` is the cell's end of its seal channel."""
+
+    plan: LaunchPlan
+    role: str
+    number: int
+    supervisor_pid: int
+    seal: socket.socket
+    seccomp_filter: Filter | None
+
+    @property
+    def name(self) -> str:
+        return cell_name(self.role, self.number)
+
+    def has(self, wall: str) -> bool:
+        """Is this wall asked for?"""
+        return wall not in self.plan.switched_off
+
+
+def keep_only(wanted: Iterable[int]) -> None:
+    """Close every descriptor from 3 up but the wanted ones. Raises OSError."""
+    first = 3
+    for descriptor in sorted({each for each in wanted if each > 2}):
+        syscalls.close_range(first, descriptor - 1)
+        first = descriptor + 1
+    syscalls.close_range(first, syscalls.CLOSE_RANGE_MAX)
+
+
+def reset_signals() -> None:
+    """Undo the supervisor's signal set-up: nothing blocked, group signals ignored, the rest as by default."""
+    for number in _GROUP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def confine(context: CellContext) -> None:
+    """The last steps before the role runs, in a process that is confined otherwise. Raises CellError, OSError."""
+    if context.has(walls.DEATH_SIGNAL):
+        identity.die_with(context.supervisor_pid)
+    # Readable for the supervisor until it has verified the walls; the seal makes it non-dumpable.
+    identity.set_dumpable(True)
+    identity.set_name(context.name)
+    faults.visit("cell.confined")
+
+
+class Seal:
+    """Called once by the role when its threads exist and its channels are connected."""
+
+    def __init__(self, context: CellContext) -> None:
+        self._context = context
+        self._channel: socket.socket | None = context.seal
+
+    def __call__(self) -> None:
+        """Install the filter, have the walls read back, become non-dumpable. Raises CellError if a wall differs."""
+        channel, self._channel = self._channel, None
+        if channel is None:
+            raise CellError(f"{self._context.name} is sealed already")
+        try:
+            self._close_walls(channel)
+        except (OSError, IpcError) as error:
+            raise CellError(f"{self._context.name} cannot be sealed: {error}") from None
+        finally:
+            channel.close()
+        faults.visit("cell.sealed")
+
+    def _close_walls(self, channel: socket.socket) -> None:
+        context = self._context
+        if context.has(walls.PROCESS_LIMIT):
+            identity.forbid_processes()
+        listener = -1
+        if context.seccomp_filter is not None:
+            listener = install(context.seccomp_filter)
+        faults.visit("cell.filtered")
+        descriptors.send(channel, FILTERED, (listener,) if listener >= 0 else ())
+        if listener >= 0:
+            os.close(listener)
+        self._expect(channel, VERIFIED)
+        if context.has(walls.DUMPABLE):
+            identity.set_dumpable(False)
+        descriptors.send(channel, CLOSED)
+        self._expect(channel, GO)
+
+    def _expect(self, channel: socket.socket, wanted: bytes) -> None:
+        frame, owned = descriptors.receive(channel)
+        owned.close()
+        if frame != wanted:
+            raise CellError(f"the supervisor refused the walls of {self._context.name}")
+
+
+def report_failure(context: CellContext, text: str) -> None:
+    """Tell the supervisor, as long as the seal channel is open, why this cell cannot go on."""
+    try:
+        descriptors.send(context.seal, FAILED + text.encode("utf-8", "replace")[:1000])
+    except (OSError, IpcError, ValueError):
+        pass  # sealed already, or the supervisor is gone: the exit status tells
+
+
+def describe_error(error: BaseException) -> str:
+    """Say in one line what an unexpected error was and where; no source file is opened for it."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    where = f" at {os.path.basename(place.tb_frame.f_code.co_filename)}:{place.tb_lineno}" if place else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def run(context: CellContext, prepare: Callable[[], None], role: Callable[[Seal], int]) -> NoReturn:
+    """Run a cell in a freshly forked child; never returns to the supervisor's code.
+
+    ``prepare`` finishes the confinement; what it raises is reported over the seal channel. ``role`` runs the cell.
+    """
+    status = EXIT_FAILED
+    try:
+        faults.freeze()
+        faults.visit("cell.forked")
+        sys.excepthook = lambda *_: None
+        status = _run(context, prepare, role)
+    except BaseException as error:  # the last line of defence: nothing may unwind into the supervisor's stack
+        _complain(context, describe_error(error))
+    os._exit(status)
+
+
+def _run(context: CellContext, prepare: Callable[[], None], role: Callable[[Seal], int]) -> int:
+    try:
+        prepare()
+        confine(context)
+        if context.role == ROLE_VMM:
+            descriptors.send(context.seal, ENTERED)
+    except (JailerError, IpcError, OSError) as error:
+        report_failure(context, os_error_text(error) if isinstance(error, OSError) else str(error))
+        return EXIT_FAILED
+    try:
+        return role(Seal(context))
+    except JailerError as error:
+        _complain(context, str(error))
+        return EXIT_FAILED
+
+
+def _complain(context: CellContext, text: str) -> None:
+    try:
+        os.write(2, f"{context.name}: {' '.join(text.split())}\n".encode("utf-8", "replace")[:1000])
+    except OSError:
+        pass  # nobody listens
+

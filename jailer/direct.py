@@ -1,0 +1,120 @@
+"""Un-jailed launches: no root needed, no namespaces, no change of identity; everything else as in a jail."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+from ipc.plan import MAX_MEMORY_BYTES, MAX_WORKERS, ROLE_VMM, SECCOMP_KILL, SECCOMP_OFF, LaunchPlan
+from jailer import cleanup, placement, template, verify, walls
+from jailer.errors import StepError, os_error_text
+from jailer.launch import (
+    Started,
+    block_signals,
+    close_supervisor,
+    fork_controller,
+    load_filters,
+    new_epoch,
+    open_host,
+    started_now,
+    wait_entered,
+)
+from jailer.log import Log
+from jailer.memory import MemoryMaker
+from jailer.steps import identity, process
+from jailer.supervisor import Setup, Supervisor
+
+__all__ = ["launch", "started_now"]
+
+_ATTEMPTS = 100
+
+
+def make_ipc_directory() -> str:
+    """Make a directory that only we can enter, where its name can be kept short. Raises StepError."""
+    uid = os.getuid()
+    last = ""
+    for base in (f"/run/user/{uid}", "/run" if uid == 0 else "", os.environ.get("TMPDIR", ""), "/tmp"):
+        if not base or len(base) > 60 or not os.path.isdir(base):  # sun_path has 108 bytes
+            continue
+        for _ in range(_ATTEMPTS):
+            path = os.path.join(base, f"cellblock-{os.urandom(6).hex()}")
+            try:
+                os.mkdir(path, 0o700)
+                return path
+            except FileExistsError:
+                continue
+            except OSError as error:
+                last = f"{base}: {os_error_text(error)}"
+                break
+    raise StepError(f"Failed to make the ipc directory: {last or 'no directory for it; set TMPDIR'}")
+
+
+def launch(
+    arguments: tuple[str, ...], microvm_id: str, started: Started, load_roles: Callable[[], template.Roles]
+) -> int:
+    """Launch, supervise, return the exit code of the microVM. Raises JailerError."""
+    process.ensure_standard_descriptors()
+    proc = verify.open_proc()
+    inherited = tuple(int(each) for each in os.listdir("/proc/self/fd"))
+    log = Log(2, microvm_id)
+    mode = SECCOMP_OFF if "--no-seccomp" in arguments else SECCOMP_KILL
+    sealing = load_filters(mode, janitor=True)
+    janitor = cleanup.start_janitor(sealing.filters.get("janitor"))
+    directory = make_ipc_directory()
+    janitor.tree(directory)
+    janitor.ready()
+    roles = load_roles()
+    host = open_host(proc, -1, arguments, log)
+    plan = _launch_plan(arguments, microvm_id, started, mode, directory)._replace(console_fd=host.console)
+    signals = block_signals()
+    identity.forbid_core_files()
+    if host.facts.privileged:
+        identity.clear_bounding_set()
+    template.warm()
+
+    def enter() -> None:
+        identity.set_no_new_privileges()
+        os.close(janitor.descriptor)
+
+    keep = (*(each for each in inherited if each != proc), host.console)
+    controller, channel = fork_controller(plan, roles, sealing.filters.get(ROLE_VMM), enter, keep)
+    wait_entered(controller)
+    identity.clear_capabilities()
+    identity.set_no_new_privileges()
+    asked = verify.Asked(host.facts, None, "", False, False, None)
+    memory = MemoryMaker(False)
+    setup = Setup(plan, roles, asked, proc, host.kvm_fd, host.kvm_error, sealing.filters, memory, log, ())
+    close_supervisor(setup, host, "firecracker", True)
+    if sealing.warning:
+        log.warning(sealing.warning)
+    return Supervisor(setup, controller, channel, signals).run()
+
+
+def _launch_plan(
+    arguments: tuple[str, ...], microvm_id: str, started: Started, mode: str, directory: str
+) -> LaunchPlan:
+    kind, reason = placement.detect()
+    return LaunchPlan(
+        microvm_id=microvm_id,
+        epoch=new_epoch(),
+        jailed=False,
+        uid=os.getuid(),
+        gid=os.getgid(),
+        arguments=arguments,
+        start_time_us=started.monotonic_us,
+        start_time_cpu_us=started.cpu_us,
+        parent_cpu_time_us=time.process_time_ns() // 1000,
+        max_workers=MAX_WORKERS,
+        max_memory_bytes=MAX_MEMORY_BYTES,
+        placement=kind,
+        placement_reason=reason,
+        seccomp=mode,
+        switched_off=(walls.SECCOMP,) if mode == SECCOMP_OFF else (),
+        faults=(),
+        drills=(),
+        controller_ipc_directory=directory,
+        worker_ipc_directory=directory,
+        kernel_cache_fd=-1,
+        console_fd=-1,
+    )

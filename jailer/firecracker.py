@@ -1,0 +1,46 @@
+"""The program ``firecracker`` started directly: the same cells and supervisor, without the jail.
+
+What still holds: one process per role, seccomp filters, no_new_privs, no capabilities in supervisor and workers.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from jailer import cli
+from jailer.errors import JailerError, os_error_text
+
+EXIT_FAILED = 1
+EXIT_ARGUMENT_PARSING = 153
+
+
+def main(argv: list[str]) -> int:
+    """Run the program with a command line (``argv[0]`` is the program's name); return the exit status."""
+    from vmm import cli as vmm_cli
+
+    arguments = argv[1:]
+    answered = vmm_cli.answer(arguments)
+    if answered is not None:
+        sys.stdout.write(answered[0])
+        sys.stdout.flush()
+        return answered[1]
+    try:
+        command_line = vmm_cli.parse(arguments)
+    except vmm_cli.CommandLineError as error:
+        cli.print_error(str(error))
+        return error.exit_code
+    try:
+        from jailer import direct, template
+
+        return direct.launch(tuple(arguments), command_line.id, direct.started_now(), template.load_roles)
+    except JailerError as error:
+        cli.print_error(str(error))
+    except OSError as error:
+        cli.print_error(f"{error.filename or 'firecracker'}: {os_error_text(error)}")
+    except KeyboardInterrupt:
+        cli.print_error("interrupted")
+    except Exception as error:
+        from jailer.cell import describe_error
+
+        cli.print_error(f"internal error: {describe_error(error)}")
+    return EXIT_FAILED

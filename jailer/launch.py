@@ -1,0 +1,484 @@
+"""The order of a launch: operations on the host, the visible process, the controller's fork, the supervisor's own jail.
+
+The order of effects is Firecracker's where a client can observe it (docs/jailer.md lists the steps).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+from ipc import descriptors, faults
+from ipc.errors import FaultSpecError, IpcError
+from ipc.plan import (
+    MAX_MEMORY_BYTES,
+    MAX_WORKERS,
+    ROLE_SUPERVISOR,
+    ROLE_VCPU,
+    ROLE_VMM,
+    SECCOMP_OFF,
+    SECCOMP_REPORT,
+    LaunchPlan,
+)
+from jailer import cell, cleanup, placement, syscalls, template, verify, walls
+from jailer.cli import Options
+from jailer.errors import ArgumentError, CellError, JailerError, StepError, os_error_text
+from jailer.log import Log
+from jailer.memory import MemoryMaker
+from jailer.plan import Operation, Plan
+from jailer.seccomp.install import Filter, install, load
+from jailer.settings import Settings
+from jailer.steps import cgroups, detach, devices, directories, identity, process, roots
+from jailer.supervisor import BLOCKED_SIGNALS, Cell, Setup, Supervisor
+
+_NO_SECCOMP = "--no-seccomp"
+ROLES = (ROLE_SUPERVISOR, ROLE_VMM, ROLE_VCPU)
+
+
+class Started(NamedTuple):
+    """When the program started: CLOCK_MONOTONIC and CPU time, in microseconds."""
+
+    monotonic_us: int
+    cpu_us: int
+
+
+def started_now() -> Started:
+    """Take the time, as early as possible."""
+    return Started(time.monotonic_ns() // 1000, time.process_time_ns() // 1000)
+
+
+class Host(NamedTuple):
+    """What was opened and read while the process was still on the host, with its caller's rights."""
+
+    facts: verify.HostFacts
+    kvm_fd: int
+    kvm_error: str
+    null: int
+    kernel_cache: int
+    #: Master and slave of the console's pseudo-terminal, or -1. The slave stays open so that reads do not fail.
+    console: int
+    console_slave: int
+
+
+class Sealing(NamedTuple):
+    """Which filters the cells get, and how the janitor's filter is called."""
+
+    mode: str
+    filters: dict[str, Filter]
+    warning: str
+
+
+def load_filters(mode: str, janitor: bool) -> Sealing:
+    """Load the filters of every role. Raises PolicyError."""
+    if mode == SECCOMP_OFF:
+        return Sealing(mode, {}, "")
+    if mode == SECCOMP_REPORT:
+        import jailer.seccomp.names  # noqa: F401  needed in the jail, where nothing can be imported
+
+    filters, warning = load((*ROLES, "janitor") if janitor else ROLES, mode)
+    return Sealing(mode, filters, warning)
+
+
+def open_host(proc: int, kernel_cache: int, arguments: tuple[str, ...], log: Log) -> Host:
+    """Open what is planned while it is still reachable. A missing /dev/kvm is told when a microVM is started."""
+    kvm_fd, kvm_error = -1, ""
+    try:
+        kvm_fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        kvm_error = os_error_text(error)
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    console, slave = open_console(log) if wants_terminal(arguments) else (-1, -1)
+    return Host(verify.host_facts(proc), kvm_fd, kvm_error, null, kernel_cache, console, slave)
+
+
+def wants_terminal(arguments: tuple[str, ...]) -> bool:
+    """Does the controller's command line say ``--console pty``?"""
+    return ("--console", "pty") in pairwise(arguments)
+
+
+def open_console(log: Log) -> tuple[int, int]:
+    """Open a pseudo-terminal in raw mode and say where it is; return (master, slave). Raises OSError."""
+    import tty
+
+    master, slave = os.openpty()
+    tty.setraw(slave)
+    log.info(f"serial console: {os.ttyname(slave)}")
+    return master, slave
+
+
+def new_epoch() -> int:
+    """Return a number that no other launch has had."""
+    return int.from_bytes(os.urandom(8), "little") | 1
+
+
+# ---------------------------------------------------------------- jailed
+
+
+class JailedLaunch:
+    """One run of ``jailer``."""
+
+    def __init__(self, options: Options, settings: Settings, started: Started) -> None:
+        self._options = options
+        self._settings = settings
+        self._started = started
+        mode = options.value("seccomp-mode")
+        self._off = set(options.values_of("without"))
+        if mode == SECCOMP_OFF or walls.SECCOMP in self._off or _NO_SECCOMP in options.arguments:
+            mode = SECCOMP_OFF
+            self._off.add(walls.SECCOMP)
+        self._mode = mode
+        self._log = Log(2, settings.microvm_id)
+        self._janitor: cleanup.Janitor | None = None
+        self._plan_on_host: Plan | None = None
+
+    def run(self, load_roles: Callable[[], template.Roles]) -> int:
+        """Launch, supervise, return the exit code of the microVM. Raises JailerError before the controller runs."""
+        proc = verify.open_proc()
+        self._open_wall_log()
+        self._arm()
+        sealing = load_filters(self._mode, "cleanup" in self._options.switches)
+        if "cleanup" in self._options.switches:
+            self._janitor = cleanup.start_janitor(sealing.filters.get("janitor"))
+        roles = load_roles()
+        host = open_host(proc, self._open_kernel_cache(), self._options.arguments, self._log)
+        cgroup_plan = cgroups.plan_parent_only(self._settings)
+        cgroup_items = cgroups.plan_items(self._settings)
+        memory = self._act_on_host(cgroup_plan, cgroup_items)
+        try:
+            launcher = detach.detach(self._settings.daemonize, self._settings.new_pid_ns)
+            setup, channel, controller, signals = self._fork_controller(proc, host, sealing, roles, memory)
+        except (OSError, IpcError) as error:
+            self._undo()
+            raise StepError(os_error_text(error) if isinstance(error, OSError) else str(error)) from None
+        except BaseException:
+            self._undo()
+            raise
+        self._confine_supervisor(setup, host)
+        if self._settings.daemonize:
+            detach.redirect_standard_descriptors(host.null, (2,))
+        launcher.ready()
+        for warning in (sealing.warning, self._switches_warning()):
+            if warning:
+                self._log.warning(warning)
+        return Supervisor(setup, controller, channel, signals).run()
+
+    # ------------------------------------------------------------ on the host
+
+    def _open_wall_log(self) -> None:
+        path = self._options.value("wall-log")
+        if path:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            try:
+                self._log.descriptor = os.open(path, flags, 0o600)
+            except OSError as error:
+                raise StepError(f"Failed to open file {path}: {os_error_text(error)}") from None
+
+    def _arm(self) -> None:
+        armed = self._options.values_of("drill")
+        try:
+            faults.arm(self._options.values_of("arm-fault"))
+            if armed:
+                from ipc import drills  # the cells run them only if the template has loaded them
+
+                drills.check(armed)
+        except (FaultSpecError, ValueError) as error:
+            raise ArgumentError(str(error)) from None
+
+    def _open_kernel_cache(self) -> int:
+        path = self._options.value("kernel-cache")
+        if not path:
+            return -1
+        try:
+            return roots.clone_read_only(path)
+        except OSError as error:
+            raise StepError(f"Failed to open kernel cache {path}: {os_error_text(error)}") from None
+
+    def _act_on_host(self, parent: cgroups.CgroupPlan, items: cgroups.CgroupPlan) -> MemoryMaker:
+        """Carry out the operations on the host, in Firecracker's order."""
+        settings = self._settings
+        off = frozenset(self._off)
+        root = directories.MakeJailRoot(settings.jail_root)
+        operations: list[Operation] = [*parent.operations, root]
+        if settings.netns:
+            operations.append(process.JoinNetworkNamespace(settings.netns))
+        reserve = ReserveMemory(settings.limits.file_size is not None and walls.LIMITS not in off)
+        operations += [reserve, process.SetLimits(settings.limits), *items.operations]
+        self._plan_on_host = Plan(operations, off, self._log.error)
+        self._plan_on_host.execute()
+        self._tell_janitor([root, *(each for each in items.operations if isinstance(each, cgroups.MakeCgroup))])
+        self._cgroups = items.directories if walls.CGROUP not in off else ()
+        return reserve.maker
+
+    def _tell_janitor(self, made: list[directories.MakeJailRoot | cgroups.MakeCgroup]) -> None:
+        if self._janitor is None:
+            return
+        for operation in made:
+            for path in operation.made:
+                self._janitor.empty(path)
+
+    def _undo(self) -> None:
+        if self._plan_on_host is not None:
+            self._plan_on_host.undo()
+
+    # ------------------------------------------------------------ controller
+
+    def _fork_controller(
+        self, proc: int, host: Host, sealing: Sealing, roles: template.Roles, memory: MemoryMaker
+    ) -> tuple[Setup, socket.socket, Cell, int]:
+        """Fork the controller into its jail and wait until it is in it; then write the pid file."""
+        settings = self._settings
+        visible_pid = detach.outer_pid()
+        trees = self._make_trees()
+        plan = self._launch_plan(host, sealing.mode)
+        asked = self._asked(host)
+        jailed_proc = self._mount_proc(proc)
+        signals = block_signals()
+        if self._has(walls.CORE_LIMIT):
+            identity.forbid_core_files()
+        if self._has(walls.CAPABILITIES):
+            identity.clear_bounding_set()
+        template.warm()
+        controller, channel = fork_controller(
+            plan,
+            roles,
+            sealing.filters.get(ROLE_VMM),
+            lambda: self._enter_jail(host, trees),
+            (host.kernel_cache, host.console),
+        )
+        self._leave_namespaces()
+        wait_entered(controller)
+        pid_file = detach.WritePidFile(settings.jail_root, settings.exec_name, visible_pid)
+        try:
+            pid_file.do()
+        except JailerError:
+            controller.kill()
+            raise
+        if self._janitor is not None:
+            for directory in self._cgroups:
+                self._janitor.cgroup(directory)
+            self._janitor.tree(settings.jail_directory)
+            self._janitor.ready()
+        if trees is not None:
+            os.close(trees.controller)
+            roots.enter_empty_root(settings.jail_root, trees.others)
+            os.close(trees.others)
+        setup = Setup(
+            plan, roles, asked, jailed_proc, host.kvm_fd, host.kvm_error, sealing.filters, memory, self._log, ()
+        )
+        return setup, channel, controller, signals
+
+    def _has(self, wall: str) -> bool:
+        return wall not in self._off
+
+    def _make_trees(self) -> roots.IpcTrees | None:
+        """Make the ipc directory; without the root wall it is an ordinary directory in the jail root."""
+        settings = self._settings
+        if not self._has(walls.ROOT):
+            return None
+        roots.isolate_mounts()
+        return roots.IpcTrees(settings.jail_root, settings.uid, settings.gid)
+
+    def _mount_proc(self, proc: int) -> int:
+        """Return a /proc of our process namespace that is mounted nowhere, hence has no way out."""
+        quiet = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC
+        detached = syscalls.mount_detached("proc", (("subset", "pid"),), quiet | syscalls.MOUNT_ATTR_RDONLY)
+        os.close(proc)
+        return detached
+
+    def _launch_plan(self, host: Host, mode: str) -> LaunchPlan:
+        settings = self._settings
+        inside = self._has(walls.ROOT)
+        supplied = f"{settings.jail_root}{roots.CONTROLLER_IPC_DIRECTORY}"
+        kind, reason = placement.detect()
+        cpu_us = time.process_time_ns() // 1000
+        arguments = (
+            "--id",
+            settings.microvm_id,
+            "--start-time-us",
+            str(self._started.monotonic_us),
+            "--start-time-cpu-us",
+            str(cpu_us),
+            "--parent-cpu-time-us",
+            str(cpu_us),
+            *self._options.arguments,
+        )
+        return LaunchPlan(
+            microvm_id=settings.microvm_id,
+            epoch=new_epoch(),
+            jailed=True,
+            uid=settings.uid if self._has(walls.IDENTITY) else os.getuid(),
+            gid=settings.gid if self._has(walls.IDENTITY) else os.getgid(),
+            arguments=arguments,
+            start_time_us=self._started.monotonic_us,
+            start_time_cpu_us=self._started.cpu_us,
+            parent_cpu_time_us=cpu_us,
+            max_workers=MAX_WORKERS,
+            max_memory_bytes=MAX_MEMORY_BYTES,
+            placement=kind,
+            placement_reason=reason,
+            seccomp=mode,
+            switched_off=tuple(sorted(self._off)),
+            faults=self._options.values_of("arm-fault"),
+            drills=self._options.values_of("drill"),
+            controller_ipc_directory=roots.CONTROLLER_IPC_DIRECTORY if inside else supplied,
+            worker_ipc_directory=roots.WORKER_IPC_DIRECTORY if inside else supplied,
+            kernel_cache_fd=host.kernel_cache,
+            console_fd=host.console,
+        )
+
+    def _asked(self, host: Host) -> verify.Asked:
+        settings = self._settings
+        status = os.stat(settings.jail_root)
+        return verify.Asked(
+            host=host.facts,
+            limits=settings.limits,
+            cgroup=cgroups.read_file("/proc/self/cgroup") + "\n",
+            own_network=bool(settings.netns),
+            new_pid_namespace=settings.new_pid_ns,
+            jail_root=(status.st_dev, status.st_ino),
+        )
+
+    def _enter_jail(self, host: Host, trees: roots.IpcTrees | None) -> None:
+        """In the controller's process: its namespaces, its root, its devices, its identity."""
+        settings = self._settings
+        if settings.daemonize:
+            detach.redirect_standard_descriptors(host.null, (0, 1, 2))
+        flags = 0
+        if self._has(walls.IPC_NAMESPACE):
+            flags |= syscalls.CLONE_NEWIPC
+        if self._has(walls.UTS_NAMESPACE):
+            flags |= syscalls.CLONE_NEWUTS
+        syscalls.unshare(flags)
+        prefix = "" if self._has(walls.ROOT) else settings.jail_root
+        minor = devices.userfaultfd_minor()
+        extra = (("/dev/userfaultfd", 10, minor, False),) if minor is not None else ()
+        paths = (*devices.DIRECTORIES, roots.CONTROLLER_IPC_DIRECTORY)
+        operations: list[Operation] = [roots.EnterJailRoot(settings.jail_root)]
+        operations += [devices.MakeDirectory(prefix + path, settings.uid, settings.gid) for path in paths]
+        operations += [
+            devices.MakeDevice(prefix + path, (major, number), settings.uid, settings.gid, optional=optional)
+            for path, major, number, optional in (*devices.DEVICES, *extra)
+        ]
+        if trees is not None:
+            operations.append(roots.AttachIpcDirectory(trees.controller, roots.CONTROLLER_IPC_DIRECTORY))
+        Plan(operations, frozenset(self._off), self._log.error).execute()
+        if prefix:
+            os.chdir(prefix)
+        if trees is not None:
+            os.close(trees.controller)
+        self._drop_privileges()
+
+    # ------------------------------------------------------------ supervisor
+
+    def _leave_namespaces(self) -> None:
+        flags = 0
+        for wall, flag in (
+            (walls.IPC_NAMESPACE, syscalls.CLONE_NEWIPC),
+            (walls.UTS_NAMESPACE, syscalls.CLONE_NEWUTS),
+            (walls.NETWORK_NAMESPACE, syscalls.CLONE_NEWNET),
+        ):
+            if self._has(wall):
+                flags |= flag
+        syscalls.unshare(flags)
+
+    def _drop_privileges(self) -> None:
+        if self._has(walls.IDENTITY):
+            identity.become(self._settings.uid, self._settings.gid)
+        if self._has(walls.CAPABILITIES):
+            identity.clear_capabilities()
+        if self._has(walls.NO_NEW_PRIVILEGES):
+            identity.set_no_new_privileges()
+
+    def _confine_supervisor(self, setup: Setup, host: Host) -> None:
+        self._drop_privileges()
+        close_supervisor(setup, host, self._settings.exec_name, self._has(walls.DUMPABLE))
+
+    def _switches_warning(self) -> str:
+        return f"switched off: {', '.join(sorted(self._off))}" if self._off else ""
+
+
+class ReserveMemory(Operation):
+    """Before a limit on file sizes is set: the memfds that guest memory will be made from."""
+
+    __slots__ = ("_needed", "maker")
+
+    def __init__(self, needed: bool) -> None:
+        self._needed = needed
+        self.maker = MemoryMaker(False)
+
+    def describe(self) -> str:
+        return "reserve guest memory before the limit on file sizes"
+
+    def do(self) -> None:
+        self.maker = MemoryMaker(self._needed)
+
+
+# ---------------------------------------------------------------- shared with un-jailed launches
+
+
+def block_signals() -> int:
+    """Block the signals that the supervisor acts on; return the descriptor that delivers them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
+    return syscalls.signalfd(BLOCKED_SIGNALS)
+
+
+def fork_controller(
+    plan: LaunchPlan,
+    roles: template.Roles,
+    seccomp_filter: Filter | None,
+    enter: Callable[[], None],
+    keep: tuple[int, ...],
+) -> tuple[Cell, socket.socket]:
+    """Fork the controller; ``enter`` runs in it first. Returns its record and our end of its channel."""
+    supervisor_pid = os.getpid()
+    ours, theirs = descriptors.channel_pair()
+    seal, cell_seal = descriptors.channel_pair()
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        seal.close()
+        context = cell.CellContext(plan, ROLE_VMM, 0, supervisor_pid, cell_seal, seccomp_filter)
+
+        def prepare() -> None:
+            enter()
+            cell.keep_only((theirs.fileno(), cell_seal.fileno(), *keep))
+            cell.reset_signals()
+
+        cell.run(context, prepare, lambda sealed: roles.vmm(plan, theirs, sealed))
+    theirs.close()
+    cell_seal.close()
+    return Cell(ROLE_VMM, 0, pid, os.pidfd_open(pid), seal), ours
+
+
+def wait_entered(controller: Cell) -> None:
+    """Wait until the controller is in its jail. Raises CellError with its reason when it cannot get there."""
+    assert controller.seal is not None
+    frame, owned = descriptors.receive(controller.seal)
+    owned.close()
+    if frame == cell.ENTERED:
+        return
+    controller.kill()
+    os.waitpid(controller.pid, 0)
+    if frame.startswith(cell.FAILED):
+        raise CellError(frame[len(cell.FAILED) :].decode("utf-8", "replace"))
+    raise CellError("the controller ended before it was in its jail")
+
+
+def close_supervisor(setup: Setup, host: Host, name: str, dumpable_wall: bool) -> None:
+    """The supervisor's last walls, and its name. Raises PolicyError, OSError."""
+    detach.redirect_standard_descriptors(host.null, (0, 1))
+    os.close(host.null)
+    if host.kernel_cache >= 0:
+        os.close(host.kernel_cache)
+    identity.set_name(name)
+    if dumpable_wall:
+        identity.set_dumpable(False)
+    chosen = setup.filters.get(ROLE_SUPERVISOR)
+    if chosen is not None:
+        install(chosen)
+

@@ -1,0 +1,95 @@
+"""The program ``jailer``."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from jailer import cli
+from jailer.errors import JailerError, os_error_text
+
+EXIT_FAILED = 1
+
+
+def main(argv: list[str]) -> int:
+    """Run the jailer with a command line (``argv[0]`` is the program's name); return the exit status."""
+    arguments = argv[1:]
+    text = cli.answer(arguments)
+    if text is not None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return 0
+    try:
+        return _run(arguments)
+    except JailerError as error:
+        cli.print_error(str(error))
+    except OSError as error:
+        cli.print_error(f"{error.filename or 'jailer'}: {os_error_text(error)}")
+    except KeyboardInterrupt:
+        cli.print_error("interrupted")
+    except Exception as error:
+        from jailer.cell import describe_error
+
+        cli.print_error(f"internal error: {describe_error(error)}")
+    return EXIT_FAILED
+
+
+def _run(arguments: list[str]) -> int:
+    without = {arguments[at + 1] for at, word in enumerate(arguments[:-1]) if word == "--without"}
+    if "descriptors" not in without:
+        close_descriptors()
+    if "environment" not in without:
+        os.environ.clear()
+    try:
+        options = cli.parse(arguments)
+    except JailerError as error:
+        raise type(error)(f"Arguments parsing error: {error}") from None
+    if "check" in options.switches:
+        from jailer import host_check
+
+        return host_check.main()
+    if "purge" in options.values:
+        return _purge(options)
+    return _launch(options)
+
+
+def close_descriptors() -> None:
+    """Close everything but the standard descriptors, and make sure that those exist."""
+    from jailer.steps import process
+
+    process.close_inherited_descriptors()
+    process.ensure_standard_descriptors()
+
+
+def _purge(options: cli.Options) -> int:
+    from jailer import cleanup, settings
+
+    microvm_id = options.values["purge"]
+    settings.check_id(microvm_id)
+    exec_name = os.path.basename(options.value("exec-file")) or cli.DEFAULT_EXEC_NAME
+    parent = options.value("parent-cgroup") or exec_name
+    base = os.path.realpath(options.value("chroot-base-dir"))
+    directory = os.path.join(base, exec_name, microvm_id)
+    removed = cleanup.purge(directory, exec_name, f"{parent}/{microvm_id}")
+    for path in removed:
+        sys.stdout.write(f"removed {path}\n")
+    if not removed:
+        sys.stdout.write(f"nothing is left of {microvm_id} ({directory})\n")
+    return 0
+
+
+def _launch(options: cli.Options) -> int:
+    from jailer import settings
+
+    resolved = settings.resolve(options)
+    from vmm.cli import answer
+
+    answered = answer(options.arguments)
+    if answered is not None:
+        sys.stdout.write(answered[0])
+        sys.stdout.flush()
+        return answered[1]
+    from jailer import launch, template
+
+    started = launch.started_now()
+    return launch.JailedLaunch(options, resolved, started).run(template.load_roles)

@@ -1,0 +1,1 @@
+"""Seccomp: one policy text per role, compiled ahead of time, installed without libseccomp."""

@@ -1,0 +1,89 @@
+"""Load compiled filters and install them with seccomp(2); no libseccomp at run time."""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+from ipc.plan import ROLE_SUPERVISOR, SECCOMP_KILL, SECCOMP_REPORT
+from jailer import syscalls
+from jailer.errors import PolicyError, os_error_text
+from jailer.seccomp.compile import cache_key, compile_policy, compiled_path, sha256, unpack
+from jailer.seccomp.policy import full_text, parse
+
+_RET = 0x06  # BPF_RET | BPF_K
+RET_KILL_PROCESS = 0x80000000
+RET_USER_NOTIF = 0x7FC00000
+RET_LOG = 0x7FFC0000  # the placeholder of compiled filters
+_INSTRUCTION = struct.Struct("<HBBI")
+assert _INSTRUCTION.size == 8  # struct sock_filter
+
+
+class Filter(NamedTuple):
+    """A filter ready to be installed, and the digest by which the walls' report knows it."""
+
+    role: str
+    mode: str
+    program: bytes
+    digest: str
+
+
+class Loaded(NamedTuple):
+    """The filters of every role for one launch; ``warning`` is empty unless one had to be compiled now."""
+
+    filters: dict[str, Filter]
+    warning: str
+
+
+def load(roles: tuple[str, ...], mode: str) -> Loaded:
+    """Load the filters of some roles for a mode (``kill`` or ``report``). Raises PolicyError.
+
+    The supervisor's filter is inherited by the workers. In report mode it must not end or refuse what their own
+    filters are to report (KILL and ERRNO take precedence over USER_NOTIF), and nobody could answer a notification
+    of the supervisor itself; so its default action is LOG there.
+    """
+    filters = {}
+    warning = ""
+    for role in roles:
+        text = full_text(role)
+        key = cache_key(text)
+        try:
+            with open(compiled_path(role, key), "rb") as file:
+                program = unpack(file.read(), key)[1]
+        except (OSError, PolicyError):
+            program = compile_policy(parse(role))[0]
+            warning = "seccomp filters are not compiled ahead; run ./dev setup for a faster start"
+        action = RET_KILL_PROCESS
+        if mode == SECCOMP_REPORT:
+            action = RET_LOG if role == ROLE_SUPERVISOR else RET_USER_NOTIF
+        elif mode != SECCOMP_KILL:
+            raise PolicyError(f"unknown seccomp mode {mode!r}")
+        program = with_default(program, action)
+        filters[role] = Filter(role, mode, program, sha256(program).hex())
+    return Loaded(filters, warning)
+
+
+def with_default(program: bytes, action: int) -> bytes:
+    """Return the program with its placeholder action replaced."""
+    placeholder = _INSTRUCTION.pack(_RET, 0, 0, RET_LOG)
+    replacement = _INSTRUCTION.pack(_RET, 0, 0, action)
+    instructions = [program[offset : offset + 8] for offset in range(0, len(program), 8)]
+    if placeholder not in instructions:
+        raise PolicyError("compiled seccomp filter has no default action")
+    return b"".join([replacement if each == placeholder else each for each in instructions])
+
+
+def install(chosen: Filter) -> int:
+    """Install a filter on every thread of this process; PR_SET_NO_NEW_PRIVS must be set.
+
+    Returns the listener's descriptor in report mode (unless the role is the supervisor), else -1. Raises PolicyError.
+    """
+    flags = syscalls.SECCOMP_FILTER_FLAG_TSYNC
+    listening = chosen.mode == SECCOMP_REPORT and chosen.role != ROLE_SUPERVISOR
+    if listening:
+        flags |= syscalls.SECCOMP_FILTER_FLAG_NEW_LISTENER | syscalls.SECCOMP_FILTER_FLAG_TSYNC_ESRCH
+    try:
+        result = syscalls.seccomp_set_filter(chosen.program, flags)
+    except OSError as error:
+        raise PolicyError(f"cannot install the seccomp filter of {chosen.role}: {os_error_text(error)}") from None
+    return result if listening else -1

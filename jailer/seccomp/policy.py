@@ -1,0 +1,183 @@
+"""The policy language: one file per role, one rule per line, read without any library.
+
+Lines (``#`` starts a comment; leading blanks do not matter)::
+
+    define NAME NUMBER                     give a number a name (decimal or 0x…)
+    include ROLE                           take over every rule of another policy file
+    allow SYSCALL…                         the calls are allowed
+    allow SYSCALL if COND [and COND…]      the call is allowed if all conditions hold; several lines are alternatives
+    refuse ERRNO SYSCALL…                  the calls fail with this errno and do nothing
+
+    COND: argN == VALUE                    64-bit comparison of argument N (0…5)
+          argN:32 == VALUE                 comparison of its low 32 bits (all that the kernel looks at in ioctl codes)
+          argN lacks VALUE                 none of these bits is set
+
+What no rule allows or refuses ends the process. A call that a file allows overrides an included refusal.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jailer.errors import PolicyError
+
+#: Where the policies lie.
+DIRECTORY = os.path.dirname(os.path.abspath(__file__))
+_MAX_LINES = 2000
+_LOW_32 = 0xFFFFFFFF
+
+
+class Condition(NamedTuple):
+    """``argument & mask == value``."""
+
+    argument: int
+    mask: int
+    value: int
+
+
+class Rule(NamedTuple):
+    """One alternative for one system call; ``refusal`` is an errno, or 0 for an allowed call."""
+
+    syscall: str
+    refusal: int
+    conditions: tuple[Condition, ...]
+
+
+class Policy(NamedTuple):
+    """The rules of a role in the order of the text, and all the text that they came from (for the cache key)."""
+
+    role: str
+    rules: tuple[Rule, ...]
+    text: str
+
+
+def read_text(role: str) -> str:
+    """Return the text of a role's policy file. Raises PolicyError."""
+    try:
+        with open(os.path.join(DIRECTORY, f"{role}.policy"), encoding="ascii") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PolicyError(f"cannot read the seccomp policy of {role!r}: {error}") from None
+
+
+def full_text(role: str, reader: Callable[[str], str] = read_text) -> str:
+    """Return the text of a policy and of everything that it includes, without parsing the rules. Raises PolicyError."""
+    texts: list[str] = []
+    pending = [role]
+    seen: set[str] = set()
+    while pending:
+        name = pending.pop(0)
+        if name in seen:
+            continue
+        seen.add(name)
+        text = reader(name)
+        texts.append(f"# {name}.policy\n{text}")
+        words = [line.split("#", 1)[0].split() for line in text.splitlines()]
+        pending.extend(line[-1] for line in words if line[:1] == ["include"])
+    return "".join(texts)
+
+
+def parse(role: str, reader: Callable[[str], str] = read_text) -> Policy:
+    """Parse a role's policy with its includes. Raises PolicyError that names file and line."""
+    rules = _Parser(reader).file(role, ())
+    return Policy(role, tuple(_merge(rules)), full_text(role, reader))
+
+
+class _Parser:
+    def __init__(self, reader: Callable[[str], str]) -> None:
+        self._reader = reader
+        self._names: dict[str, int] = {}
+
+    def file(self, role: str, stack: tuple[str, ...]) -> list[Rule]:
+        if role in stack:
+            raise PolicyError(f"seccomp policy {role!r} includes itself")
+        own: list[Rule] = []
+        included: list[Rule] = []
+        lines = self._reader(role).splitlines()
+        if len(lines) > _MAX_LINES:
+            raise PolicyError(f"seccomp policy {role!r} has more than {_MAX_LINES} lines")
+        for number, line in enumerate(lines, 1):
+            words = line.split("#", 1)[0].split()
+            if not words:
+                continue
+            try:
+                self._line(words, own, included, (*stack, role))
+            except (ValueError, KeyError, IndexError) as error:
+                raise PolicyError(f"{role}.policy line {number}: {line.strip()!r}: {error}") from None
+        allowed = {rule.syscall for rule in own}
+        return own + [rule for rule in included if not (rule.refusal and rule.syscall in allowed)]
+
+    def _line(self, words: list[str], own: list[Rule], included: list[Rule], stack: tuple[str, ...]) -> None:
+        verb = words[0]
+        if verb == "define":
+            _, name, value = words
+            self._names[name] = int(value, 0)
+        elif verb == "include":
+            _, role = words
+            included.extend(self.file(role, stack))
+        elif verb == "refuse":
+            number = getattr(errno, words[1], None)
+            if not isinstance(number, int) or not words[2:]:
+                raise ValueError("expected: refuse ERRNO SYSCALL…")
+            own.extend(Rule(name, number, ()) for name in words[2:])
+        elif verb == "allow" and "if" in words:
+            position = words.index("if")
+            if position != 2:
+                raise ValueError("conditions belong to exactly one system call")
+            own.append(Rule(words[1], 0, tuple(self._conditions(words[3:]))))
+        elif verb == "allow":
+            own.extend(Rule(name, 0, ()) for name in words[1:])
+        else:
+            raise ValueError("unknown statement")
+
+    def _conditions(self, words: list[str]) -> list[Condition]:
+        conditions = []
+        while words:
+            argument, operator, value, *words = words
+            name, _, width = argument.partition(":")
+            if name not in ("arg0", "arg1", "arg2", "arg3", "arg4", "arg5") or width not in ("", "32"):
+                raise ValueError(f"expected argN or argN:32, not {argument!r}")
+            number = self._number(value)
+            if operator == "==":
+                mask = _LOW_32 if width else (1 << 64) - 1
+                conditions.append(Condition(int(name[3:]), mask, number & mask))
+            elif operator == "lacks":
+                conditions.append(Condition(int(name[3:]), number, 0))
+            else:
+                raise ValueError(f"unknown comparison {operator!r}")
+            if words and (words.pop(0) != "and" or not words):
+                raise ValueError("expected 'and' between conditions")
+        if not conditions:
+            raise ValueError("no condition after 'if'")
+        return conditions
+
+    def _number(self, word: str) -> int:
+        """Return the value of ``NAME|NAME|0x10``."""
+        value = 0
+        for part in word.split("|"):
+            if part in self._names:
+                value |= self._names[part]
+            elif part[:1].isdigit():
+                value |= int(part, 0)
+            else:
+                raise KeyError(f"{part!r} is not defined")
+        return value
+
+
+def _merge(rules: list[Rule]) -> list[Rule]:
+    """Drop what an unconditional rule of the same call makes superfluous. Raises PolicyError on a contradiction."""
+    unconditional = {rule.syscall for rule in rules if not rule.conditions and not rule.refusal}
+    refused = {rule.syscall: rule.refusal for rule in rules if rule.refusal}
+    merged: dict[Rule, None] = {}
+    for rule in rules:
+        if not rule.refusal and rule.syscall in refused:
+            raise PolicyError(f"system call {rule.syscall} is both allowed and refused")
+        if rule.refusal and refused[rule.syscall] != rule.refusal:
+            raise PolicyError(f"system call {rule.syscall} is refused with two different errors")
+        if rule.conditions and rule.syscall in unconditional:
+            continue
+        merged[rule] = None
+    return list(merged)

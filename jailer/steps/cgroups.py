@@ -1,0 +1,288 @@
+"""Cgroups, version 1 and 2: make, fill, join. The cells are forked after the join, so they are in from the start.
+
+Kernel documentation: admin-guide/cgroup-v1/cgroups.rst, cpusets.rst; admin-guide/cgroup-v2.rst. Joining by fork
+instead of by a write per cell matters: every write to cgroup.procs or tasks takes the machine-wide thread group lock.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from jailer import walls
+from jailer.errors import StepError, os_error_text
+from jailer.plan import Operation
+from jailer.settings import Settings
+from jailer.steps.directories import make_directories, remove_empty
+
+PROC_MOUNTS = "/proc/mounts"
+_MAX_VALUE_SIZE = 64 << 10
+
+
+class Hierarchies(NamedTuple):
+    """Where the host mounts its cgroups: version 1 by controller, version 2 ("" when it does not)."""
+
+    v1: dict[str, str]
+    v2: str
+
+
+def _unescape(field: str) -> str:
+    """Undo the octal escapes of /proc/mounts."""
+    for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        field = field.replace(code, character)
+    return field
+
+
+def find_hierarchies(path: str = PROC_MOUNTS) -> Hierarchies:
+    """Read the cgroup mounts of this host. Raises StepError."""
+    v1: dict[str, str] = {}
+    v2 = ""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            lines = file.read().splitlines()
+    except OSError as error:
+        raise StepError(f"Failed to open file {path}: {os_error_text(error)}") from None
+    for line in lines:
+        fields = line.split(" ")
+        if len(fields) < 4:
+            continue
+        directory = _unescape(fields[1])
+        if fields[2] == "cgroup":
+            for option in fields[3].split(","):
+                v1.setdefault(option, directory)
+        elif fields[2] == "cgroup2" and not v2:
+            v2 = directory
+    return Hierarchies(v1, v2)
+
+
+def write_file(path: str, value: str) -> None:
+    """Write a value and a newline to a cgroup file in one write(2). Raises StepError."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(descriptor, f"{value}\n".encode())
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise StepError(f"Failed to write to {path}: {os_error_text(error)}") from None
+
+
+def read_file(path: str) -> str:
+    """Read a cgroup file without its last newline. Raises StepError."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.read(descriptor, _MAX_VALUE_SIZE).decode("ascii", "replace").rstrip("\n")
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise StepError(f"Failed to read file {path} into a string: {os_error_text(error)}") from None
+
+
+class MakeCgroup(Operation):
+    """Make a cgroup directory with its parents."""
+
+    __slots__ = ("_path", "made")
+    step = walls.CGROUP
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self.made: list[str] = []
+
+    def describe(self) -> str:
+        return f"make cgroup {self._path}"
+
+    def do(self) -> None:
+        self.made = make_directories(self._path)
+
+    def undo(self) -> None:
+        remove_empty(self.made)
+
+
+class InheritValue(Operation):
+    """Version 1: an empty cpuset file takes the first value that an ancestor has (nothing can join an empty cpuset)."""
+
+    __slots__ = ("_directory", "_file", "_mount")
+    step = walls.CGROUP
+
+    def __init__(self, mount: str, directory: str, file: str) -> None:
+        self._mount = mount
+        self._directory = directory
+        self._file = file
+
+    def describe(self) -> str:
+        return f"inherit {self._file} in cgroup {self._directory}"
+
+    def do(self) -> None:
+        empty: list[str] = []
+        current = self._directory
+        while not (value := read_file(os.path.join(current, self._file))):
+            if current == self._mount:
+                raise StepError(
+                    f"Failed to inherit cgroups configurations from file {self._file} in path {self._directory}"
+                )
+            empty.append(current)
+            current = os.path.dirname(current)
+        for each in reversed(empty):
+            write_file(os.path.join(each, self._file), value)
+
+
+class EnableController(Operation):
+    """Version 2: enable a controller for the children of every cgroup from the root to the parent."""
+
+    __slots__ = ("_controller", "_directories", "_mount")
+    step = walls.CGROUP
+
+    def __init__(self, mount: str, parents: tuple[str, ...], controller: str) -> None:
+        self._mount = mount
+        self._directories = (mount, *parents)
+        self._controller = controller
+
+    def describe(self) -> str:
+        return f"enable cgroup controller {self._controller}"
+
+    def do(self) -> None:
+        if self._controller not in read_file(os.path.join(self._mount, "cgroup.controllers")).split():
+            raise StepError(f"Controller {self._controller} is unavailable")
+        for directory in self._directories:
+            path = os.path.join(directory, "cgroup.subtree_control")
+            if self._controller not in read_file(path).split():
+                write_file(path, f"+{self._controller}")
+
+
+class WriteValue(Operation):
+    """``--cgroup FILE=VALUE``."""
+
+    __slots__ = ("_path", "_value")
+    step = walls.CGROUP
+
+    def __init__(self, path: str, value: str) -> None:
+        self._path = path
+        self._value = value
+
+    def describe(self) -> str:
+        return f"write {self._value} to {self._path}"
+
+    def do(self) -> None:
+        write_file(self._path, self._value)
+
+
+class JoinCgroup(Operation):
+    """Move this process into a cgroup. Undone by moving it back to where it was, if that is visible here."""
+
+    __slots__ = ("_before", "_controller", "_directory", "_file", "_message", "_mount")
+    step = walls.CGROUP
+
+    def __init__(self, mount: str, directory: str, controller: str, message: str = "") -> None:
+        self._mount = mount
+        self._directory = directory
+        self._controller = controller
+        self._file = "tasks" if controller else "cgroup.procs"
+        self._message = message
+        self._before = ""
+
+    def describe(self) -> str:
+        return f"join cgroup {self._directory}"
+
+    def do(self) -> None:
+        self._before = current_cgroup(self._controller)
+        path = os.path.join(self._directory, self._file)
+        try:
+            write_file(path, str(os.getpid()))
+        except StepError as error:
+            if not self._message:
+                raise
+            text = str(error).rpartition(": ")[2]
+            raise StepError(f"{self._message} ({self._directory}): {text}") from None
+
+    def undo(self) -> None:
+        directory = self._mount + self._before
+        if not self._before or not os.path.isdir(directory):
+            directory = self._mount
+        write_file(os.path.join(directory, "cgroup.procs"), str(os.getpid()))
+
+
+def current_cgroup(controller: str, text: str | None = None) -> str:
+    """Return the path of this process's cgroup ("" = version 2) from /proc/self/cgroup, "" if there is none."""
+    if text is None:
+        text = read_file("/proc/self/cgroup")
+    for line in text.splitlines():
+        _, _, rest = line.partition(":")
+        names, _, path = rest.partition(":")
+        if (controller in names.split(",")) if controller else not names:
+            return path
+    return ""
+
+
+class CgroupPlan(NamedTuple):
+    """Operations, and the directories of this microVM alone (what ``--cleanup`` and ``--purge`` remove)."""
+
+    operations: tuple[Operation, ...]
+    directories: tuple[str, ...]
+    #: (controller, "" for version 2, and the end of the path) of every cgroup that each cell must be found in.
+    expected: tuple[tuple[str, str], ...]
+
+
+def _relative(settings: Settings) -> str:
+    return f"{settings.parent_cgroup}/{settings.microvm_id}"
+
+
+def plan_parent_only(settings: Settings) -> CgroupPlan:
+    """Version 2 with --parent-cgroup and no --cgroup: join the parent if it exists. Raises StepError."""
+    if settings.cgroup_version != 2 or not settings.parent_cgroup_given or settings.cgroups:
+        return CgroupPlan((), (), ())
+    mount = find_hierarchies().v2
+    if not mount:
+        raise StepError("Hierarchy not found: No hierarchy found for this cgroup version.")
+    directory = os.path.join(mount, settings.parent_cgroup)
+    if not os.path.isdir(directory):
+        return CgroupPlan((), (), ())
+    join = JoinCgroup(mount, directory, "", "Failed to move process to cgroup")
+    return CgroupPlan((join,), (), (("", f"/{settings.parent_cgroup}"),))
+
+
+def plan_items(settings: Settings) -> CgroupPlan:
+    """Everything for --cgroup, or nothing. Raises StepError if a hierarchy or a controller is missing."""
+    if not settings.cgroups:
+        return CgroupPlan((), (), ())
+    hierarchies = find_hierarchies()
+    if not (hierarchies.v1 if settings.cgroup_version == 1 else hierarchies.v2):
+        raise StepError("Hierarchy not found: No hierarchy found for this cgroup version.")
+    return _plan_v1(settings, hierarchies) if settings.cgroup_version == 1 else _plan_v2(settings, hierarchies)
+
+
+def _plan_v1(settings: Settings, hierarchies: Hierarchies) -> CgroupPlan:
+    operations: list[Operation] = []
+    joined: dict[str, Operation] = {}
+    expected = []
+    for controller, file, value in settings.cgroups:
+        mount = hierarchies.v1.get(controller)
+        if mount is None:
+            raise StepError(f"Controller {controller} is unavailable")
+        directory = os.path.join(mount, _relative(settings))
+        if directory not in joined:
+            operations.append(MakeCgroup(directory))
+            if controller == "cpuset":
+                operations.extend(InheritValue(mount, directory, each) for each in ("cpuset.cpus", "cpuset.mems"))
+            joined[directory] = JoinCgroup(mount, directory, controller)
+            expected.append((controller, f"/{_relative(settings)}"))
+        operations.append(WriteValue(os.path.join(directory, file), value))
+    return CgroupPlan((*operations, *joined.values()), tuple(joined), tuple(expected))
+
+
+def _plan_v2(settings: Settings, hierarchies: Hierarchies) -> CgroupPlan:
+    mount = hierarchies.v2
+    directory = os.path.join(mount, _relative(settings))
+    parents = []
+    current = mount
+    for part in settings.parent_cgroup.split("/"):
+        current = os.path.join(current, part)
+        parents.append(current)
+    operations: list[Operation] = [MakeCgroup(directory)]
+    controllers = dict.fromkeys(item.controller for item in settings.cgroups)
+    # cgroup.* files belong to the core; no controller has to be enabled for them.
+    operations.extend(EnableController(mount, tuple(parents), each) for each in controllers if each != "cgroup")
+    operations.extend(WriteValue(os.path.join(directory, item.file), item.value) for item in settings.cgroups)
+    operations.append(JoinCgroup(mount, directory, ""))
+    return CgroupPlan(tuple(operations), (directory,), (("", f"/{_relative(settings)}"),))
+

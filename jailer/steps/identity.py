@@ -1,0 +1,79 @@
+"""Who a cell is: user, group, capabilities, no_new_privs, death signal, dumpability. prctl(2), capabilities(7)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+
+import prctl
+
+from jailer import syscalls
+from jailer.errors import CellError
+
+_MAX_CAPABILITIES = 64
+
+
+def clear_bounding_set() -> None:
+    """Empty the capability bounding set, while CAP_SETPCAP is still there. Raises OSError.
+
+    Not by python-prctl: it refuses capabilities that are newer than the headers it was built with.
+    """
+    for capability in range(_MAX_CAPABILITIES):
+        try:
+            syscalls.drop_from_bounding_set(capability)
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                return  # one more than the kernel's last capability
+            raise
+
+
+def become(uid: int, gid: int) -> None:
+    """Set every user and group id and drop the supplementary groups. Raises OSError."""
+    os.setgroups([])
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+
+
+def clear_capabilities() -> None:
+    """Empty the effective, permitted and inheritable sets, and thereby the ambient set. Raises OSError."""
+    syscalls.capabilities_set(0)
+
+
+def set_no_new_privileges() -> None:
+    """PR_SET_NO_NEW_PRIVS: for good, inherited by every child. Raises OSError."""
+    prctl.set_no_new_privs(1)
+
+
+def die_with(parent: int) -> None:
+    """Be killed when the parent ends, and notice if it ended before. Raises CellError.
+
+    The kernel forgets the death signal when credentials change, hence this comes after everything else.
+    """
+    prctl.set_pdeathsig(signal.SIGKILL)
+    if os.getppid() != parent:
+        raise CellError("the supervisor ended while the cell was being made")
+
+
+def set_dumpable(dumpable: bool) -> None:
+    """Allow or forbid tracing by the same user and core files. Raises OSError."""
+    prctl.set_dumpable(int(dumpable))
+
+
+def forbid_core_files() -> None:
+    """RLIMIT_CORE 0. Raises OSError."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def forbid_processes() -> None:
+    """RLIMIT_NPROC 0: no process and no thread can be made any more by this user's processes with this limit.
+
+    The kernel exempts user 0 and whoever has CAP_SYS_RESOURCE or CAP_SYS_ADMIN.
+    """
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+
+
+def set_name(name: str) -> None:
+    """Set the name that ps shows (15 bytes)."""
+    prctl.set_name(name[:15])

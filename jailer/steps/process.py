@@ -1,0 +1,82 @@
+"""Steps that prepare the calling process itself: descriptors, environment, limits, network namespace."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+
+from jailer import syscalls, walls
+from jailer.errors import StepError, errno_text, os_error_text
+from jailer.plan import Operation
+from jailer.settings import Limits
+
+
+def close_inherited_descriptors() -> None:
+    """Close everything but standard input, output and error. Raises OSError."""
+    syscalls.close_range(3, syscalls.CLOSE_RANGE_MAX, syscalls.CLOSE_RANGE_UNSHARE)
+
+
+def clear_environment() -> None:
+    """Remove every variable that the caller set."""
+    os.environ.clear()
+
+
+def ensure_standard_descriptors() -> None:
+    """Open /dev/null on each of 0, 1 and 2 that is closed, so that no later descriptor ends up there."""
+    while True:
+        descriptor = os.open("/dev/null", os.O_RDWR)
+        if descriptor > 2:
+            os.close(descriptor)
+            return
+        os.set_inheritable(descriptor, True)
+
+
+class JoinNetworkNamespace(Operation):
+    """``--netns``: the controller stays in it; supervisor and workers leave it for an empty one later."""
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def describe(self) -> str:
+        return f"join network namespace {self._path}"
+
+    def do(self) -> None:
+        try:
+            descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise StepError(f"Failed to open file {self._path}: {os_error_text(error)}") from None
+        try:
+            syscalls.setns(descriptor, syscalls.CLONE_NEWNET)
+        except OSError as error:
+            raise StepError(f"Failed to join network namespace: netns: {os_error_text(error)}") from None
+        finally:
+            os.close(descriptor)
+
+
+class SetLimits(Operation):
+    """``--resource-limit``: soft and hard limit of this process and of every cell, which inherit them."""
+
+    __slots__ = ("_limits",)
+    step = walls.LIMITS
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+
+    def describe(self) -> str:
+        size = "" if self._limits.file_size is None else f", fsize={self._limits.file_size}"
+        return f"set limits no-file={self._limits.no_file}{size}"
+
+    def do(self) -> None:
+        wanted = [(resource.RLIMIT_NOFILE, self._limits.no_file)]
+        if self._limits.file_size is not None:
+            wanted.insert(0, (resource.RLIMIT_FSIZE, self._limits.file_size))
+        for which, value in wanted:
+            bounded = value if value < 1 << 63 else resource.RLIM_INFINITY
+            try:
+                resource.setrlimit(which, (bounded, bounded))
+            except (OSError, ValueError) as error:  # Python turns EPERM into a ValueError
+                number = error.errno if isinstance(error, OSError) and error.errno else errno.EPERM
+                raise StepError(f"Failed to set limit for resource: {errno_text(number)}") from None

@@ -1,0 +1,549 @@
+"""The supervisor: forks workers, verifies every cell, tells the controller who ended, ends everything together.
+
+Single-threaded, driven by poll(2), forks only from here. What the controller may ask for is in the plan.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ipc import descriptors, exit_codes, faults
+from ipc.channel import PairChannel
+from ipc.errors import IpcError
+from ipc.messages import (
+    SUPERVISOR,
+    CellEnded,
+    CreateMemory,
+    Failed,
+    MemoryCreated,
+    Shutdown,
+    SignalCell,
+    Signalled,
+    Spawn,
+    Spawned,
+)
+from ipc.plan import ROLE_VCPU, SECCOMP_OFF, LaunchPlan, cell_name
+from jailer import cell, syscalls, verify, walls
+from jailer.log import Log
+from jailer.memory import MemoryMaker
+from jailer.seccomp import notification
+from jailer.seccomp.install import Filter
+from jailer.template import Roles
+
+#: Signals that end the microVM when somebody sends them to the visible process. They are blocked and read from a
+#: signalfd: so they reach a process 1, and a real fault (SIGSEGV, …) still ends the process, since the kernel
+#: does not hold back a blocked signal that the process caused itself.
+ENDING_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGHUP,
+    signal.SIGBUS,
+    signal.SIGSEGV,
+    signal.SIGXFSZ,
+    signal.SIGXCPU,
+    signal.SIGILL,
+    signal.SIGSYS,
+)
+BLOCKED_SIGNALS = frozenset(map(int, (*ENDING_SIGNALS, signal.SIGCHLD, signal.SIGPIPE)))
+_CELL_SIGNALS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT)
+#: How long the controller may take to end in order after it was asked to, and after it closed its channel itself.
+SHUTDOWN_GRACE_S = 0.6
+CLOSING_GRACE_S = 5.0
+#: How long a cell may take from its fork to its filter, and how long killed cells may take to disappear.
+SEAL_TIMEOUT_S = 60.0
+REAP_TIMEOUT_S = 5.0
+WALL_SECCOMP = "seccomp"
+
+
+class Setup(NamedTuple):
+    """Everything that the launch prepared for the supervisor."""
+
+    plan: LaunchPlan
+    roles: Roles
+    asked: verify.Asked
+    proc: int
+    kvm_fd: int
+    kvm_error: str
+    filters: dict[str, Filter]
+    memory: MemoryMaker
+    log: Log
+    #: Descriptors that a worker keeps beside its own: none of ours but these.
+    shared: tuple[int, ...]
+
+
+class Cell:
+    """One child: the controller or a worker."""
+
+    __slots__ = ("deadline", "index", "listener", "pid", "pidfd", "role", "seal", "wall")
+
+    def __init__(self, role: str, index: int, pid: int, pidfd: int, seal: socket.socket) -> None:
+        self.role = role
+        self.index = index
+        self.pid = pid
+        self.pidfd = pidfd
+        self.seal: socket.socket | None = seal
+        self.listener = -1
+        self.deadline = time.monotonic() + SEAL_TIMEOUT_S
+        self.wall = ""
+
+    @property
+    def name(self) -> str:
+        """``vmm``, ``vcpu 0``."""
+        return cell_name(self.role, self.index)
+
+    def kill(self) -> None:
+        """Send SIGKILL; nothing happens if the cell is gone."""
+        try:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+    def close(self) -> None:
+        """Close what belongs to the cell."""
+        if self.seal is not None:
+            self.seal.close()
+            self.seal = None
+        for name in ("listener", "pidfd"):
+            descriptor = getattr(self, name)
+            if descriptor >= 0:
+                os.close(descriptor)
+                setattr(self, name, -1)
+
+
+class Supervisor:
+    """Runs from the moment when the controller was forked until every cell has ended."""
+
+    def __init__(self, setup: Setup, controller: Cell, channel: socket.socket, signals: int) -> None:
+        self._setup = setup
+        self._plan = setup.plan
+        self._log = setup.log
+        self._signals = signals
+        channel.setblocking(False)
+        self._channel: PairChannel | None = PairChannel(channel, SUPERVISOR, setup.plan.epoch)
+        self._controller = controller
+        self._cells: dict[int, Cell] = {controller.pid: controller}
+        self._pid = os.getpid()
+        self._exit_code: int | None = None
+        self._end_deadline = 0.0
+        self._ended = False
+        self._handlers: dict[type[Any], Callable[[Any, int], None]] = {
+            Spawn: self._spawn,
+            SignalCell: self._signal_cell,
+            CreateMemory: self._create_memory,
+        }
+
+    # ------------------------------------------------------------ loop
+
+    def run(self) -> int:
+        """Serve until the controller and every worker have ended; return the exit code of the microVM."""
+        faults.visit("supervisor.start")
+        self._report_self()
+        if self._plan.drills:
+            sys.modules["ipc.drills"].__dict__["controller_pid"] = self._controller.pid
+        while not self._ended:
+            self._turn()
+        self._bury_workers()
+        code = exit_codes.GENERIC_ERROR if self._exit_code is None else self._exit_code
+        if self._log.lost:
+            self._log.warning(f"{self._log.lost} lines were lost: nobody read them")
+        return code
+
+    def _turn(self) -> None:
+        ready = self._poll()
+        if self._signals in ready:
+            self._read_signals()
+        for record in list(self._cells.values()):
+            if record.listener in ready:
+                self._notified(record)
+            if record.seal is not None and record.seal.fileno() in ready:
+                self._seal_message(record)
+        if self._channel is not None and self._channel.fileno() in ready:
+            self._serve()
+        self._check_deadlines()
+
+    def _poll(self) -> set[int]:
+        poll = select.poll()
+        poll.register(self._signals, select.POLLIN)
+        if self._channel is not None:
+            poll.register(self._channel.fileno(), select.POLLIN)
+        for record in self._cells.values():
+            if record.seal is not None:
+                poll.register(record.seal.fileno(), select.POLLIN)
+            if record.listener >= 0:
+                poll.register(record.listener, select.POLLIN)
+        return {descriptor for descriptor, _ in poll.poll(self._timeout_ms())}
+
+    def _timeout_ms(self) -> int | None:
+        deadlines = [record.deadline for record in self._cells.values() if record.seal is not None]
+        if self._end_deadline:
+            deadlines.append(self._end_deadline)
+        if not deadlines:
+            return None
+        return max(0, int((min(deadlines) - time.monotonic()) * 1000) + 1)
+
+    def _check_deadlines(self) -> None:
+        now = time.monotonic()
+        if self._end_deadline and now >= self._end_deadline:
+            self._log.error(f"{self._controller.name} (pid {self._controller.pid}) did not end in order; killed")
+            self._end_deadline = 0.0
+            self._controller.kill()
+        for record in self._cells.values():
+            if record.seal is not None and now >= record.deadline:
+                self._fail_cell(record, f"{record.name} (pid {record.pid}) was not sealed within {SEAL_TIMEOUT_S:g} s")
+
+    # ------------------------------------------------------------ signals and ends
+
+    def _read_signals(self) -> None:
+        while True:
+            try:
+                data = os.read(self._signals, syscalls.SIGNALFD_SIGINFO_SIZE)
+            except BlockingIOError:
+                return
+            (number,) = struct.unpack_from("=I", data, 0)
+            (code,) = struct.unpack_from("=i", data, 8)
+            if number == signal.SIGCHLD:
+                self._reap()
+            elif number != signal.SIGPIPE:
+                self._end_by_signal(number, code)
+
+    def _end_by_signal(self, number: int, code: int) -> None:
+        """Somebody ends the microVM by a signal to the visible process."""
+        if self._exit_code is not None:
+            return
+        self._exit_code = exit_codes.BY_SIGNAL.get(number, 128 + number)
+        text = f"Shutting down VM after intercepting signal {number}, code {code}"
+        self._log.info(text)
+        if self._controller.seal is None and self._send(Shutdown(self._exit_code, text)):
+            self._end_deadline = time.monotonic() + SHUTDOWN_GRACE_S
+        else:
+            self._controller.kill()
+
+    def _reap(self) -> None:
+        """Collect every child that ended, our own and (as process 1) whatever else was left to us."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            record = self._cells.pop(pid, None)
+            if record is not None:
+                self._cell_ended(record, status)
+
+    def _cell_ended(self, record: Cell, status: int) -> None:
+        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 0
+        if record.seal is not None and not record.wall:
+            self._drain_seal(record)
+        if number == signal.SIGSYS and not record.wall:
+            record.wall = WALL_SECCOMP
+            self._log.error(
+                f"{record.name} (pid {record.pid}): wall seccomp: ended by the filter for a forbidden system call"
+            )
+        elif number and not record.wall:
+            self._log.error(f"{record.name} (pid {record.pid}) was ended by signal {number} ({_signal_name(number)})")
+        if record is self._controller:
+            self._controller_ended(record, number, code)
+        else:
+            self._send(CellEnded(record.index, record.pid, code, number, record.wall))
+        record.close()
+
+    def _controller_ended(self, record: Cell, number: int, code: int) -> None:
+        self._ended = True
+        self._end_deadline = 0.0
+        if self._exit_code is None:
+            self._exit_code = exit_codes.of_signal(number) if number else code
+            if record.wall == WALL_SECCOMP:
+                self._exit_code = exit_codes.BAD_SYSCALL
+        if number:  # an orderly end was logged by the controller itself
+            self._log.error(f"Firecracker exiting with error. exit_code={self._exit_code}")
+
+    def _bury_workers(self) -> None:
+        for record in self._cells.values():
+            record.kill()
+        deadline = time.monotonic() + REAP_TIMEOUT_S
+        while self._cells and time.monotonic() < deadline:
+            poll = select.poll()
+            poll.register(self._signals, select.POLLIN)
+            poll.poll(100)
+            self._read_signals()
+            self._reap()
+        for record in self._cells.values():
+            self._log.error(f"{record.name} (pid {record.pid}) cannot be killed")
+
+    def _fail_cell(self, record: Cell, text: str) -> None:
+        """A cell is not what it should be: end it, and the launch with it if it is the controller."""
+        self._log.error(text)
+        if record.seal is not None:
+            record.seal.close()
+            record.seal = None
+        record.kill()
+        if record is self._controller and self._exit_code is None:
+            self._exit_code = exit_codes.GENERIC_ERROR
+
+    # ------------------------------------------------------------ requests
+
+    def _serve(self) -> None:
+        assert self._channel is not None
+        try:
+            while True:
+                envelope, owned = self._channel.receive()
+                owned.close()
+                if envelope is None:
+                    continue
+                handler = self._handlers.get(type(envelope.message))
+                if handler is None:
+                    self._send(Failed("supervisor.request", "not a request"), envelope.sequence)
+                else:
+                    handler(envelope.message, envelope.sequence)
+        except BlockingIOError:
+            return
+        except IpcError as error:
+            # The channel's end is the controller's: it is closing down, or it broke the protocol.
+            self._channel.close()
+            self._channel = None
+            if "closed" not in str(error):
+                self._log.error(f"{self._controller.name} (pid {self._controller.pid}): {error}; killed")
+                self._controller.wall = self._controller.wall or "protocol"
+                self._controller.kill()
+            elif not self._end_deadline:
+                self._end_deadline = time.monotonic() + CLOSING_GRACE_S
+
+    def _send(self, message: Any, reply_to: int = 0, fds: tuple[int, ...] = ()) -> bool:
+        """Send to the controller; a controller that does not read is ended. Returns whether it was sent."""
+        if self._channel is None:
+            return False
+        try:
+            self._channel.send(message, reply_to, fds)
+        except IpcError as error:
+            if not self._ended:
+                self._log.error(f"{self._controller.name} (pid {self._controller.pid}) does not read: {error}; killed")
+                self._controller.kill()
+            return False
+        return True
+
+    def _signal_cell(self, request: SignalCell, sequence: int) -> None:
+        record = self._worker(request.worker)
+        if request.signal not in _CELL_SIGNALS or record is None:
+            self._send(Failed("supervisor.signal", "no such worker, or not a signal that may be sent"), sequence)
+            return
+        try:
+            signal.pidfd_send_signal(record.pidfd, request.signal)
+        except ProcessLookupError:
+            pass  # ended, its notice follows
+        self._send(Signalled(), sequence)
+
+    def _create_memory(self, request: CreateMemory, sequence: int) -> None:
+        if request.size > self._plan.max_memory_bytes:
+            text = f"the plan allows {self._plan.max_memory_bytes} bytes of guest memory, not {request.size}"
+            self._send(Failed("supervisor.plan", text), sequence)
+            return
+        try:
+            descriptor = self._setup.memory.make(request.size)
+        except OSError as error:
+            self._send(Failed("supervisor.memory", f"cannot make guest memory: {error.strerror}"), sequence)
+            return
+        faults.visit("supervisor.memory")
+        self._send(MemoryCreated(request.size), sequence, (descriptor,))
+        os.close(descriptor)
+
+    def _worker(self, index: int) -> Cell | None:
+        for record in self._cells.values():
+            if record.role == ROLE_VCPU and record.index == index:
+                return record
+        return None
+
+    # ------------------------------------------------------------ spawning
+
+    def _spawn(self, request: Spawn, sequence: int) -> None:
+        refusal = self._refuse_spawn(request.worker)
+        if refusal is not None:
+            self._send(refusal, sequence)
+            return
+        faults.visit("supervisor.spawn.requested")
+        ours, theirs = descriptors.channel_pair()
+        seal, cell_seal = descriptors.channel_pair()
+        faults.visit("supervisor.spawn.prepared")
+        try:
+            pid = os.fork()
+        except OSError as error:
+            for each in (ours, theirs, seal, cell_seal):
+                each.close()
+            self._send(Failed("supervisor.fork", f"cannot fork a worker: {error.strerror}"), sequence)
+            return
+        if pid == 0:
+            ours.close()
+            seal.close()
+            self._become_worker(request.worker, theirs, cell_seal)
+        faults.visit("supervisor.spawn.forked")
+        theirs.close()
+        cell_seal.close()
+        record = Cell(ROLE_VCPU, request.worker, pid, os.pidfd_open(pid), seal)
+        self._cells[pid] = record
+        self._send(Spawned(request.worker, pid), sequence, (record.pidfd, ours.fileno()))
+        ours.close()
+        faults.visit("supervisor.spawn.answered")
+
+    def _refuse_spawn(self, index: int) -> Failed | None:
+        if index >= self._plan.max_workers:
+            return Failed("supervisor.plan", f"the plan allows {self._plan.max_workers} workers")
+        if self._worker(index) is not None:
+            return Failed("supervisor.exists", f"worker {index} exists already")
+        if self._exit_code is not None:
+            return Failed("supervisor.ending", "the microVM is ending")
+        if self._controller.seal is not None:
+            return Failed("supervisor.unsealed", "the controller's walls are not closed yet")
+        if self._setup.kvm_fd < 0:
+            return Failed("supervisor.kvm", f"Error creating KVM object: {self._setup.kvm_error}")
+        return None
+
+    def _become_worker(self, index: int, channel: socket.socket, seal: socket.socket) -> None:
+        """In the child: let go of everything of the supervisor, then be the worker; does not return."""
+        context = cell.CellContext(
+            self._plan, ROLE_VCPU, index, self._pid, seal, self._setup.filters.get(ROLE_VCPU)
+        )
+        setup = self._setup
+
+        def prepare() -> None:
+            self._abandon()
+            cell.keep_only((channel.fileno(), seal.fileno(), setup.kvm_fd, *setup.shared))
+            cell.reset_signals()
+
+        cell.run(context, prepare, lambda sealed: setup.roles.vcpu(setup.plan, index, channel, setup.kvm_fd, sealed))
+
+    def _abandon(self) -> None:
+        """In a child: make sure that no object of the supervisor closes a descriptor of the cell later."""
+        if self._channel is not None:
+            self._channel.socket.detach()
+        for record in self._cells.values():
+            if record.seal is not None:
+                record.seal.detach()
+        self._cells.clear()
+
+    # ------------------------------------------------------------ walls
+
+    def _seal_message(self, record: Cell) -> None:
+        assert record.seal is not None
+        try:
+            frame, owned = descriptors.receive(record.seal, 1, socket.MSG_DONTWAIT)
+        except (BlockingIOError, InterruptedError):
+            return
+        except IpcError as error:
+            self._fail_cell(record, f"{record.name} (pid {record.pid}): {error}")
+            return
+        with owned:
+            if frame == cell.FILTERED:
+                if len(owned):
+                    record.listener = owned.take()
+                self._verify(record)
+            elif frame == cell.CLOSED:
+                self._finish_seal(record)
+            elif frame.startswith(cell.FAILED):
+                text = frame[len(cell.FAILED) :].decode("utf-8", "replace")
+                self._fail_cell(record, f"{record.name} (pid {record.pid}) cannot be confined: {text}")
+            elif frame != cell.ENTERED:
+                record.seal.close()  # at the end of the channel the exit status tells the rest
+                record.seal = None
+
+    def _drain_seal(self, record: Cell) -> None:
+        """A cell ended before it was sealed: its last words, if any, say why."""
+        while record.seal is not None:
+            before = record.seal
+            self._seal_message(record)
+            if record.seal is before:
+                return
+
+    def _verify(self, record: Cell) -> None:
+        assert record.seal is not None
+        faults.visit("supervisor.spawn.seal")
+        if self._differences(record.role, record.pid, record):
+            return
+        faults.visit("supervisor.spawn.verified")
+        self._answer_seal(record, cell.VERIFIED)
+
+    def _differences(self, role: str, pid: int, record: Cell | None) -> bool:
+        """Compare a process with its walls, write the report line; True if the process was ended for a difference."""
+        setup = self._setup
+        wanted = verify.asked(self._plan, role, setup.asked)
+        actual = verify.found(pid, setup.proc, setup.asked.host, wanted)
+        differences = verify.differences(wanted, actual)
+        chosen = setup.filters.get(role)
+        name = record.name if record is not None else role
+        self._log.record(
+            {
+                "walls": name,
+                "pid": pid,
+                "verified": not differences,
+                "differences": differences,
+                "switched_off": list(self._plan.switched_off),
+                "seccomp": {"mode": self._plan.seccomp, "sha256": chosen.digest if chosen is not None else None},
+                "asked": wanted,
+                "found": actual,
+            }
+        )
+        if not differences or walls.VERIFY in self._plan.switched_off:
+            return False
+        text = f"{name} (pid {pid}): walls differ: {'; '.join(differences)}"
+        if record is None:
+            self._log.error(text)
+            self._exit_code = exit_codes.GENERIC_ERROR
+            self._controller.kill()
+        else:
+            self._refuse(record, text)
+        return True
+
+    def _refuse(self, record: Cell, text: str) -> None:
+        record.wall = "verify"
+        self._fail_cell(record, text)
+
+    def _finish_seal(self, record: Cell) -> None:
+        wanted = walls.DUMPABLE not in self._plan.switched_off
+        if wanted and verify.is_dumpable(record.pid, self._plan.uid, self._setup.proc):
+            self._refuse(record, f"{record.name} (pid {record.pid}): walls differ: dumpable: asked False, found True")
+            return
+        self._answer_seal(record, cell.GO)
+        if record.seal is not None:
+            record.seal.close()
+            record.seal = None
+
+    def _answer_seal(self, record: Cell, frame: bytes) -> None:
+        assert record.seal is not None
+        try:
+            descriptors.send(record.seal, frame)
+        except IpcError:
+            record.seal.close()  # the cell ended meanwhile
+            record.seal = None
+
+    def _report_self(self) -> None:
+        if self._plan.seccomp == SECCOMP_OFF:
+            self._log.warning("seccomp is off in every cell")
+        self._differences("supervisor", self._pid, None)
+
+    def _notified(self, record: Cell) -> None:
+        """Report mode: a cell waits inside a forbidden system call; say which, and end it."""
+        call = notification.receive(record.listener)
+        if call is None:
+            return
+        record.wall = WALL_SECCOMP
+        self._log.error(f"{record.name} (pid {record.pid}): wall seccomp: {notification.describe(call)}")
+        record.kill()
+        os.close(record.listener)
+        record.listener = -1
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "real-time signal"
+

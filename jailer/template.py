@@ -1,0 +1,40 @@
+"""The template: every import that a cell needs, made once before the jail is entered; late imports fail inside."""
+
+from __future__ import annotations
+
+import gc
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ipc.plan import LaunchPlan
+
+Seal = Callable[[], None]
+
+
+class Roles(NamedTuple):
+    """The entry points of the cells; tests pass stand-ins. They return the exit code of the cell."""
+
+    vmm: Callable[[LaunchPlan, socket.socket, Seal], int]
+    vcpu: Callable[[LaunchPlan, int, socket.socket, int, Seal], int]
+
+
+def load_roles() -> Roles:
+    """Import the cells' code."""
+    import vcpu_worker.main
+    import vmm.main
+
+    return Roles(vmm.main.run, vcpu_worker.main.run)
+
+
+def warm() -> None:
+    """Touch what Python and the C library load on first use, and freeze the heap so that forks share it."""
+    for encoding in ("utf-8", "ascii", "latin-1"):
+        "".encode(encoding)
+    time.localtime()  # reads /etc/localtime, once
+    sys.stdout.flush() if sys.stdout else None
+    sys.stderr.flush() if sys.stderr else None
+    gc.collect(1)
+    gc.freeze()

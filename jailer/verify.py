@@ -1,0 +1,243 @@
+"""Read the walls of a cell back from /proc and compare them with what was asked for. proc(5).
+
+``asked`` and ``found`` are flat dictionaries of JSON values with the same keys; a key that was not asked for is
+only reported. The death signal cannot be read back; a test shows that it works.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ipc.plan import ROLE_SUPERVISOR, ROLE_VMM, SECCOMP_OFF, LaunchPlan
+from jailer import walls
+from jailer.errors import os_error_text
+from jailer.settings import Limits
+
+NAMESPACES = ("mnt", "ipc", "uts", "net", "pid", "user", "cgroup")
+_NO_CAPABILITIES = "0000000000000000"
+_CAPABILITY_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+_MAX_FILE_SIZE = 64 << 10
+_UNLIMITED = "unlimited"
+Walls = dict[str, Any]
+
+
+class HostFacts(NamedTuple):
+    """What the walls are compared with, read before anything was changed."""
+
+    namespaces: dict[str, int]
+    seccomp_filters: int
+    privileged: bool
+
+
+class Asked(NamedTuple):
+    """What every cell of this launch should look like, beyond the plan."""
+
+    host: HostFacts
+    limits: Limits | None
+    cgroup: str
+    own_network: bool
+    new_pid_namespace: bool
+    jail_root: tuple[int, int] | None
+
+
+def read(path: str, proc: int) -> str:
+    """Return a small file below a /proc descriptor. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
+    try:
+        parts = []
+        while part := os.read(descriptor, _MAX_FILE_SIZE):
+            parts.append(part)
+        return b"".join(parts).decode("utf-8", "replace")
+    finally:
+        os.close(descriptor)
+
+
+def _status(text: str) -> dict[str, str]:
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
+
+
+def namespaces(process: str, proc: int) -> dict[str, int]:
+    """Return the namespace numbers of a process. Raises OSError."""
+    found = {}
+    for name in NAMESPACES:
+        link = os.readlink(f"{process}/ns/{name}", dir_fd=proc)
+        found[name] = int(link.partition("[")[2].rstrip("]"))
+    return found
+
+
+def host_facts(proc: int) -> HostFacts:
+    """Describe the calling process before the launch. Raises OSError."""
+    status = _status(read("self/status", proc))
+    return HostFacts(
+        namespaces=namespaces("self", proc),
+        seccomp_filters=int(status.get("Seccomp_filters", "0")),
+        privileged=bool(int(status["CapEff"], 16) & (1 << 8)),  # CAP_SETPCAP: the bounding set can be dropped
+    )
+
+
+def open_proc() -> int:
+    """Return a descriptor of the host's /proc. Raises OSError."""
+    return os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def asked(plan: LaunchPlan, role: str, facts: Asked) -> Walls:
+    """Return what the walls of a cell of this role have to be."""
+
+    def has(wall: str) -> bool:
+        return wall not in plan.switched_off
+
+    walls_asked: Walls = {}
+    if plan.jailed and has(walls.IDENTITY):
+        walls_asked.update(uid=[plan.uid] * 4, gid=[plan.gid] * 4, groups=[])
+    if has(walls.CAPABILITIES) and (plan.jailed or role != ROLE_VMM):
+        sets = _CAPABILITY_SETS if facts.host.privileged else tuple(s for s in _CAPABILITY_SETS if s != "CapBnd")
+        walls_asked["capabilities"] = dict.fromkeys(sets, _NO_CAPABILITIES)
+    if has(walls.NO_NEW_PRIVILEGES):
+        walls_asked["no_new_privs"] = 1
+    if plan.seccomp != SECCOMP_OFF:
+        own = 1 if role in (ROLE_SUPERVISOR, ROLE_VMM) else 2  # a worker inherits the supervisor's
+        walls_asked["seccomp"] = [{"mode": 2, "filters": facts.host.seccomp_filters + own}]
+    if plan.jailed:
+        walls_asked["namespaces"] = _asked_namespaces(plan, role, facts)
+        if has(walls.ROOT):
+            walls_asked["root"] = _asked_root(role, facts)
+        walls_asked["cgroup"] = facts.cgroup
+    walls_asked["limits"] = _asked_limits(plan, role, facts)
+    return walls_asked
+
+
+def _asked_namespaces(plan: LaunchPlan, role: str, facts: Asked) -> dict[str, str]:
+    own = {
+        "mnt": walls.ROOT not in plan.switched_off,
+        "ipc": walls.IPC_NAMESPACE not in plan.switched_off,
+        "uts": walls.UTS_NAMESPACE not in plan.switched_off,
+        "net": walls.NETWORK_NAMESPACE not in plan.switched_off if role != ROLE_VMM else facts.own_network,
+        "pid": facts.new_pid_namespace,
+    }
+    return {name: "own" if is_own else "host" for name, is_own in own.items()}
+
+
+def _asked_root(role: str, facts: Asked) -> Walls:
+    if role == ROLE_VMM:
+        assert facts.jail_root is not None
+        return {"inode": list(facts.jail_root)}
+    return {"read_only": True, "entries": ["ipc"]}
+
+
+def _asked_limits(plan: LaunchPlan, role: str, facts: Asked) -> dict[str, list[str]]:
+    limits: dict[str, list[str]] = {}
+    if walls.CORE_LIMIT not in plan.switched_off:
+        limits["core file size"] = ["0", "0"]
+    if facts.limits is not None and walls.LIMITS not in plan.switched_off:
+        limits["open files"] = [str(facts.limits.no_file)] * 2
+        size = facts.limits.file_size
+        if size is not None:
+            limits["file size"] = [_UNLIMITED if size >= (1 << 63) else str(size)] * 2
+    if role != ROLE_SUPERVISOR and walls.PROCESS_LIMIT not in plan.switched_off:
+        limits["processes"] = ["0", "0"]
+    return limits
+
+
+def found(pid: int, proc: int, host: HostFacts, wanted: Walls) -> Walls:
+    """Read the walls of a process; what cannot be read is reported as such and differs. Raises nothing."""
+    readers: dict[str, Callable[[], Any]] = {
+        "cgroup": lambda: read(f"{pid}/cgroup", proc),
+        "limits": lambda: _found_limits(read(f"{pid}/limits", proc), wanted.get("limits", {})),
+        "root": lambda: _found_root(f"{pid}/root", proc, wanted.get("root", {})),
+        "namespaces": lambda: _found_namespaces(namespaces(str(pid), proc), host, wanted.get("namespaces", {})),
+        "seccomp": lambda: _found_seccomp(pid, proc),
+    }
+    walls_found: Walls = {}
+    try:
+        walls_found.update(_found_status(_status(read(f"{pid}/status", proc)), wanted))
+    except (OSError, ValueError, KeyError) as error:
+        walls_found["status"] = f"unreadable: {error}"
+    for name, reader in readers.items():
+        try:
+            walls_found[name] = reader()
+        except OSError as error:
+            walls_found[name] = f"unreadable: {os_error_text(error)}"
+        except (ValueError, KeyError, IndexError) as error:
+            walls_found[name] = f"unreadable: {type(error).__name__}"
+    return walls_found
+
+
+def _found_status(status: dict[str, str], wanted: Walls) -> Walls:
+    sets = wanted.get("capabilities") or dict.fromkeys(_CAPABILITY_SETS)
+    return {
+        "uid": [int(each) for each in status["Uid"].split()],
+        "gid": [int(each) for each in status["Gid"].split()],
+        "groups": [int(each) for each in status["Groups"].split()],
+        "capabilities": {name: status[name] for name in sets},
+        "no_new_privs": int(status["NoNewPrivs"]),
+        "threads": int(status["Threads"]),
+    }
+
+
+def _found_seccomp(pid: int, proc: int) -> list[Walls]:
+    """Return the distinct states of all threads: one element, if all is well."""
+    states = []
+    descriptor = os.open(f"{pid}/task", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=proc)
+    try:
+        threads = os.listdir(descriptor)
+        for thread in threads:
+            status = _status(read(f"{thread}/status", descriptor))
+            state = {"mode": int(status["Seccomp"]), "filters": int(status["Seccomp_filters"])}
+            if state not in states:
+                states.append(state)
+    finally:
+        os.close(descriptor)
+    return states
+
+
+def _found_namespaces(numbers: dict[str, int], host: HostFacts, wanted: dict[str, str]) -> dict[str, str]:
+    names = wanted or dict.fromkeys(NAMESPACES)
+    return {name: "host" if numbers[name] == host.namespaces[name] else "own" for name in names}
+
+
+def _found_root(path: str, proc: int, wanted: Walls) -> Walls:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=proc)
+    try:
+        status = os.fstat(descriptor)
+        everything: Walls = {
+            "inode": [status.st_dev, status.st_ino],
+            "read_only": bool(os.fstatvfs(descriptor).f_flag & os.ST_RDONLY),
+        }
+        if "entries" in wanted:
+            everything["entries"] = sorted(os.listdir(descriptor))[:16]
+    finally:
+        os.close(descriptor)
+    return {name: everything[name] for name in wanted or everything}
+
+
+def _found_limits(text: str, wanted: dict[str, list[str]]) -> dict[str, list[str]]:
+    limits: dict[str, list[str]] = {}
+    for line in text.splitlines()[1:]:
+        name = line[:26].strip().removeprefix("Max ")
+        if name in wanted:
+            limits[name] = line[26:].split()[:2]
+    return limits
+
+
+def differences(wanted: Walls, actual: Walls) -> list[str]:
+    """Return one text per wall that is not what was asked for."""
+    return [
+        f"{name}: asked {value!r}, found {actual.get(name)!r}"
+        for name, value in wanted.items()
+        if actual.get(name) != value
+    ]
+
+
+def is_dumpable(pid: int, uid: int, proc: int) -> bool | None:
+    """Tell whether a process of this user is dumpable: then its files in /proc belong to it, else to root.
+
+    None if that cannot be told (user 0, or the process is gone). The directory /proc/PID itself always belongs to it.
+    """
+    if uid == 0:
+        return None
+    try:
+        return os.stat(f"{pid}/status", dir_fd=proc).st_uid == uid
+    except OSError:
+        return None

@@ -1,0 +1,44 @@
+"""The walls and steps that ``--without`` switches off, by name: one source for flags, launch and checks."""
+
+from __future__ import annotations
+
+DESCRIPTORS = "descriptors"
+ENVIRONMENT = "environment"
+CGROUP = "cgroup"
+DEVICES = "devices"
+LIMITS = "limits"
+ROOT = "root"
+IPC_NAMESPACE = "ipc-namespace"
+UTS_NAMESPACE = "uts-namespace"
+NETWORK_NAMESPACE = "network-namespace"
+IDENTITY = "identity"
+CAPABILITIES = "capabilities"
+NO_NEW_PRIVILEGES = "no-new-privileges"
+DEATH_SIGNAL = "death-signal"
+CORE_LIMIT = "core-limit"
+PROCESS_LIMIT = "process-limit"
+SECCOMP = "seccomp"
+DUMPABLE = "dumpable"
+VERIFY = "verify"
+
+#: Name → what is missing without it.
+SWITCHES: dict[str, str] = {
+    DESCRIPTORS: "descriptors inherited from the caller stay open",
+    ENVIRONMENT: "the caller's environment is kept",
+    CGROUP: "the cgroups of --cgroup are neither made nor joined",
+    DEVICES: "no device nodes in the jail root",
+    LIMITS: "the limits of --resource-limit are not set",
+    ROOT: "the cells see the host's file system",
+    IPC_NAMESPACE: "the cells share the host's System V IPC and POSIX message queues",
+    UTS_NAMESPACE: "the cells share the host's name",
+    NETWORK_NAMESPACE: "supervisor and workers share the caller's network",
+    IDENTITY: "the cells keep the caller's user, group and supplementary groups",
+    CAPABILITIES: "the cells keep the caller's capabilities",
+    NO_NEW_PRIVILEGES: "set-user-ID programs would work (seccomp then needs privileges)",
+    DEATH_SIGNAL: "a cell outlives its supervisor",
+    CORE_LIMIT: "a crash may write a core file",
+    PROCESS_LIMIT: "a cell may create processes and threads (if the filter lets it)",
+    SECCOMP: "every system call is allowed",
+    DUMPABLE: "processes of the same user may trace a cell and read its memory",
+    VERIFY: "the walls are reported but a difference does not end the launch",
+}
