@@ -50,6 +50,7 @@ def _complain(worker: int, text: str) -> int:
 
 def _run(plan: LaunchPlan, worker: int, channel: socket.socket, kvm_fd: int, seal: Callable[[], None]) -> int:
     install_kick_handler()
+    channel.setblocking(False)
     system = KvmSystem(kvm_fd)
     context = zmq.Context(io_threads=1)
     control_channel = Channel(context, WORKER, plan.epoch)
@@ -67,7 +68,6 @@ def _run(plan: LaunchPlan, worker: int, channel: socket.socket, kvm_fd: int, sea
     _await_welcome(control_channel)
     seal()
     _run_drills(plan)
-    channel.setblocking(False)
     descriptors = DescriptorSet(PairChannel(channel, DESCRIPTORS, plan.epoch))
     code = Control(control_channel, descriptors, completions, machine, threads).serve(channel.fileno())
     control_channel.close(_LINGER_MS)
