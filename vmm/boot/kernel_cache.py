@@ -88,10 +88,10 @@ def _read_header(fd: int) -> CacheEntry | None:
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode) or not _trusted(status):
         return None
-    header = os.pread(fd, _HEADER.size, 0)
-    if len(header) != _HEADER.size:
+    header = os.pread(fd, HEADER_SIZE, 0)
+    if len(header) != HEADER_SIZE or any(header[_HEADER.size :]):
         return None
-    magic, version, header_size, digest, length = _HEADER.unpack(header)
+    magic, version, header_size, digest, length = _HEADER.unpack_from(header)
     if (magic, version, header_size) != (MAGIC, VERSION, HEADER_SIZE):
         return None
     if not 0 < length <= MAX_UNPACKED_SIZE or status.st_size != HEADER_SIZE + length:

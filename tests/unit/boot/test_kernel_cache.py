@@ -126,6 +126,8 @@ def test_unsound_entries_are_as_good_as_missing(cache: tuple[Path, int], tmp_pat
         patched(8, b"\2"),
         patched(12, b"\0\x20"),
         patched(48, bytes(8)),
+        patched(56, b"\1"),
+        patched(4095, b"\1"),
         patched(48, b"\xff" * 8),
     ):
         entry.write_bytes(damaged)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -120,5 +122,5 @@ def test_system_memory_never_hands_out_a_byte_twice(requests: list[tuple[bool, i
         taken.append((address, address + size))
     taken.sort()
     edges = [(0, layout.SYSTEM_MEMORY_ADDRESS), *taken, (layout.SYSTEM_MEMORY_END, 1 << 20)]
-    for (_, end), (start, _) in zip(edges, edges[1:], strict=False):
+    for (_, end), (start, _) in pairwise(edges):
         assert end <= start
