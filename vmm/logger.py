@@ -39,6 +39,8 @@ _ATOMIC = select.PIPE_BUF
 _STANDARD_OUTPUT = 1
 _PACKAGE_PARENT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + "/"
 _ESCAPES = {number: f"\\x{number:02x}" for number in (*range(0x20), 0x7F, *range(0x80, 0xA0))} | {
+    0x2028: "\\u2028",  # line and paragraph separator
+    0x2029: "\\u2029",
     ord("\n"): "\\n",
     ord("\r"): "\\r",
     ord("\t"): "\\t",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 import pytest
 
@@ -199,7 +200,7 @@ NOT_YET = [
 
 @pytest.mark.parametrize(("method", "path", "feature"), NOT_YET)
 def test_features_to_come_are_refused_by_name(api, method, path, feature):
-    body = {} if method in ("PUT", "PATCH") else None
+    body: dict[str, Any] | None = {} if method in ("PUT", "PATCH") else None
     message = f"The requested operation is not supported: the {feature} is not yet supported."
     assert api.fault(method, path, body) == message
 
@@ -282,7 +283,7 @@ def test_deprecation_header_on_success(api):
 
 
 def test_full_config(api, kernel):
-    sections = {
+    sections: dict[str, Any] = {
         "balloon": None,
         "drives": [],
         "boot-source": {"kernel_image_path": "", "initrd_path": None, "boot_args": None},

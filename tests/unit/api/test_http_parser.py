@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import h11
 import pytest
 from hypothesis import given, settings
@@ -26,7 +28,7 @@ LIMIT = 250
 def events_of(chunks, limit=LIMIT):
     """Feed chunks and return the events in a comparable form, and whether the parser is closed."""
     parser = RequestParser(limit)
-    found = []
+    found: list[Any] = []
     for chunk in chunks:
         parser.receive(chunk)
         while (event := parser.next_event()) is not None:
