@@ -58,10 +58,16 @@ class Serial(Device):
         self._scr = 0
         self._divisor = 12
         self._thr_empty_pending = False
+        #: Bytes of a loopback are among those in the FIFO.
+        self._looped = False
         self.read_count = 0
         self.write_count = 0
-        #: Called when the receive FIFO has room again.
+        #: Called when the guest has emptied the receive FIFO.
         self.on_room: Callable[[], None] | None = None
+        #: Called when the guest sets the receiver up anew, with the input that it has not read. To be fed again after a
+        #: while: a driver that probes the UART clears the FIFOs several times in a row, and would eat what was typed
+        #: ahead.
+        self.on_cleared: Callable[[bytes], None] | None = None
 
     def attach(self, slots: list[PublishedSlot]) -> None:
         """Take the slots of the eight ports and publish the state of the registers."""
@@ -88,18 +94,16 @@ class Serial(Device):
         return (mcr & 1) << 5 | (mcr & 2) << 3 | (mcr & 4) << 4 | (mcr & 8) << 4
 
     def room(self) -> int:
-        """Return how many bytes :meth:`receive` takes now."""
-        return RECEIVE_FIFO_SIZE - len(self._receive)
+        """Return how many bytes :meth:`receive` takes now: none while the receiver is looped back to ourselves."""
+        return 0 if self._mcr & MCR_LOOP else RECEIVE_FIFO_SIZE - len(self._receive)
 
     def receive(self, data: bytes) -> None:
         """Feed input to the guest; at most :meth:`room` bytes, the rest is dropped."""
-        if self._mcr & MCR_LOOP:
-            return
-        self._queue(data)
+        self._queue(data[: self.room()])
 
     def _queue(self, data: bytes) -> None:
-        self._receive += data[: self.room()]
-        self._publish()
+        self._receive += data
+        self._publish()  # before the edge: the guest's handler looks at LSR at once
         if self._receive and self._ier & IER_RDI:
             self._interrupt.trigger()
 
@@ -137,8 +141,10 @@ class Serial(Device):
         self._publish()
         if self._receive and self._ier & IER_RDI:
             self._interrupt.trigger()  # edge-triggered: the next byte needs an edge of its own
-        elif not self._receive and self.on_room is not None:
-            self.on_room()
+        elif not self._receive:
+            self._looped = False
+            if self.on_room is not None:
+                self.on_room()
         return value
 
     def write(self, offset: int, size: int, value: int) -> Deferral | None:
@@ -150,27 +156,46 @@ class Serial(Device):
         elif offset == IER:
             self._write_ier(value)
         elif offset == IIR_FCR:
-            self._fcr = value
-            if value & FCR_CLEAR_RECEIVE:
-                self._receive.clear()
-                if self.on_room is not None:
-                    self.on_room()
+            self._write_fcr(value)
         elif offset == LCR:
             self._lcr = value
+            self._publish()
         elif offset == MCR:
-            self._mcr = value & MCR_MASK
+            self._write_mcr(value & MCR_MASK)
         elif offset == SCR:
             self._scr = value
-        if offset != RBR_THR:
-            self._publish()
         return None
+
+    def _write_fcr(self, value: int) -> None:
+        # Switching the FIFOs on or off clears them; the other bits count only together with the enable bit.
+        clear = (value ^ self._fcr) & FCR_ENABLE or (value & FCR_ENABLE and value & FCR_CLEAR_RECEIVE)
+        self._fcr = value
+        if clear:
+            unread = b"" if self._looped else bytes(self._receive)
+            self._receive.clear()
+            self._looped = False
+            self._publish()
+            self._give_back(unread)
+
+    def _write_mcr(self, value: int) -> None:
+        loop_ended = self._mcr & ~value & MCR_LOOP
+        self._mcr = value
+        self._publish()
+        if loop_ended:
+            self._give_back(b"")  # what came meanwhile has waited
+
+    def _give_back(self, unread: bytes) -> None:
+        if self.on_cleared is not None:
+            self.on_cleared(unread)
 
     def _write_data(self, value: int) -> None:
         if self._lcr & LCR_DLAB:
             self._divisor = self._divisor & 0xFF00 | value
             return
         if self._mcr & MCR_LOOP:
-            self._queue(bytes((value,)))
+            if len(self._receive) < RECEIVE_FIFO_SIZE:
+                self._looped = True
+                self._queue(bytes((value,)))
         else:
             self._transmit(value)
         self._thr_empty_pending = True
