@@ -117,7 +117,7 @@ def test_pipelining_connections_take_turns(host, monkeypatch):
     order: list[str] = []
     handle = host.server._handle
 
-    def note(request: Request) -> bytes:
+    def note(request):
         order.append(request.uri)
         return handle(request)
 
