@@ -20,8 +20,8 @@ DEBIAN_PACKAGES = (
     "python3", "python3-venv", "python3-dev",  # the interpreter; headers for python-prctl
     "gcc", "libc6-dev", "libcap-dev", "libseccomp2",  # python-prctl is built from source
     "binutils", "acpica-tools", "strace", "curl",  # tests: assembled guests, oracles, clients
-    "qemu-system-x86", "busybox-static", "cpio", "xz-utils", "zstd", "lz4", "kmod", "util-linux",  # lab, guest images
-    "iproute2", "procps", "git", "ca-certificates",
+    "qemu-system-x86", "busybox-static", "cpio", "xz-utils", "zstd", "lz4", "kmod",  # lab, guest images
+    "mount", "util-linux", "iproute2", "procps", "git", "ca-certificates",
 )  # fmt: skip
 LOCKS = (ROOT / "requirements-build.lock", ROOT / "requirements.lock")
 #: The jailer recognises our programs by this text within the first KiB (docs/jailer.md).
@@ -127,7 +127,9 @@ def precompile() -> None:
     if packages:
         subprocess.run([PYTHON, "-m", "compileall", "-q", *packages], cwd=ROOT, check=False)
     if (ROOT / "jailer/seccomp/compile.py").is_file():
-        compiled = subprocess.run([PYTHON, "-m", "jailer.seccomp.compile"], cwd=ROOT, check=False)
+        command = [str(PYTHON), "-m", "jailer.seccomp.compile"]
+        compiled = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
         if compiled.returncode != 0:
+            sys.stderr.write(compiled.stderr)
             # Not the end of everything: the lab and the linters work without, and the tests will say it.
             say("warning: the seccomp policies do not compile (python -m jailer.seccomp.compile)")

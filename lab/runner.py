@@ -19,6 +19,7 @@ from typing import BinaryIO, NamedTuple
 
 from devtool.project import ROOT, DevError
 from lab.image import LabImage, ensure
+from lab.tsc import host_tsc_khz
 
 #: Where the exchange folder is inside. Commands find it as $LAB_EXCHANGE.
 EXCHANGE = "/run/lab/exchange"
@@ -50,7 +51,8 @@ def qemu_command(machine: Machine, image: LabImage, exchange: Path, ports: Mappi
     """Return QEMU's command line. `ports` maps the names of the agent's ports to inherited sockets."""
     append = (
         "console=ttyS0 quiet panic=-1 oops=panic cgroup_no_v1=all mitigations=off "
-        "no_timer_check tsc=reliable nokaslr random.trust_cpu=on rcupdate.rcu_expedited=1 audit=0"
+        f"no_timer_check tsc=reliable tsc_early_khz={host_tsc_khz()} nokaslr random.trust_cpu=on "
+        "rcupdate.rcu_expedited=1 audit=0"
     )
     # fmt: off
     command = [

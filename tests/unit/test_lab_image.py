@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import urllib.parse
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from devtool.project import DevError
 from lab import guest_image
 from lab.cpio import CpioWriter
 from lab.debian import ensure_kernel, module_order
+from lab.tsc import host_tsc_khz
 from lab.vmlinux import unpack
 
 BOOT_SECONDS = 120
@@ -19,12 +21,13 @@ BOOT_SECONDS = 120
 
 def qemu(image, parameters, *, kernel=None, devices=(), initramfs=None):
     """Return the command line that boots a guest under QEMU's own microvm, its console on standard output."""
+    append = f"console=ttyS0 reboot=t panic=-1 quiet tsc_early_khz={host_tsc_khz()} {parameters}"
     # fmt: off
     return [
         "qemu-system-x86_64", "-machine", "microvm", "-accel", "tcg", "-cpu", "max", "-m", "256", "-nodefaults",
         "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio",
         "-kernel", str(kernel or image.vmlinux), "-initrd", str(initramfs or image.initramfs),
-        "-append", f"console=ttyS0 reboot=t panic=-1 quiet {parameters}", *devices,
+        "-append", append, *devices,
     ]
     # fmt: on
 
@@ -33,7 +36,7 @@ def boot(image, parameters, **options):
     """Boot a guest until it reboots; returns its console."""
     command = qemu(image, parameters, **options)
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, timeout=BOOT_SECONDS, check=True)
-    return done.stdout.decode()
+    return done.stdout.decode().replace("\r\n", "\n")  # a terminal's line ends
 
 
 @pytest.mark.slow
@@ -91,6 +94,14 @@ def test_command_line_holds_no_blanks_and_can_be_decoded():
     assert parameters.split(" ") == ["cellblock.run=" + urllib.parse.quote(run, safe=""), "cellblock.end=stay"]
     assert urllib.parse.unquote(parameters.split()[0].partition("=")[2]) == run
     assert command_line() == ""
+
+
+def test_tsc_rate_is_the_one_the_kernel_found():
+    """The kernel shows the rate of a constant TSC as the clock of each processor, unless it scales the clock."""
+    shown = [float(line.partition(":")[2]) for line in Path("/proc/cpuinfo").read_text().splitlines() if "MHz" in line]
+    measured = host_tsc_khz() / 1000
+    scaled = Path("/sys/devices/system/cpu/cpu0/cpufreq").exists()
+    assert 100 < measured < 10_000 if scaled else measured == pytest.approx(shown[0], rel=1e-3)
 
 
 def test_cpio_is_read_by_the_real_cpio(tmp_path):
