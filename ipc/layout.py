@@ -15,6 +15,7 @@ import os
 from ipc.errors import LayoutError
 
 PAGE_SIZE = 4096
+_SIZE_LIMIT = 1 << 48
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 #: Linux 5.1; the fcntl module of Python 3.11 does not have it.
@@ -51,7 +52,7 @@ def create_shared(name: str, size: int) -> int:
 
 
 def _create(name: str, size: int) -> int:
-    if size <= 0 or size % PAGE_SIZE:
+    if not 0 < size < _SIZE_LIMIT or size % PAGE_SIZE:
         raise LayoutError(f"size of shared memory {name!r} is not a positive multiple of {PAGE_SIZE}: {size}")
     try:
         descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
