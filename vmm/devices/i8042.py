@@ -1,6 +1,7 @@
 """The i8042 keyboard controller: guest reset, and Ctrl-Alt-Del typed by the host. Source: IBM PS/2 technical reference.
 
-A keyboard sits behind it that acknowledges commands and sends scan codes of set 2; there is no mouse.
+A keyboard sits behind it that acknowledges commands and sends scan codes of set 2; there is no mouse, and the port for
+one says so at once: a driver that got no answer would wait for half a second, several times.
 """
 
 from __future__ import annotations
@@ -21,19 +22,28 @@ STATUS_KEYBOARD_ENABLED = 0x10
 
 COMMAND_READ_CTR = 0x20
 COMMAND_WRITE_CTR = 0x60
-COMMAND_DISABLE_AUX = 0xA7
+COMMAND_TEST_AUX = 0xA9
 COMMAND_SELF_TEST = 0xAA
 COMMAND_TEST_KEYBOARD = 0xAB
 COMMAND_DISABLE_KEYBOARD = 0xAD
 COMMAND_ENABLE_KEYBOARD = 0xAE
 COMMAND_READ_OUTPUT_PORT = 0xD0
 COMMAND_WRITE_OUTPUT_PORT = 0xD1
+COMMAND_LOOP_KEYBOARD = 0xD2
+COMMAND_LOOP_AUX = 0xD3
+COMMAND_WRITE_AUX = 0xD4
 COMMAND_RESET_CPU = 0xFE
 SELF_TEST_PASSED = 0x55
+AUX_CLOCK_STUCK = 0x01
+#: Commands that are followed by an argument byte at the data port.
+COMMANDS_WITH_ARGUMENT = frozenset(
+    (COMMAND_WRITE_CTR, COMMAND_WRITE_OUTPUT_PORT, COMMAND_LOOP_KEYBOARD, COMMAND_LOOP_AUX, COMMAND_WRITE_AUX)
+)
 
 CTR_KEYBOARD_INTERRUPT = 0x01
 CTR_SYSTEM = 0x04
 CTR_KEYBOARD_DISABLED = 0x10
+CTR_AUX_DISABLED = 0x20  # always set: there is no such port
 
 KEYBOARD_RESET = 0xFF
 KEYBOARD_IDENTIFY = 0xF2
@@ -55,8 +65,11 @@ class I8042(Device):
     def __init__(self, interrupt: InterruptLine, reset: Callable[[], None]) -> None:
         self._interrupt = interrupt
         self._reset = reset
+        #: What the keyboard has sent and the guest has not read.
         self._buffer = bytearray()
-        self._control = CTR_SYSTEM | CTR_KEYBOARD_INTERRUPT
+        #: An answer of the controller itself, read before the keyboard's bytes; -1 if there is none.
+        self._answer = -1
+        self._control = CTR_SYSTEM | CTR_KEYBOARD_INTERRUPT | CTR_AUX_DISABLED
         self._output_port = 0x03  # A20 gate open, CPU not in reset
         self._argument_of = 0
         self._keyboard_argument = False
@@ -71,9 +84,12 @@ class I8042(Device):
         self._status_slot = slots[STATUS_COMMAND]
         self._publish()
 
+    def _has_output(self) -> bool:
+        return self._answer >= 0 or bool(self._buffer)
+
     def _status(self) -> int:
         status = STATUS_SYSTEM | STATUS_KEYBOARD_ENABLED
-        if self._buffer:
+        if self._has_output():
             status |= STATUS_OUTPUT_FULL
         if self._argument_of:
             status |= STATUS_COMMAND_WRITTEN
@@ -88,7 +104,12 @@ class I8042(Device):
             self.error_count += 1
             return
         self._buffer += bytes(codes)
-        if self._control & CTR_KEYBOARD_INTERRUPT:
+        self._announce()
+
+    def _announce(self) -> None:
+        """Raise the interrupt if data waits. The state comes first: the guest's handler looks at the status at once."""
+        self._publish()
+        if self._has_output() and self._control & CTR_KEYBOARD_INTERRUPT:
             self._interrupt.trigger()
 
     def send_ctrl_alt_del(self) -> None:
@@ -98,19 +119,19 @@ class I8042(Device):
             self.error_count += 1
             raise DeviceError("i8042 internal buffer full.")
         self._push(*codes)
-        self._publish()
 
     def read(self, offset: int, size: int) -> int:
         """Read data (takes a byte from the buffer) or status."""
         self.read_count += 1
         if offset == STATUS_COMMAND:
             return self._status()
-        if offset != DATA or not self._buffer:
+        if offset != DATA or not self._has_output():
             return 0
-        value = self._buffer.pop(0)
-        self._publish()
-        if self._buffer and self._control & CTR_KEYBOARD_INTERRUPT:
-            self._interrupt.trigger()
+        if self._answer >= 0:
+            value, self._answer = self._answer, -1
+        else:
+            value = self._buffer.pop(0)
+        self._announce()  # edge-triggered: the next byte needs an edge of its own
         return value
 
     def write(self, offset: int, size: int, value: int) -> Deferral | None:
@@ -131,7 +152,7 @@ class I8042(Device):
             self._reset()
         elif command == COMMAND_READ_CTR:
             self._reply(self._control)
-        elif command in (COMMAND_WRITE_CTR, COMMAND_WRITE_OUTPUT_PORT):
+        elif command in COMMANDS_WITH_ARGUMENT:
             self._argument_of = command
         elif command == COMMAND_READ_OUTPUT_PORT:
             self._reply(self._output_port)
@@ -139,20 +160,29 @@ class I8042(Device):
             self._reply(SELF_TEST_PASSED)
         elif command == COMMAND_TEST_KEYBOARD:
             self._reply(0)
+        elif command == COMMAND_TEST_AUX:
+            self._reply(AUX_CLOCK_STUCK)
         elif command == COMMAND_DISABLE_KEYBOARD:
             self._control |= CTR_KEYBOARD_DISABLED
         elif command == COMMAND_ENABLE_KEYBOARD:
             self._control &= ~CTR_KEYBOARD_DISABLED
 
     def _reply(self, value: int) -> None:
-        """Answer of the controller itself: replaces what the keyboard had sent."""
-        self._buffer.clear()
-        self._push(value)
+        """Answer as the controller; an older answer that nobody read is gone."""
+        self._answer = value
+        self._announce()
 
     def _data(self, value: int) -> None:
         argument_of, self._argument_of = self._argument_of, 0
         if argument_of == COMMAND_WRITE_CTR:
-            self._control = value
+            newly_enabled = value & ~self._control & CTR_KEYBOARD_INTERRUPT
+            self._control = value | CTR_AUX_DISABLED
+            if newly_enabled:
+                self._announce()
+        elif argument_of in (COMMAND_LOOP_KEYBOARD, COMMAND_LOOP_AUX):
+            self._reply(value)  # for AUX without the status bit of its data: that says that the port is missing
+        elif argument_of == COMMAND_WRITE_AUX:
+            pass  # nobody there
         elif argument_of == COMMAND_WRITE_OUTPUT_PORT:
             self._output_port = value
             if not value & 1:
