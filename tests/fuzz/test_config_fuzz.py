@@ -1,0 +1,18 @@
+"""The configuration file and the JSON reader under it against mutated documents."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conftest import Scale
+from tests.fuzz.test_http_fuzz import FULL, run
+
+pytestmark = [pytest.mark.soak("fuzz", "config_fuzz"), pytest.mark.timeout(1800)]
+
+
+@pytest.mark.parametrize("target", ["config", "json"])
+def test_documents(target: str, scale: Scale, seed: int) -> None:
+    count = scale(1000, FULL)
+    outcomes = run(target, seed, count)
+    assert outcomes["accepted"] > count // 10
+    assert outcomes["refused"] > count // 10
