@@ -20,10 +20,10 @@ from ipc.exit_ring import (
     initialise,
 )
 from ipc.layout import create_shared, map_shared
-from vmm.devices.bus import Bus, Deferral
+from vmm.devices.bus import Bus
 from vmm.event_manager import EventOps, Events
 
-#: Entries executed before other events get their turn.
+#: Device accesses executed before other events get their turn.
 BATCH = 1024
 
 
@@ -75,27 +75,41 @@ class ExitExecutor:
         """Execute entries until the ring is empty, an entry is deferred, or a batch is full."""
         if self._parked or self._broken:
             return
-        ring = self._ring
-        ring.awake()
         try:
-            for _ in range(BATCH):
-                entry = ring.take()
-                if entry is None:
-                    if ring.sleep():
-                        break
-                    continue
-                answer = self._execute(entry)
-                if isinstance(answer, Deferral):
-                    self._parked = True
-                    answer.then(self._unpark)
-                    break
-                ring.complete(answer)
-            else:
-                self._ring_own_doorbell()  # come back after the other subscribers
+            self._ring.awake()
+            self._drain()
         except RingError as error:
             self._broken = True
             self._failed(str(error))
         self._after_batch()
+
+    def _drain(self) -> None:
+        ring = self._ring
+        write_port = self._ports.write
+        budget = BATCH
+        while budget > 0:
+            entry = ring.take()
+            if entry is None:
+                if ring.sleep():
+                    return
+                budget -= 1
+                continue
+            budget -= entry.count
+            kind = entry.kind
+            if kind == KIND_PIO_WRITE:
+                deferral = write_port(entry.address, entry.size, entry.data)
+            elif kind == KIND_MMIO_WRITE:
+                deferral = self._mmio.write(entry.address, entry.size, entry.data)
+            else:
+                ring.complete(self._answer(entry))
+                continue
+            if deferral is None:
+                ring.complete()
+            else:
+                self._parked = True
+                deferral.then(self._unpark)
+                return
+        self._ring_own_doorbell()  # come back after the other subscribers
 
     def _ring_own_doorbell(self) -> None:
         try:
@@ -108,28 +122,29 @@ class ExitExecutor:
         self._ring.complete()
         self.drain()
 
-    def _execute(self, entry: Entry) -> int | Deferral:
+    def _answer(self, entry: Entry) -> int:
         kind = entry.kind
-        if kind == KIND_PIO_WRITE:
-            return self._ports.write(entry.address, entry.size, entry.data) or 0
         if kind == KIND_PIO_READ:
             return self._ports.read(entry.address, entry.size)
-        if kind == KIND_MMIO_WRITE:
-            return self._mmio.write(entry.address, entry.size, entry.data) or 0
         if kind == KIND_MMIO_READ:
             return self._mmio.read(entry.address, entry.size)
-        return self._string(entry)
-
-    def _string(self, entry: Entry) -> int:
-        """Repeated port I/O: ``count`` elements in the string area. Never deferred."""
-        size, address = entry.size, entry.address
-        area = self._ring.string
-        for offset in range(0, entry.count * size, size):
-            if entry.kind == KIND_PIO_STRING_READ:
-                area[offset : offset + size] = self._ports.read(address, size).to_bytes(size, "little")
-            else:
-                self._ports.write(address, size, int.from_bytes(area[offset : offset + size], "little"))
+        self._string(entry)
         return 0
+
+    def _string(self, entry: Entry) -> None:
+        """Repeated port I/O: ``count`` elements in the string area. No port device defers a write."""
+        size, address = entry.size, entry.address
+        length = entry.count * size
+        if entry.kind == KIND_PIO_STRING_READ:
+            read = self._ports.read
+            self._ring.string[:length] = b"".join(
+                [read(address, size).to_bytes(size, "little") for _ in range(entry.count)]
+            )
+            return
+        write = self._ports.write
+        data = bytes(self._ring.string[:length])
+        for start in range(0, length, size):
+            write(address, size, int.from_bytes(data[start : start + size], "little"))
 
     def close(self) -> None:
         """Release the ring. The event loop must not know this subscriber any more."""

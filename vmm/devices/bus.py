@@ -101,17 +101,16 @@ class _Range(NamedTuple):
 
 
 class Bus:
-    """Non-overlapping windows of one address space."""
+    """Non-overlapping windows of one address space, in which a window has one slot of the device page."""
 
-    def __init__(self, page: DevicePage, *, slot_per_address: bool, limit: int) -> None:
+    def __init__(self, page: DevicePage, limit: int) -> None:
         self._page = page
-        self._slot_per_address = slot_per_address
         self._limit = limit
         self._ranges: list[_Range] = []
         self._starts: list[int] = []
 
     def insert(self, device: Device, address: int, length: int) -> list[PublishedSlot]:
-        """Attach a device; return its slots of the device page (one per port, or one for an MMIO window).
+        """Attach a device; return its slots of the device page.
 
         Raises DeviceError if the window overlaps another one or leaves the address space, or the page is full.
         """
@@ -123,7 +122,7 @@ class Bus:
         after = self._ranges[position] if position < len(self._ranges) else None
         if (before is not None and before.end > address) or (after is not None and after.start < end):
             raise DeviceError(f"window {address:#x}+{length:#x} overlaps another device")
-        count = length if self._slot_per_address else 1
+        count = self._slot_count(length)
         try:
             first = self._page.allocate(count)
         except LayoutError as error:
@@ -131,6 +130,9 @@ class Bus:
         self._ranges.insert(position, _Range(address, end, device, first))
         self._starts.insert(position, address)
         return [PublishedSlot(self._page, first + number) for number in range(count)]
+
+    def _slot_count(self, length: int) -> int:
+        return 1
 
     def windows(self) -> tuple[Window, ...]:
         """Return what the workers must know of this bus."""
@@ -141,9 +143,6 @@ class Bus:
         if not position:
             return None
         found = self._ranges[position - 1]
-        if self._slot_per_address:
-            # A wide port access belongs to the device of its first port, as for the worker, which looks up that slot.
-            return found if address < found.end else None
         return found if address + size <= found.end else None
 
     def read(self, address: int, size: int) -> int:
@@ -154,18 +153,54 @@ class Bus:
         return found.device.read(address - found.start, size) & ALL_ONES[size]
 
     def write(self, address: int, size: int, value: int) -> Deferral | None:
-        """Write to whichever device sits there; dropped where none does."""
+        """Write to whichever device sits there; dropped where none does. ``value`` fits ``size``."""
         found = self._find(address, size)
         if found is None:
             return None
-        return found.device.write(address - found.start, size, value & ALL_ONES[size])
+        return found.device.write(address - found.start, size, value)
+
+
+class PortBus(Bus):
+    """The port I/O space: a slot per port, and every port known by name, for posted UART bytes take this way.
+
+    A wide access belongs to the device of its first port, as for the worker, which looks up that port's slot.
+    """
+
+    def __init__(self, page: DevicePage) -> None:
+        super().__init__(page, PIO_SPACE)
+        self._ports: dict[int, tuple[Device, int]] = {}
+
+    def insert(self, device: Device, address: int, length: int) -> list[PublishedSlot]:
+        """Attach a device; return one slot per port. Raises DeviceError."""
+        slots = super().insert(device, address, length)
+        self._ports.update({address + offset: (device, offset) for offset in range(length)})
+        return slots
+
+    def _slot_count(self, length: int) -> int:
+        return length
+
+    def read(self, address: int, size: int) -> int:
+        """Read from whichever device sits there; all ones where none does."""
+        found = self._ports.get(address)
+        if found is None:
+            return ALL_ONES[size]
+        device, offset = found
+        return device.read(offset, size) & ALL_ONES[size]
+
+    def write(self, address: int, size: int, value: int) -> Deferral | None:
+        """Write to whichever device sits there; dropped where none does. ``value`` fits ``size``."""
+        found = self._ports.get(address)
+        if found is None:
+            return None
+        device, offset = found
+        return device.write(offset, size, value)
 
 
 def port_bus(page: DevicePage) -> Bus:
     """Return an empty port I/O bus (65,536 ports, a slot per port)."""
-    return Bus(page, slot_per_address=True, limit=PIO_SPACE)
+    return PortBus(page)
 
 
 def mmio_bus(page: DevicePage) -> Bus:
     """Return an empty MMIO bus (a slot per window)."""
-    return Bus(page, slot_per_address=False, limit=1 << 52)
+    return Bus(page, 1 << 52)

