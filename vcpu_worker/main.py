@@ -12,7 +12,7 @@ from collections.abc import Callable
 import zmq
 
 from ipc import faults
-from ipc.channel import Channel, PairChannel
+from ipc.channel import Channel, PairChannel, wait_for_threads
 from ipc.errors import ChannelError, IpcError
 from ipc.messages import DESCRIPTORS, WORKER, Hello, Welcome
 from ipc.plan import LaunchPlan, endpoint
@@ -65,6 +65,7 @@ def _run(plan: LaunchPlan, worker: int, channel: socket.socket, kvm_fd: int, sea
     for thread in threads:
         thread.start()
     os.close(kvm_fd)
+    wait_for_threads(context)
     _await_welcome(control_channel)
     seal()
     _run_drills(plan)

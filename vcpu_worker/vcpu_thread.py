@@ -64,11 +64,13 @@ class VcpuThread:
     def __init__(self, name: str, completions: Completions) -> None:
         self._completions = completions
         self._jobs: SimpleQueue[tuple[Job, Done] | None] = SimpleQueue()
+        self._named = threading.Event()
         self._thread = threading.Thread(target=self._main, args=(name.encode(),), daemon=True)
 
     def start(self) -> None:
-        """Start the thread; it parks. Not possible after seal()."""
+        """Start the thread and wait until it is parked. Not possible after seal()."""
         self._thread.start()
+        self._named.wait()
 
     def submit(self, job: Job, done: Done) -> None:
         """Let the thread execute ``job`` after those that were submitted before; ``done`` gets the result."""
@@ -86,6 +88,7 @@ class VcpuThread:
 
     def _main(self, name: bytes) -> None:
         _libc.prctl(_PR_SET_NAME, name, 0, 0, 0)
+        self._named.set()
         while True:
             work = self._jobs.get()
             if work is None:

@@ -125,6 +125,8 @@ def test_saved_state_is_complete_and_the_vcpu_goes_on(tmp_path: Path):
         assert {msr.register for msr in state.msrs} >= {0x10, 0xC000_0082, 0x2FF, 0x6E0}
         assert state.msrs[-1].register == 0x6E0
         assert len(state.cpuid) > 10
+        lint0, lint1 = state.lapic[0x351] & 7, state.lapic[0x361] & 7
+        assert (lint0, lint1) == (7, 4), "LINT0 is ExtINT, LINT1 is NMI"
         # Saving changes nothing: a second one differs in nothing but time.
         again = vcpu_state.decode(worker.request(SaveState(0), SavedState).state)
         assert (again.regs, again.sregs, again.xsave, again.events) == (
@@ -156,6 +158,14 @@ def test_black_box_survives_the_worker(tmp_path: Path):
         rbx, rip = registers[1], registers[16]
         assert device.count - 2 <= rbx <= device.count + 2
         assert rip >> 20 == 1
+
+
+def test_guest_memory_stays_out_of_core_dumps(tmp_path: Path):
+    with Controller(tmp_path, nothing_written) as worker:
+        worker.configure()
+        areas = Path(f"/proc/{worker.pid}/smaps").read_text().split("VmFlags:")
+        (number,) = [number for number, area in enumerate(areas) if "/memfd:guest" in area]
+        assert "dd" in areas[number + 1].splitlines()[0].split()
 
 
 def configure_with(worker: Controller, **changes: Any):
@@ -259,7 +269,7 @@ def test_seal_is_called_once_with_all_threads_and_before_configuration(tmp_path:
         worker.greet()
         worker.request(Ping(), Pong)
         sealed = record.read_text().splitlines()
-        assert "fc_vcpu 0" in sealed
+        assert {"fc_vcpu 0", "ZMQbg/Reaper", "ZMQbg/IO/0"} < set(sealed)
         worker.send_descriptors()
         worker.request(Ping(), Pong)
         now = [Path(f"/proc/{worker.pid}/task/{task}/comm") for task in os.listdir(f"/proc/{worker.pid}/task")]

@@ -85,6 +85,17 @@ def test_irqfd_and_msi_route_deliver(tmp_path: Path, scale: Scale):
             expect(worker, device, VECTOR_B, number)
 
 
+def test_a_moved_route_leads_to_its_new_vector(tmp_path: Path):
+    device = Deliveries()
+    with Controller(tmp_path, device, mode="sleeper", interrupts=(4,)) as worker:
+        start(worker, device)
+        for number in range(1, 20):
+            for vector in (VECTOR_A, VECTOR_B):
+                set_routes(worker, Route(4, MSI_ADDRESS, vector, False))
+                os.eventfd_write(worker.interrupts[4], 1)
+                expect(worker, device, vector, number)
+
+
 def test_what_is_signalled_while_masked_is_delivered_when_unmasked(tmp_path: Path):
     device = Deliveries()
     route = Route(4, MSI_ADDRESS, VECTOR_A, False)
