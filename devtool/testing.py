@@ -19,6 +19,7 @@ _PARALLEL = ("unit", "fuzz")
 _SERIAL = ("kvm", "jail")
 _LAB = "lab"
 _LAB_TIMEOUT_SECONDS = 40 * 60
+_SOAK_TIMEOUT_SECONDS = 6 * 60 * 60
 _NO_TESTS_COLLECTED = 5
 #: Importing them takes eight seconds of the emulated machine.
 _WITHOUT_SLOW_PLUGINS = ("-p", "no:hypothesispytest", "-p", "no:xdist")
@@ -110,6 +111,8 @@ def run_tests(*, quick: bool, soak: str | None, arguments: Sequence[str]) -> int
     if not stages:
         raise DevError("no tests chosen")
     environment = {"CELLBLOCK_SOAK": soak} if soak else {}
+    if soak:
+        options = [f"--timeout={_SOAK_TIMEOUT_SECONDS}", *options]
     if quick:
         options = ["-m", "not slow and not lab", *options]
     total = Counts(0, 0, 0)
@@ -140,9 +143,11 @@ def run_tests(*, quick: bool, soak: str | None, arguments: Sequence[str]) -> int
 def _run_stage(stage: Stage, options: list[str], environment: dict[str, str], report: Path) -> int:
     pytest = [str(PYTHON), "-m", "pytest", *stage.options, *stage.paths, *options]
     if stage.in_lab:
+        # Outside, where the cache is kept: what the lab writes is lost, and it has no network.
+        subprocess.run([str(PYTHON), "-m", "lab.guest_image"], cwd=ROOT, check=False, stdout=subprocess.DEVNULL)
         inside = "/run/lab/exchange/report.xml"
         variables = [f"--env={name}={value}" for name, value in environment.items()]
-        limit = str(_LAB_TIMEOUT_SECONDS if not environment else 6 * 3600)
+        limit = str(_SOAK_TIMEOUT_SECONDS if environment else _LAB_TIMEOUT_SECONDS)
         lab = [str(PYTHON), "-m", "lab", "--timeout", limit, f"--fetch={inside}={report}", *variables, "--"]
         command = [*lab, *pytest, *_WITHOUT_SLOW_PLUGINS, f"--junit-xml={inside}"]
     else:
