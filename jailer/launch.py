@@ -73,14 +73,14 @@ class Sealing(NamedTuple):
     warning: str
 
 
-def load_filters(mode: str, janitor: bool) -> Sealing:
-    """Load the filters of every role. Raises PolicyError."""
+def load_filters(mode: str, *, janitor: bool, with_faults: bool = False) -> Sealing:
+    """Load the filters of every role; with armed faults, those that let a fault act. Raises PolicyError."""
     if mode == SECCOMP_OFF:
         return Sealing(mode, {}, "")
     if mode == SECCOMP_REPORT:
         import jailer.seccomp.names  # noqa: F401  needed in the jail, where nothing can be imported
 
-    filters, warning = load((*ROLES, "janitor") if janitor else ROLES, mode)
+    filters, warning = load((*ROLES, "janitor") if janitor else ROLES, mode, "-faults" if with_faults else "")
     return Sealing(mode, filters, warning)
 
 
@@ -141,7 +141,11 @@ class JailedLaunch:
         proc = verify.open_proc()
         self._open_wall_log()
         self._arm()
-        sealing = load_filters(self._mode, "cleanup" in self._options.switches)
+        sealing = load_filters(
+            self._mode,
+            janitor="cleanup" in self._options.switches,
+            with_faults=bool(self._options.values_of("arm-fault")),
+        )
         if "cleanup" in self._options.switches:
             self._janitor = cleanup.start_janitor(sealing.filters.get("janitor"))
         roles = load_roles()

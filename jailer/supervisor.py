@@ -61,6 +61,8 @@ CLOSING_GRACE_S = 5.0
 #: How long a cell may take from its fork to its filter, and how long killed cells may take to disappear.
 SEAL_TIMEOUT_S = 60.0
 REAP_TIMEOUT_S = 5.0
+#: How long a process that is being killed may take to be dead.
+DYING_MS = 100
 WALL_SECCOMP = "seccomp"
 
 
@@ -477,6 +479,8 @@ class Supervisor:
         wanted = verify.asked(self._plan, role, setup.asked)
         actual = verify.found(pid, setup.proc, setup.asked.host, wanted)
         differences = verify.differences(wanted, actual)
+        if differences and record is not None and _ended(record.pidfd):
+            return True  # it died meanwhile, and a dead process has no walls: its exit status tells why
         chosen = setup.filters.get(role)
         name = record.name if record is not None else role
         self._log.record(
@@ -539,6 +543,13 @@ class Supervisor:
         record.kill()
         os.close(record.listener)
         record.listener = -1
+
+
+def _ended(pidfd: int) -> bool:
+    """Has this process ended, or is it about to?"""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(DYING_MS))
 
 
 def _signal_name(number: int) -> str:

@@ -17,9 +17,9 @@ import sys
 from typing import Any
 
 from jailer.errors import PolicyError
-from jailer.seccomp.policy import DIRECTORY, Policy, full_text, parse
+from jailer.seccomp.policy import ALLOWED, DIRECTORY, Policy, full_text, parse
 
-ROLES = ("supervisor", "vmm", "vcpu", "janitor")
+ROLES = ("supervisor", "vmm", "vcpu", "janitor", "supervisor-faults", "vmm-faults", "vcpu-faults")
 BUILD_DIRECTORY = os.path.join(DIRECTORY, "build")
 MAGIC = b"CBSECC01"
 #: The kernel takes at most 4096 instructions per filter (BPF_MAXINSNS).
@@ -64,7 +64,7 @@ def compile_policy(policy: Policy) -> tuple[bytes, str]:
     except OSError as error:
         raise PolicyError(f"libseccomp is too old: {error}") from None
     for rule in policy.rules:
-        action = pyseccomp.ERRNO(rule.refusal) if rule.refusal else pyseccomp.ALLOW
+        action = pyseccomp.ALLOW if rule.answer == ALLOWED else pyseccomp.ERRNO(rule.answer)
         arguments = [
             pyseccomp.Arg(condition.argument, pyseccomp.MASKED_EQ, condition.mask, condition.value)
             for condition in rule.conditions

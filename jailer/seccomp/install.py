@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ipc.plan import ROLE_SUPERVISOR, SECCOMP_KILL, SECCOMP_REPORT
 from jailer import syscalls
 from jailer.errors import PolicyError, os_error_text
-from jailer.seccomp.compile import cache_key, compile_policy, compiled_path, sha256, unpack
+from jailer.seccomp.compile import ROLES, cache_key, compile_policy, compiled_path, sha256, unpack
 from jailer.seccomp.policy import full_text, parse
 
 _RET = 0x06  # BPF_RET | BPF_K
@@ -35,8 +35,10 @@ class Loaded(NamedTuple):
     warning: str
 
 
-def load(roles: tuple[str, ...], mode: str) -> Loaded:
+def load(roles: tuple[str, ...], mode: str, variant: str = "") -> Loaded:
     """Load the filters of some roles for a mode (``kill`` or ``report``). Raises PolicyError.
+
+    ``variant`` is appended to the name of a policy if there is one of that name (``-faults``).
 
     The supervisor's filter is inherited by the workers. In report mode it must not end or refuse what their own
     filters are to report (KILL and ERRNO take precedence over USER_NOTIF), and nobody could answer a notification
@@ -45,13 +47,14 @@ def load(roles: tuple[str, ...], mode: str) -> Loaded:
     filters = {}
     warning = ""
     for role in roles:
-        text = full_text(role)
+        policy = role + variant if role + variant in ROLES else role
+        text = full_text(policy)
         key = cache_key(text)
         try:
-            with open(compiled_path(role, key), "rb") as file:
+            with open(compiled_path(policy, key), "rb") as file:
                 program = unpack(file.read(), key)[1]
         except (OSError, PolicyError):
-            program = compile_policy(parse(role))[0]
+            program = compile_policy(parse(policy))[0]
             warning = "seccomp filters are not compiled ahead; run ./dev setup for a faster start"
         action = RET_KILL_PROCESS
         if mode == SECCOMP_REPORT:

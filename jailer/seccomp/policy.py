@@ -7,6 +7,8 @@ Lines (``#`` starts a comment; leading blanks do not matter)::
     allow SYSCALL…                         the calls are allowed
     allow SYSCALL if COND [and COND…]      the call is allowed if all conditions hold; several lines are alternatives
     refuse ERRNO SYSCALL…                  the calls fail with this errno and do nothing
+    refuse ERRNO SYSCALL if COND…          the call fails so if all conditions hold
+    pretend SYSCALL…                       the calls do nothing and report success
 
     COND: argN == VALUE                    64-bit comparison of argument N (0…5)
           argN:32 == VALUE                 comparison of its low 32 bits (all that the kernel looks at in ioctl codes)
@@ -38,11 +40,15 @@ class Condition(NamedTuple):
     value: int
 
 
+#: ``Rule.answer`` of an allowed call.
+ALLOWED = -1
+
+
 class Rule(NamedTuple):
-    """One alternative for one system call; ``refusal`` is an errno, or 0 for an allowed call."""
+    """One alternative for one system call; ``answer`` is ALLOWED, or the errno to fail with (0: pretend success)."""
 
     syscall: str
-    refusal: int
+    answer: int
     conditions: tuple[Condition, ...]
 
 
@@ -108,7 +114,7 @@ class _Parser:
             except (ValueError, KeyError, IndexError) as error:
                 raise PolicyError(f"{role}.policy line {number}: {line.strip()!r}: {error}") from None
         allowed = {rule.syscall for rule in own}
-        return own + [rule for rule in included if not (rule.refusal and rule.syscall in allowed)]
+        return own + [rule for rule in included if rule.answer == ALLOWED or rule.syscall not in allowed]
 
     def _line(self, words: list[str], own: list[Rule], included: list[Rule], stack: tuple[str, ...]) -> None:
         verb = words[0]
@@ -120,18 +126,24 @@ class _Parser:
             included.extend(self.file(role, stack))
         elif verb == "refuse":
             number = getattr(errno, words[1], None)
-            if not isinstance(number, int) or not words[2:]:
+            if not isinstance(number, int):
                 raise ValueError("expected: refuse ERRNO SYSCALL…")
-            own.extend(Rule(name, number, ()) for name in words[2:])
-        elif verb == "allow" and "if" in words:
-            position = words.index("if")
-            if position != 2:
-                raise ValueError("conditions belong to exactly one system call")
-            own.append(Rule(words[1], 0, tuple(self._conditions(words[3:]))))
+            own.extend(self._rules(words[2:], number))
         elif verb == "allow":
-            own.extend(Rule(name, 0, ()) for name in words[1:])
+            own.extend(self._rules(words[1:], ALLOWED))
+        elif verb == "pretend":
+            own.extend(self._rules(words[1:], 0))
         else:
             raise ValueError("unknown statement")
+
+    def _rules(self, words: list[str], answer: int) -> list[Rule]:
+        if "if" in words:
+            if words.index("if") != 1:
+                raise ValueError("conditions belong to exactly one system call")
+            return [Rule(words[0], answer, tuple(self._conditions(words[2:])))]
+        if not words:
+            raise ValueError("no system call")
+        return [Rule(name, answer, ()) for name in words]
 
     def _conditions(self, words: list[str]) -> list[Condition]:
         conditions = []
@@ -169,15 +181,15 @@ class _Parser:
 
 def _merge(rules: list[Rule]) -> list[Rule]:
     """Drop what an unconditional rule of the same call makes superfluous. Raises PolicyError on a contradiction."""
-    unconditional = {rule.syscall for rule in rules if not rule.conditions and not rule.refusal}
-    refused = {rule.syscall: rule.refusal for rule in rules if rule.refusal}
+    unconditional: dict[str, int] = {}
+    for rule in rules:
+        if not rule.conditions and unconditional.setdefault(rule.syscall, rule.answer) != rule.answer:
+            raise PolicyError(f"system call {rule.syscall} is both allowed and refused, or refused with two errors")
     merged: dict[Rule, None] = {}
     for rule in rules:
-        if not rule.refusal and rule.syscall in refused:
-            raise PolicyError(f"system call {rule.syscall} is both allowed and refused")
-        if rule.refusal and refused[rule.syscall] != rule.refusal:
-            raise PolicyError(f"system call {rule.syscall} is refused with two different errors")
         if rule.conditions and rule.syscall in unconditional:
+            if rule.answer != unconditional[rule.syscall]:
+                raise PolicyError(f"system call {rule.syscall} has a condition that an unconditional rule contradicts")
             continue
         merged[rule] = None
     return list(merged)
