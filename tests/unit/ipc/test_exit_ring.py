@@ -1,0 +1,571 @@
+"""The exit ring against a model, and its consumer against a hostile producer."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from ipc import exit_ring
+from ipc.errors import RingError
+from ipc.exit_ring import ENTRY_COUNT, ENTRY_SIZE, RING_SIZE, STRING_DATA_SIZE, ExitRingConsumer, ExitRingProducer
+from tests.unit.ipc.processes import PATIENCE_SECONDS, Child
+from tests.unit.ipc.rings import PORTS, READS, STRINGS, WRITES, Access, Ring, perform, seen
+
+U64 = (1 << 64) - 1
+HEADER_WORDS = (
+    exit_ring.WORD_POSTED,
+    exit_ring.WORD_WAITING,
+    exit_ring.WORD_CONSUMED,
+    exit_ring.WORD_DONE,
+    exit_ring.WORD_ASLEEP,
+    exit_ring.WORD_ANSWER,
+)
+
+
+@pytest.fixture
+def ring():
+    made = Ring()
+    yield made
+    made.close()
+
+
+@st.composite
+def accesses(draw) -> Access:
+    kind = draw(st.integers(1, 6))
+    size = draw(st.sampled_from((1, 2, 4) if kind in PORTS else (1, 2, 4, 8)))
+    address = draw(st.integers(0, 0xFFFF if kind in PORTS else U64))
+    data = draw(st.integers(0, (1 << 8 * size) - 1)) if kind in WRITES else 0
+    count = draw(st.integers(1, STRING_DATA_SIZE // size)) if kind in STRINGS else 1
+    return Access(kind, address, size, data, kind not in WRITES or draw(st.booleans()), count)
+
+
+# ---------------------------------------------------------------- layout
+
+
+def test_layout_is_pinned(ring):
+    """docs/formats/exit-ring.md; a change here is a new layout version."""
+    assert (RING_SIZE, ENTRY_COUNT, ENTRY_SIZE, STRING_DATA_SIZE) == (16384, 256, 32, 4096)
+    header = bytearray(4096)
+    header[0:8] = b"CBRING01"
+    header[8:16] = (1).to_bytes(8, "little")
+    header[16:24] = (256).to_bytes(8, "little")
+    header[136:144] = (1).to_bytes(8, "little")  # asleep
+    assert ring.buffer[:4096] == header
+    assert ring.buffer[4096:] == bytes(RING_SIZE - 4096)
+    producer = ring.producer()
+    producer.post(exit_ring.KIND_MMIO_WRITE, 0x1122_3344_5566_7788, 4, 0xAABB_CCDD)
+    header[64:72] = (1).to_bytes(8, "little")  # posted
+    header[80:88] = (1).to_bytes(8, "little")  # consumed
+    assert ring.buffer[:4096] == header
+    entry = struct.pack("<QQQBBBxI", 1, 0x1122_3344_5566_7788, 0xAABB_CCDD, 4, 4, 0, 1)
+    assert ring.buffer[4096 + 32 : 4096 + 64] == entry
+    consumer = ring.consumer()
+    assert consumer.take() is not None
+    consumer.complete()
+    header[128:136] = (1).to_bytes(8, "little")  # done
+    assert ring.buffer[:4096] == header
+    producer.counters[15] = 9
+    assert ring.buffer[256 + 120 : 256 + 128] == (9).to_bytes(8, "little")
+    producer.string[0] = 0xEE
+    assert ring.buffer[4096 + 8192] == 0xEE
+    assert exit_ring.COUNTER_NAMES[exit_ring.COUNTER_EXITS] == "exits"
+    assert exit_ring.COUNTER_NAMES[exit_ring.COUNTER_IOAPIC_EOI] == "ioapic_eoi"
+    assert len(exit_ring.COUNTER_NAMES) <= exit_ring.COUNTER_COUNT
+
+
+@pytest.mark.parametrize("end", [ExitRingConsumer, lambda buffer, fd: ExitRingProducer(buffer, fd, fd)])
+def test_another_object_is_refused_and_can_be_closed(ring, end):
+    fresh = mmap.mmap(-1, RING_SIZE)
+    spoilt = [fresh, mmap.mmap(-1, 4096), mmap.mmap(-1, 1), mmap.mmap(-1, 2 * RING_SIZE)]
+    for word in (exit_ring.WORD_MAGIC, exit_ring.WORD_VERSION, exit_ring.WORD_ENTRY_COUNT):
+        buffer = mmap.mmap(-1, RING_SIZE)
+        exit_ring.initialise(buffer)
+        buffer[word * 8] ^= 1
+        spoilt.append(buffer)
+    for buffer in spoilt:
+        try:
+            end(buffer, ring.completion)
+        except RingError:
+            buffer.close()  # no view is left in the traceback
+        assert buffer.closed
+
+
+def test_closing_releases_the_mapping(ring):
+    producer, consumer = ring.producer(), ring.consumer()
+    consumer.close()
+    ring.buffer.close()
+    producer.close()
+    consumer.close()
+
+
+# ---------------------------------------------------------------- model
+
+
+class RingMachine(RuleBasedStateMachine):
+    """One producer (its operations run in a thread, since they may block) and one consumer, against a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ring = Ring()
+        self.producer = self.ring.producer()
+        self.consumer = self.ring.consumer()
+        self.expected: list[Access] = []  # posted (or waiting for room), not executed yet
+        self.executed = 0
+        self.taken = False
+        self.operation: threading.Thread | None = None
+        self.answers: list[int | None] = []
+        self.promised: list[int | None] = []
+        self.asleep = True  # a fresh ring asks for the doorbell
+
+    def run_operation(self, todo: list[Access]) -> None:
+        """Start the operation, and wait until it is over or can get no further without the consumer."""
+        self.ring.rung()
+        before = self.executed + len(self.expected)
+        total = before + len(todo)
+        self.expected.extend(todo)
+        self.promised.extend([None] * (len(todo) - 1) + [U64 - total if todo[-1].synchronous else None])
+
+        def work() -> None:
+            for access in todo:
+                self.answers.append(perform(self.producer, access))
+
+        self.operation = threading.Thread(target=work, daemon=True)
+        self.operation.start()
+        self.settle()
+        posted = self.ring.word(exit_ring.WORD_POSTED)
+        assert posted == min(total, self.executed + ENTRY_COUNT)
+        if self.asleep and posted > before:
+            wait_for(lambda: self.ring.rung() or None)
+        else:
+            assert self.ring.rung() == 0
+
+    def settle(self) -> None:
+        """Wait until the producer is idle, or waits for the consumer."""
+        operation = self.operation
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while operation is not None and operation.is_alive():
+            assert time.monotonic() < deadline, "the producer neither ends nor waits"
+            if self.ring.word(exit_ring.WORD_WAITING) > self.executed and self.blocked():
+                return
+            time.sleep(0)
+        if operation is not None:
+            operation.join()
+        self.operation = None
+
+    def blocked(self) -> bool:
+        """True when everything that has room is posted and the last operation still waits."""
+        room = self.executed + ENTRY_COUNT
+        return self.ring.word(exit_ring.WORD_POSTED) == min(room, self.executed + len(self.expected))
+
+    @precondition(lambda self: self.operation is None)
+    @rule(access=accesses())
+    def access(self, access: Access) -> None:
+        self.run_operation([access])
+
+    @precondition(lambda self: self.operation is None)
+    @rule(count=st.integers(1, 300), last=accesses())
+    def burst(self, count: int, last: Access) -> None:
+        first = self.executed + len(self.expected)
+        self.run_operation([*(Access(2, n & 0xFFFF, 4, n, False, 1) for n in range(first, first + count)), last])
+
+    @rule(count=st.integers(1, 400))
+    def consume(self, count: int) -> None:
+        for _ in range(count):
+            if not self.take():
+                break
+            self.complete()
+
+    def take(self) -> bool:
+        posted = self.ring.word(exit_ring.WORD_POSTED)
+        entry = self.consumer.take()
+        assert (entry is not None) == (posted > self.executed)
+        if entry is None:
+            return False
+        assert entry.sequence == self.executed + 1
+        assert seen(entry) == self.expected[0]
+        return True
+
+    def complete(self) -> None:
+        access = self.expected.pop(0)
+        self.executed += 1
+        self.consumer.complete(U64 - self.executed if access.synchronous else 0)
+        assert self.consumer.done == self.executed
+        self.settle()
+
+    @rule()
+    def sleep(self) -> None:
+        empty = self.ring.word(exit_ring.WORD_POSTED) == self.executed
+        assert self.consumer.idle == empty
+        self.asleep = self.consumer.sleep()
+        assert self.asleep == empty
+
+    @rule()
+    def awake(self) -> None:
+        self.consumer.awake()
+        self.asleep = False
+
+    @rule()
+    def restart_consumer(self) -> None:
+        self.consumer.close()
+        self.consumer = self.ring.consumer()
+        assert self.consumer.done == self.executed
+
+    @rule()
+    def restart_consumer_within_an_entry(self) -> None:
+        """What was taken and not completed is executed (again) by the successor."""
+        self.take()
+        self.restart_consumer()
+
+    @precondition(lambda self: self.operation is None)
+    @rule()
+    def restart_producer(self) -> None:
+        self.producer.close()
+        self.producer = self.ring.producer()
+
+    @invariant()
+    def answers_are_right(self) -> None:
+        done = self.answers[:]
+        assert done == self.promised[: len(done)]
+
+    def teardown(self) -> None:
+        while self.take():
+            self.complete()
+        assert self.operation is None
+        assert self.expected == []
+        assert self.answers == self.promised
+        assert self.ring.word(exit_ring.WORD_CONSUMED) == self.executed == self.ring.word(exit_ring.WORD_POSTED)
+        assert self.ring.word(exit_ring.WORD_WAITING) == 0
+        self.producer.close()
+        self.consumer.close()
+        self.ring.close()
+
+
+@pytest.mark.soak("ipc")
+def test_ring_behaves_like_a_list(scale):
+    run_state_machine_as_test(
+        RingMachine, settings=settings(max_examples=scale(30, 2_000), stateful_step_count=30, deadline=None)
+    )
+
+
+# ---------------------------------------------------------------- hostile producer
+
+
+def check_bounds(access: Access) -> None:
+    """What the consumer promises to its caller, whoever the producer is."""
+    assert access.kind in range(1, 7)
+    if access.kind in PORTS:
+        assert access.size in (1, 2, 4)
+        assert access.address <= 0xFFFF
+    else:
+        assert access.size in (1, 2, 4, 8)
+        assert access.address <= U64
+    assert access.data < 1 << 8 * access.size
+    assert access.synchronous or access.kind in WRITES
+    if access.kind in STRINGS:
+        assert 1 <= access.length <= STRING_DATA_SIZE
+    else:
+        assert access.elements == 1
+
+
+def consume_from(ring: Ring, consumer: ExitRingConsumer, limit: int) -> int:
+    """Execute entries until there is none; return their number."""
+    for executed in range(limit):
+        entry = consumer.take()
+        if entry is None:
+            return executed
+        check_bounds(seen(entry))
+        assert entry.sequence == consumer.done + 1
+        consumer.complete(0)
+    return limit
+
+
+words64 = st.one_of(
+    st.integers(0, 600), st.integers(U64 - 600, U64), st.integers(0, U64), st.sampled_from([1 << 63, 1 << 32])
+)
+raw_entries = st.tuples(
+    words64,
+    words64,
+    words64,
+    st.integers(0, 255),
+    st.one_of(st.sampled_from([1, 2, 4, 8]), st.integers(0, 255)),
+    st.integers(0, 2),
+    st.one_of(st.integers(0, 5000), st.integers(0, (1 << 32) - 1)),
+)
+scribbles = st.lists(
+    st.one_of(
+        st.tuples(st.just("word"), st.sampled_from(HEADER_WORDS), words64),
+        st.tuples(st.just("entry"), st.integers(0, ENTRY_COUNT - 1), raw_entries),
+        st.tuples(st.just("bytes"), st.integers(0, RING_SIZE - 1), st.binary(min_size=1, max_size=64)),
+    ),
+    max_size=8,
+)
+
+
+def scribble(ring: Ring, what: tuple) -> None:
+    kind, place, value = what
+    if kind == "word":
+        ring.set_word(place, value)
+    elif kind == "entry":
+        ring.buffer[4096 + place * 32 : 4096 + place * 32 + 32] = struct.pack("<QQQBBBxI", *value)
+    else:
+        end = min(RING_SIZE, place + len(value))
+        ring.buffer[place:end] = value[: end - place]
+
+
+@pytest.mark.soak("ipc")
+def test_scribbling_gives_ring_error_or_bounded_entries(scale):
+    examples = scale(300, 20_000)
+    outcomes = {"error": 0, "entries": 0}
+
+    @settings(max_examples=examples, deadline=None)
+    @given(st.lists(st.tuples(accesses(), scribbles), min_size=1, max_size=5))
+    def run(rounds) -> None:
+        ring = Ring()
+        try:
+            producer, consumer = ring.producer(), ring.consumer()
+            for access, damage in rounds:
+                if not access.synchronous:  # a call would wait for the answer
+                    producer.post(access.kind, access.address, access.size, access.data)
+                for what in damage:
+                    scribble(ring, what)
+                outcomes["entries"] += consume_from(ring, consumer, 2 * ENTRY_COUNT)
+                consumer.awake()
+                consumer.sleep()
+                assert consumer.idle in (True, False)
+        except RingError:
+            outcomes["error"] += 1
+        finally:
+            ring.close()
+
+    run()
+    assert min(outcomes.values()) > examples // 10, f"the test sees one side only: {outcomes}"
+
+
+@pytest.mark.soak("ipc")
+def test_each_field_of_an_entry_is_checked(scale):
+    """Entries with the right sequence number: what is delivered is bounded, what is legal is delivered."""
+    delivered = 0
+
+    @settings(max_examples=scale(300, 20_000), deadline=None)
+    @given(raw_entries, st.booleans())
+    def run(raw, repair) -> None:
+        nonlocal delivered
+        _, address, data, kind, size, flags, count = raw
+        if repair:  # otherwise random fields are hardly ever all legal
+            kind = kind % 6 + 1
+            size = size if size in (1, 2, 4) else 4
+            address &= 0xFFFF
+            data &= (1 << 8 * size) - 1
+            count = count % 1024 + 1 if kind in STRINGS else 1
+            flags = 1 if kind not in WRITES else flags & 1
+        ring = Ring()
+        consumer = ring.consumer()
+        scribble(ring, ("entry", 1, (1, address, data, kind, size, flags, count)))
+        ring.set_word(exit_ring.WORD_POSTED, 1)
+        try:
+            entry = consumer.take()
+        except RingError:
+            assert not repair
+        else:
+            assert entry is not None
+            check_bounds(seen(entry))
+            assert seen(entry) == Access(kind, address, size, data, bool(flags), count)
+            delivered += 1
+        finally:
+            ring.close()
+
+    run()
+    assert delivered
+
+
+@pytest.mark.parametrize("posted", [ENTRY_COUNT + 1, U64, 1 << 63, 1 << 32])
+def test_posted_number_out_of_range(ring, posted):
+    consumer = ring.consumer()
+    ring.set_word(exit_ring.WORD_POSTED, posted)
+    with pytest.raises(RingError, match="out of range"):
+        consumer.take()
+
+
+def test_posted_number_must_not_go_back(ring):
+    producer, consumer = ring.producer(), ring.consumer()
+    producer.post(exit_ring.KIND_PIO_WRITE, 1, 1, 1)
+    assert consume_from(ring, consumer, 2) == 1
+    ring.set_word(exit_ring.WORD_POSTED, 0)
+    with pytest.raises(RingError, match="out of range"):
+        consumer.take()
+
+
+def test_repeated_entry_is_refused(ring):
+    producer, consumer = ring.producer(), ring.consumer()
+    producer.post(exit_ring.KIND_PIO_WRITE, 1, 1, 1)
+    consume_from(ring, consumer, 1)
+    ring.set_word(exit_ring.WORD_POSTED, 1 + ENTRY_COUNT)  # as if 256 more had come: the slot holds number 1 still
+    with pytest.raises(RingError, match="sequence"):
+        consume_from(ring, consumer, ENTRY_COUNT)
+
+
+def test_an_entry_changed_after_it_was_taken_stays_as_it_was(ring):
+    producer, consumer = ring.producer(), ring.consumer()
+    producer.post(exit_ring.KIND_PIO_WRITE, 0x3F8, 1, 0x41)
+    entry = consumer.take()
+    ring.buffer[4096 : 4096 + ENTRY_COUNT * ENTRY_SIZE] = b"\xff" * (ENTRY_COUNT * ENTRY_SIZE)
+    assert entry is not None
+    assert seen(entry) == Access(exit_ring.KIND_PIO_WRITE, 0x3F8, 1, 0x41, False, 1)
+
+
+@pytest.mark.parametrize("flags", [os.EFD_NONBLOCK, 0])
+def test_a_full_completion_counter_does_not_stop_the_consumer(flags):
+    """A hostile worker fills the eventfd; with a blocking write the controller would hang for ever."""
+
+    def consume() -> int:
+        ring = Ring()
+        completion = os.eventfd(0, os.EFD_CLOEXEC | flags)
+        producer = ring.producer()
+        consumer = ExitRingConsumer(ring.buffer, completion)
+        os.eventfd_write(completion, U64 - 1)
+        for number in range(5):
+            producer.post(exit_ring.KIND_PIO_WRITE, 1, 1, number)
+            ring.set_word(exit_ring.WORD_WAITING, number + 1)
+            consume_from(ring, consumer, 2)
+        return consumer.done
+
+    with Child(consume) as child:
+        assert child.join() == 5
+
+
+# ---------------------------------------------------------------- rules of the consumer's caller
+
+
+def test_an_answer_that_does_not_fit_leaves_the_entry_taken(ring):
+    consumer = ring.consumer()
+    with in_thread(lambda: ring.producer().call(exit_ring.KIND_PIO_READ, 1, 1, 0)) as caller:
+        entry = wait_for(consumer.take)
+        for answer in (-1, 1 << 64):
+            with pytest.raises(ValueError):
+                consumer.complete(answer)
+            assert consumer.done == 0
+            with pytest.raises(AssertionError):
+                consumer.take()
+        consumer.complete(77)
+        assert entry.kind in READS
+    assert caller.result == 77
+
+
+def test_complete_without_take_and_take_without_complete(ring):
+    producer, consumer = ring.producer(), ring.consumer()
+    with pytest.raises(AssertionError):
+        consumer.complete()
+    producer.post(exit_ring.KIND_PIO_WRITE, 1, 1, 1)
+    producer.post(exit_ring.KIND_PIO_WRITE, 1, 1, 2)
+    consumer.take()
+    assert not consumer.idle
+    with pytest.raises(AssertionError):
+        consumer.take()
+    consumer.complete()
+    with pytest.raises(AssertionError):
+        consumer.complete()
+
+
+def test_one_wake_up_for_a_full_ring(ring):
+    """Behind a full ring the producer's word stays until it gets to run; one write to the eventfd is enough."""
+    producer, consumer = ring.producer(), ring.consumer()
+    for number in range(ENTRY_COUNT):
+        producer.post(exit_ring.KIND_PIO_WRITE, 1, 2, number)
+    ring.set_word(exit_ring.WORD_WAITING, 1)
+    assert consume_from(ring, consumer, ENTRY_COUNT) == ENTRY_COUNT
+    assert os.eventfd_read(ring.completion) == 1
+
+
+def test_the_string_area_goes_both_ways(ring):
+    consumer = ring.consumer()
+    producer = ring.producer()
+    producer.string[:] = bytes(range(256)) * 16
+    with in_thread(lambda: producer.call(exit_ring.KIND_PIO_STRING_WRITE, 0x1F0, 4, 0, 1024)):
+        entry = wait_for(consumer.take)
+        assert bytes(consumer.string[: entry.count * entry.size]) == bytes(range(256)) * 16
+        consumer.complete()
+    with in_thread(lambda: producer.call(exit_ring.KIND_PIO_STRING_READ, 0x1F0, 2, 0, 3)):
+        wait_for(consumer.take)
+        consumer.string[:6] = b"answer"
+        consumer.complete()
+    assert bytes(producer.string[:6]) == b"answer"
+
+
+# ---------------------------------------------------------------- successor of a producer
+
+
+def test_a_new_producer_goes_on_with_the_numbers(ring):
+    consumer = ring.consumer()
+    first = ring.producer()
+    for number in range(3):
+        first.post(exit_ring.KIND_PIO_WRITE, 1, 1, number)
+    second = ring.producer()
+    second.post(exit_ring.KIND_PIO_WRITE, 1, 1, 3)
+    taken = []
+    while (entry := consumer.take()) is not None:
+        taken.append((entry.sequence, entry.data))
+        consumer.complete()
+    assert taken == [(1, 0), (2, 1), (3, 2), (4, 3)]
+
+
+def test_a_producer_killed_in_a_call_leaves_the_entry_open(ring):
+    """The journal: posted − consumed tells the successor that an answer was not applied; it is still there."""
+    consumer = ring.consumer()
+    with Child(lambda: ring.producer().call(exit_ring.KIND_PIO_READ, 0x60, 1, 0)) as victim:
+        wait_for(consumer.take)
+        victim.kill()
+        assert victim.wait() == -9
+    consumer.complete(0x1C)
+    successor = ring.producer()
+    assert ring.word(exit_ring.WORD_POSTED) - ring.word(exit_ring.WORD_CONSUMED) == 1
+    assert (ring.word(exit_ring.WORD_DONE), ring.word(exit_ring.WORD_ANSWER)) == (1, 0x1C)
+    assert ring.word(exit_ring.WORD_WAITING) == 0  # nobody waits: completions need not wake
+    successor.applied()
+    assert ring.word(exit_ring.WORD_CONSUMED) == 1
+    with in_thread(lambda: successor.call(exit_ring.KIND_PIO_READ, 0x60, 1, 0)) as caller:
+        wait_for(consumer.take)
+        consumer.complete(0x2C)
+    assert caller.result == 0x2C  # the wake-up for the predecessor did not count as its answer
+
+
+# ---------------------------------------------------------------- helpers
+
+
+class Caller:
+    """What a blocking call in a thread returned."""
+
+    result: object = None
+
+
+@contextlib.contextmanager
+def in_thread(function: Callable[[], object]):
+    """Run the function in a thread during the block, and wait for its end."""
+    caller = Caller()
+
+    def work() -> None:
+        caller.result = function()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    yield caller
+    thread.join(PATIENCE_SECONDS)
+    assert not thread.is_alive()
+
+
+def wait_for(look: Callable[[], object]):
+    """Return the first thing that ``look`` returns."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while (found := look()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0)
+    return found
