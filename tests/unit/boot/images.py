@@ -82,10 +82,9 @@ def compress(kind: str, data: bytes) -> bytes:
         packer = zlib.compressobj(6, zlib.DEFLATED, 31)
         return packer.compress(data) + packer.flush()
     if kind == "xz":
-        filters = [
-            {"id": lzma.FILTER_X86},
-            {"id": lzma.FILTER_LZMA2, "preset": 1, "dict_size": 32 << 20},
-        ]
+        # The kernel's build uses 32 MiB; the packer needs ten times the dictionary, too much for small examples.
+        dictionary = (32 << 20) if len(data) > 1 << 20 else 1 << 20
+        filters = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": 1, "dict_size": dictionary}]
         return lzma.compress(data, check=lzma.CHECK_CRC32, filters=filters) + size
     if kind == "zstd":
         return zstandard.ZstdCompressor(level=3, write_content_size=False).compress(data) + size

@@ -12,10 +12,10 @@ import pytest
 
 from tests.unit.boot import images
 from tests.unit.boot.conftest import FileFactory, MemoryFactory
-from vmm.boot import loader, unpack
+from vmm.boot import loader
 from vmm.boot.cmdline import Cmdline
 from vmm.boot.errors import BootError, CmdlineError, InitrdError, KernelError
-from vmm.boot.image_file import Hasher
+from vmm.boot.image_file import Hasher, digest_of_file
 from vmm.memory import GuestMemory
 
 MIB = 1 << 20
@@ -361,15 +361,13 @@ def test_a_kernel_that_changes_while_it_is_unpacked_is_not_stored(
     file = tmp_path / "kernel"
     file.write_bytes(first)
     kernel_fd = os.open(file, os.O_RDONLY)
-    digest = unpack.digest_of_file
-
     def digest_then_change(fd: int, size: int, hasher: Hasher) -> bytes:
-        result = digest(fd, size, hasher)
+        result = digest_of_file(fd, size, hasher)
         with file.open("r+b") as changed:
             changed.write(second)
         return result
 
-    monkeypatch.setattr(unpack, "digest_of_file", digest_then_change)
+    monkeypatch.setattr("vmm.boot.unpack.digest_of_file", digest_then_change)
     image = load(guest_memory(32 * MIB), kernel_fd, cache_fd=fd)
     os.close(kernel_fd)
     assert image.payload is not None
