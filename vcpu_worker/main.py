@@ -12,7 +12,7 @@ from collections.abc import Callable
 import zmq
 
 from ipc import faults
-from ipc.channel import Channel, PairChannel, wait_for_threads
+from ipc.channel import Channel, PairChannel
 from ipc.errors import ChannelError, IpcError
 from ipc.messages import DESCRIPTORS, WORKER, Hello, Welcome
 from ipc.plan import LaunchPlan, endpoint
@@ -64,8 +64,8 @@ def _run(plan: LaunchPlan, worker: int, channel: socket.socket, kvm_fd: int, sea
     threads = [VcpuThread(f"fc_vcpu {index}", completions) for index in vcpus]
     for thread in threads:
         thread.start()
+    machine = _touch_vcpus(machine, threads, completions)
     os.close(kvm_fd)
-    wait_for_threads(context)
     _await_welcome(control_channel)
     seal()
     _run_drills(plan)
@@ -82,6 +82,26 @@ def _make_machine(system: KvmSystem, vcpus: tuple[int, ...]) -> Machine | Worker
         return Machine(system, vcpus)
     except WorkerError as error:
         return error
+
+
+def _touch_vcpus(
+    machine: Machine | WorkerError, threads: list[VcpuThread], completions: Completions
+) -> Machine | WorkerError:
+    """Let every vCPU enter KVM_RUN once, in its own thread; return the machine, or why it is of no use."""
+    if not isinstance(machine, Machine):
+        return machine
+    results: list[object] = []
+    for vcpu, thread in zip(machine.vcpus, threads, strict=True):
+        thread.submit(vcpu.kvm.touch, results.append)
+    poll = select.poll()
+    poll.register(completions.eventfd, select.POLLIN)
+    while len(results) < len(threads):
+        poll.poll()
+        completions.deliver()
+    for result in results:
+        if isinstance(result, WorkerError):
+            return result
+    return machine
 
 
 def _await_welcome(channel: Channel) -> None:

@@ -28,6 +28,8 @@ _PORT_COUNT = 1 << 16
 #: MMIO addresses whose window was looked up; a guest that touches more of them only makes us look again.
 _MMIO_CACHE_LIMIT = 4096
 _NO_DEVICE = -1
+#: KVM_RUN may say EAGAIN when an INIT reaches a vCPU that waits for it; never this often in one run.
+_MAX_REFUSALS = 1000
 _ALL_ONES = (1 << 64) - 1
 
 _WORD_REASON = abi.RUN_EXIT_REASON // 4
@@ -142,16 +144,19 @@ class RunLoop:
         kvm_run = abi.KVM_RUN
         exit_io = abi.EXIT_IO
         exit_mmio = abi.EXIT_MMIO
+        refused = 0
         while True:
             try:
                 ioctl(descriptor, kvm_run)
             except OSError as error:
-                if error.errno not in (EINTR, EAGAIN):
-                    return self._finish(exits.describe_failure(error.errno or 0))
                 counts[_INTERRUPTED] += 1
                 if self._stop:
                     self.publish_counters()
                     return None
+                if error.errno != EINTR:
+                    refused += 1
+                    if error.errno != EAGAIN or refused > _MAX_REFUSALS:
+                        return self._finish(exits.describe_failure(error.errno or 0))
                 continue
             reason = run32[_WORD_REASON]
             if reason == exit_io:

@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import mmap
 import os
+import resource
 import signal
 import threading
 import time
@@ -16,6 +17,7 @@ import pytest
 
 from ipc.messages import DumpCpuConfig, DumpedCpuConfig, SavedState, SaveState
 from tests.kvm.worker_harness import ChecksCounts, Controller
+from vcpu_worker import exits, run_loop
 from vcpu_worker.errors import KvmError
 from vcpu_worker.kvm import abi
 from vcpu_worker.kvm import vcpu as vcpu_module
@@ -146,6 +148,43 @@ def test_only_its_own_thread_issues_ioctls_of_a_vcpu(tmp_path: Path):
     calls = [line.split() for line in record.read_text().splitlines()]
     assert {"KVM_SET_CPUID2", "KVM_SET_SREGS", "KVM_GET_XSAVE", "KVM_KVMCLOCK_CTRL"} <= {name for _, name in calls}
     assert {thread for thread, _ in calls} == {own}
+
+
+def test_a_worker_that_may_make_no_thread_runs_its_vcpu(tmp_path: Path):
+    """KVM makes a thread of the process at the first KVM_RUN (Linux 6.13): that must have happened before seal()."""
+
+    def seal() -> None:
+        resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+
+    device = ChecksCounts()
+    with Controller(tmp_path, device, mode="storm", seal=seal) as worker:
+        worker.configure()
+        worker.resume()
+        worker.wait(lambda: device.count > 10 or bool(worker.events))
+        assert worker.events == []
+
+
+@pytest.mark.parametrize("errno", [11, 14, 38])
+def test_a_kvm_run_that_never_succeeds_is_reported(tmp_path: Path, errno: int):
+    """EAGAIN is no reason to try for ever; other errors end the vCPU at once."""
+
+    def seal() -> None:
+        class Fcntl:
+            @staticmethod
+            def ioctl(*_: object) -> int:
+                raise OSError(errno, "made up")
+
+        vars(run_loop)["fcntl"] = Fcntl
+
+    with Controller(tmp_path, ChecksCounts(), mode="storm", seal=seal) as worker:
+        worker.configure()
+        worker.resume()
+        worker.wait(lambda: bool(worker.events))
+        (event,) = worker.events
+        assert (event.reason, event.detail, event.code) == (exits.REASON_RUN_FAILED, (errno,), 1)
+        assert worker.finish() == 0
 
 
 @pytest.mark.parametrize("size", [1024, 1025, 4096])

@@ -15,7 +15,7 @@ from ipc.messages import CpuidEntry, MsrValue
 from vcpu_worker.errors import KvmError, MsrError
 from vcpu_worker.kvm import abi
 from vcpu_worker.kvm.ioctl import ioctl_buffer, ioctl_integer
-from vcpu_worker.kvm.system import pack_cpuid, unpack_cpuid
+from vcpu_worker.kvm.system import EINTR, pack_cpuid, unpack_cpuid
 from vcpu_worker.kvm.vm import KvmVm
 
 
@@ -38,6 +38,21 @@ class KvmVcpu:
         self._xsave_size = max(abi.XSAVE_SIZE, vm.extension(abi.KVM_CAP_XSAVE2))
         self._has_sregs2 = bool(vm.extension(abi.KVM_CAP_SREGS2))
         self._has_tsc_offset = bool(vm.extension(abi.KVM_CAP_VCPU_ATTRIBUTES))
+
+    def touch(self) -> None:
+        """Enter KVM_RUN and leave it before the guest runs, so that KVM makes what it makes at the first KVM_RUN.
+
+        Since Linux 6.13 that includes a thread of this process (kvm-nx-lpage-recovery), which a sealed worker may not
+        get any more: with RLIMIT_NPROC 0 KVM_RUN would fail with EAGAIN for ever. Raises KvmError.
+        """
+        self.run8[abi.RUN_IMMEDIATE_EXIT] = 1
+        try:
+            ioctl_integer(self.descriptor, abi.KVM_RUN)
+        except KvmError as error:
+            if error.errno != EINTR:
+                raise
+        finally:
+            self.run8[abi.RUN_IMMEDIATE_EXIT] = 0
 
     # ------------------------------------------------------------ fixed-size structures
 
