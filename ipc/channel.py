@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from typing import Any
 
 import zmq
@@ -22,7 +21,6 @@ HIGH_WATER_MARK = 64
 #: A peer that sends this many refused frames in a row is hostile or broken. Not in all: commands that came too late
 #: on a busy host must not add up, over weeks, to the end of the channel.
 MAX_REFUSED = 64
-_THREAD_POLL_S = 20e-6
 
 
 class Counters:
@@ -121,29 +119,6 @@ class _FaultPoint:
         if self._held is not None:
             frames, self._held = (*frames, self._held), None
         return frames
-
-
-def wait_for_threads(context: zmq.Context[Any]) -> None:
-    """Return when libzmq's reaper thread has started (it starts with the first socket); call it before a filter.
-
-    A thread that is scheduled late makes calls (set_robust_list, sched_setscheduler, prctl) that a sealed cell may not
-    make. The reaper shows that it runs by giving an address free again that a closed socket had bound. The I/O
-    thread has shown itself when the first message came.
-    """
-    address = "inproc://wait-for-threads"
-    first = context.socket(zmq.PAIR)
-    first.bind(address)
-    first.close(0)
-    second = context.socket(zmq.PAIR)
-    while True:
-        try:
-            second.bind(address)
-            break
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EADDRINUSE:
-                raise ChannelError(f"libzmq does not start: {error.strerror}") from None
-        time.sleep(_THREAD_POLL_S)
-    second.close(0)
 
 
 class Channel:
