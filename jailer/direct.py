@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 
+from ipc import timeline
 from ipc.plan import MAX_MEMORY_BYTES, MAX_WORKERS, ROLE_VMM, SECCOMP_KILL, SECCOMP_OFF, LaunchPlan
 from jailer import cleanup, placement, template, verify, walls
 from jailer.errors import StepError, os_error_text
@@ -54,23 +55,29 @@ def launch(
     arguments: tuple[str, ...], microvm_id: str, started: Started, load_roles: Callable[[], template.Roles]
 ) -> int:
     """Launch, supervise, return the exit code of the microVM. Raises JailerError."""
+    timeline.mark("prepare")
     process.ensure_standard_descriptors()
     proc = verify.open_proc()
     inherited = tuple(int(each) for each in os.listdir("/proc/self/fd"))
     log = Log(2, microvm_id)
     mode = SECCOMP_OFF if "--no-seccomp" in arguments else SECCOMP_KILL
+    timeline.mark("load filters")
     sealing = load_filters(mode, janitor=True)
+    timeline.mark("fork janitor")
     janitor = cleanup.start_janitor(sealing.filters.get("janitor"))
     directory = make_ipc_directory()
     janitor.tree(directory)
     janitor.ready()
+    timeline.mark("import roles")
     roles = load_roles()
+    timeline.mark("open host")
     host = open_host(proc, -1, arguments, log)
     plan = _launch_plan(arguments, microvm_id, started, mode, directory)._replace(console_fd=host.console)
     signals = block_signals()
     identity.forbid_core_files()
     if host.facts.privileged:
         identity.clear_bounding_set()
+    timeline.mark("warm")
     template.warm()
 
     def enter() -> None:
@@ -79,7 +86,9 @@ def launch(
 
     keep = (*(each for each in inherited if each != proc), host.console)
     controller, channel = fork_controller(plan, roles, sealing.filters.get(ROLE_VMM), enter, keep)
+    timeline.mark("wait for controller")
     wait_entered(controller)
+    timeline.mark("confine supervisor")
     identity.clear_capabilities()
     identity.set_no_new_privileges()
     asked = verify.Asked(host.facts, None, "", False, False, None)

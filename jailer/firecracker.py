@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 
+from ipc import timeline
 from jailer import cli
 from jailer.errors import JailerError, os_error_text
 
@@ -18,6 +19,7 @@ def main(argv: list[str]) -> int:
     """Run the program with a command line (``argv[0]`` is the program's name); return the exit status."""
     from vmm import cli as vmm_cli
 
+    timeline.start_if_asked()
     arguments = argv[1:]
     answered = vmm_cli.answer(arguments)
     if answered is not None:
@@ -30,6 +32,7 @@ def main(argv: list[str]) -> int:
         cli.print_error(str(error))
         return error.exit_code
     try:
+        timeline.mark("import libraries")
         from jailer import direct, template
 
         return direct.launch(tuple(arguments), command_line.id, direct.started_now(), template.load_roles)

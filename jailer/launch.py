@@ -13,7 +13,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
-from ipc import descriptors, faults
+from ipc import descriptors, faults, timeline
 from ipc.errors import FaultSpecError, IpcError
 from ipc.plan import (
     MAX_MEMORY_BYTES,
@@ -138,6 +138,7 @@ class JailedLaunch:
 
     def run(self, load_roles: Callable[[], template.Roles]) -> int:
         """Launch, supervise, return the exit code of the microVM. Raises JailerError before the controller runs."""
+        timeline.mark("prepare")
         proc = verify.open_proc()
         self._open_wall_log()
         self._arm()
@@ -148,12 +149,15 @@ class JailedLaunch:
         )
         if "cleanup" in self._options.switches:
             self._janitor = cleanup.start_janitor(sealing.filters.get("janitor"))
+        timeline.mark("import roles")
         roles = load_roles()
+        timeline.mark("open host")
         host = open_host(proc, self._open_kernel_cache(), self._options.arguments, self._log)
         cgroup_plan = cgroups.plan_parent_only(self._settings)
         cgroup_items = cgroups.plan_items(self._settings)
         memory = self._act_on_host(cgroup_plan, cgroup_items)
         try:
+            timeline.mark("detach")
             launcher = detach.detach(self._settings.daemonize, self._settings.new_pid_ns)
             setup, channel, controller, signals = self._fork_controller(proc, host, sealing, roles, memory)
         except (OSError, IpcError) as error:
@@ -162,6 +166,7 @@ class JailedLaunch:
         except BaseException:
             self._undo()
             raise
+        timeline.mark("confine supervisor")
         self._confine_supervisor(setup, host)
         if self._settings.daemonize:
             detach.redirect_standard_descriptors(host.null, (2,))
@@ -237,6 +242,7 @@ class JailedLaunch:
         """Fork the controller into its jail and wait until it is in it; then write the pid file."""
         settings = self._settings
         visible_pid = detach.outer_pid()
+        timeline.mark("own mounts")
         trees = self._make_trees()
         plan = self._launch_plan(host, sealing.mode)
         asked = self._asked(host)
@@ -246,6 +252,7 @@ class JailedLaunch:
             identity.forbid_core_files()
         if self._has(walls.CAPABILITIES):
             identity.clear_bounding_set()
+        timeline.mark("warm")
         template.warm()
         controller, channel = fork_controller(
             plan,
@@ -254,8 +261,11 @@ class JailedLaunch:
             lambda: self._enter_jail(host, trees),
             (host.kernel_cache, host.console),
         )
+        timeline.mark("leave namespaces")
         self._leave_namespaces()
+        timeline.mark("wait for controller")
         wait_entered(controller)
+        timeline.mark("pid file")
         pid_file = detach.WritePidFile(settings.jail_root, settings.exec_name, visible_pid)
         try:
             pid_file.do()
@@ -269,6 +279,7 @@ class JailedLaunch:
             self._janitor.ready()
         if trees is not None:
             os.close(trees.controller)
+            timeline.mark("enter empty root")
             roots.enter_empty_root(settings.jail_root, trees.others)
             os.close(trees.others)
         setup = Setup(
@@ -442,8 +453,10 @@ def fork_controller(
     supervisor_pid = os.getpid()
     ours, theirs = descriptors.channel_pair()
     seal, cell_seal = descriptors.channel_pair()
+    timeline.mark("fork controller")
     pid = os.fork()
     if pid == 0:
+        timeline.enter(1)
         ours.close()
         seal.close()
         context = cell.CellContext(plan, ROLE_VMM, 0, supervisor_pid, cell_seal, seccomp_filter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from ipc import timeline
 from jailer import cli
 from jailer.errors import JailerError, os_error_text
 
@@ -13,6 +14,7 @@ EXIT_FAILED = 1
 
 def main(argv: list[str]) -> int:
     """Run the jailer with a command line (``argv[0]`` is the program's name); return the exit status."""
+    timeline.start_if_asked()
     arguments = argv[1:]
     text = cli.answer(arguments)
     if text is not None:
@@ -89,6 +91,7 @@ def _launch(options: cli.Options) -> int:
         sys.stdout.write(answered[0])
         sys.stdout.flush()
         return answered[1]
+    timeline.mark("import libraries")
     from jailer import launch, template
 
     started = launch.started_now()

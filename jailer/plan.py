@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from ipc import timeline
 from jailer.errors import JailerError, StepError, os_error_text
 
 
@@ -51,6 +52,7 @@ class Plan:
         for operation in self.operations:
             if operation.step in self._switched_off:
                 continue
+            timeline.mark(type(operation).__name__)
             try:
                 operation.do()
             except OSError as error:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ipc import descriptors, exit_codes, faults
+from ipc import descriptors, exit_codes, faults, timeline
 from ipc.channel import PairChannel
 from ipc.errors import IpcError
 from ipc.messages import (
@@ -155,6 +155,8 @@ class Supervisor:
             self._turn()
         self._bury_workers()
         code = exit_codes.GENERIC_ERROR if self._exit_code is None else self._exit_code
+        if marks := timeline.collected():
+            self._log.record({"timeline": marks})
         if self._log.lost:
             self._log.warning(f"{self._log.lost} lines were lost: nobody read them")
         return code
@@ -384,6 +386,7 @@ class Supervisor:
             self._send(Failed("supervisor.fork", f"cannot fork a worker: {error.strerror}"), sequence)
             return
         if pid == 0:
+            timeline.enter(2 + request.worker)
             ours.close()
             seal.close()
             self._become_worker(request.worker, theirs, cell_seal)
