@@ -266,6 +266,20 @@ def test_machine_config(api):
     assert api.send("PATCH", "/machine-config", {"mem_size_mib": (1 << 64) - 1})[0] == 204
 
 
+def test_limits_are_inclusive(api, kernel):
+    for body in (
+        {"vcpu_count": 32, "mem_size_mib": 1, "smt": True},
+        {"vcpu_count": 31, "mem_size_mib": 1},
+        {"vcpu_count": 1, "mem_size_mib": 1, "smt": True},
+        {"vcpu_count": 1, "mem_size_mib": 2, "huge_pages": "2M"},
+        {"vcpu_count": 1, "mem_size_mib": (1 << 64) - 1},
+    ):
+        assert api.send("PUT", "/machine-config", body) == (204, None)
+    longest = {"kernel_image_path": kernel, "boot_args": "x" * 2047}
+    assert api.send("PUT", "/boot-source", longest) == (204, None)
+    assert api.send("PUT", "/boot-source", {**longest, "boot_args": ""}) == (204, None)
+
+
 def test_deprecation_header_also_on_errors(api, running):
     body = b'{"vcpu_count": 1, "mem_size_mib": 1, "cpu_template": "None"}'
     status, _, headers = parse_response(running.raw("PUT", "/machine-config", body))

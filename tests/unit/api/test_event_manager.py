@@ -227,9 +227,10 @@ def test_run_until_ends_when_done_and_at_the_deadline(manager, make_eventfd):
     assert manager.run_until(lambda: True, 0)
 
 
-def test_run_until_delivers_nothing_after_done(manager, make_eventfd):
+@pytest.mark.parametrize("flags", [IN, IN | EDGE_TRIGGERED])
+def test_run_until_delivers_nothing_after_done(manager, make_eventfd, flags):
     fds = [make_eventfd(1) for _ in range(4)]
-    recorder = Recorder(*fds, action=take)
+    recorder = Recorder(*fds, event_set=flags, action=take)
     manager.add_subscriber(recorder)
     assert manager.run_until(lambda: len(recorder.seen) == 2, None)
     assert len(recorder.seen) == 2

@@ -217,6 +217,29 @@ def test_incomplete_says_whether_a_request_has_begun():
     assert not parser.incomplete
 
 
+STREAMS = [
+    b"x" * (LINE_LIMIT + 5) + b"\r\n\r\n" + GET,
+    b"x" * LINE_LIMIT + b"\r\r\n\r\n" + GET,
+    b"GET / HTTP/1.1\r\na: " + b"x" * LINE_LIMIT + b"\r\nContent-Length: 3\r\n\r\nabc" + GET,
+    b"POST / HTTP/1.1\r\nContent-Length: 2\r\n\r\n\r\n" + GET,
+    b"PUT / HTTP/1.1\r\nContent-Length: 251\r\n\r\n" + b"\r" * 251 + GET,
+    b"PUT / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n\r\n\r\n" + GET,
+]
+
+
+@pytest.mark.parametrize("data", STREAMS, ids=range(len(STREAMS)))
+def test_every_cut_gives_the_same(data):
+    whole = events_of([data])
+    assert whole[0][-1] == GET_REQUEST
+    for cut in range(len(data)):
+        assert events_of([data[:cut], data[cut:]]) == whole
+
+
+def test_nothing_of_a_bad_request_sticks_to_the_next():
+    found, _ = outcome(b"BAD\r\nContent-Length: 5\r\nExpect: 100-continue\r\nGET / HTTP/1.1\r\n\r\n" + GET)
+    assert found == [(ProtocolError, "Invalid request."), GET_REQUEST, GET_REQUEST]
+
+
 # -- properties -------------------------------------------------------------------------------------------------------
 
 pieces = st.sampled_from(

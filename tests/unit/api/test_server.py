@@ -130,6 +130,15 @@ def test_pipelining_connections_take_turns(host, monkeypatch):
     assert drain(first).count(b"HTTP/1.1 400 ") == drain(second).count(b"HTTP/1.1 400 ") == 3
 
 
+def test_a_connection_with_half_a_request_does_not_keep_others_from_their_turn(host):
+    first, second = host.client(), host.client()
+    first.sendall(GET + GET[:5])
+    second.sendall(GET * 3)
+    host.pump()
+    assert drain(first) == VERSION
+    assert drain(second) == VERSION * 3
+
+
 def test_one_request_per_turn_of_the_loop(host):
     """What else happens (exits of the guest) is not kept waiting by a client with many requests at once."""
     client = host.client()
@@ -255,22 +264,31 @@ def test_when_descriptors_run_out_the_server_tries_again(host, monkeypatch):
         def __init__(self, listener):
             self.listener = listener
             self.failures = 2
+            self.calls = 0
 
         def __getattr__(self, name):
             return getattr(self.listener, name)
 
         def accept(self):
+            self.calls += 1
             if self.failures:
                 self.failures -= 1
                 raise OSError(errno.EMFILE, "no descriptors")
             return self.listener.accept()
 
-    monkeypatch.setattr(module, "ACCEPT_RETRY_NS", 1_000_000)
-    host.server._listener = Listener(host.server._listener)
+    listener = Listener(host.server._listener)
+    host.server._listener = listener
     client = host.client()
     client.sendall(GET)
-    assert host.manager.run_until(lambda: host.server.requests == 1, time.monotonic_ns() + 10 * SECOND)
+    host.pump()
+    host.pump()
+    assert listener.calls == 1  # the socket is left alone: it would keep the loop awake
+    _let_time_pass(host, monkeypatch, module.ACCEPT_RETRY_NS)
+    assert listener.calls == 2
+    _let_time_pass(host, monkeypatch, 2 * module.ACCEPT_RETRY_NS)
     assert drain(client) == VERSION
+    _let_time_pass(host, monkeypatch, 9 * module.ACCEPT_RETRY_NS)
+    assert host.exchange(host.client(), GET) == VERSION
 
 
 # -- time limits ------------------------------------------------------------------------------------------------------
@@ -303,6 +321,20 @@ def test_each_request_has_its_own_time(host, monkeypatch):
     assert host.exchange(client, GET[10:]) == VERSION
     _let_time_pass(host, monkeypatch, 9 * module.CLIENT_TIMEOUT_NS)
     assert host.exchange(client, GET) == VERSION
+
+
+def test_a_response_has_its_own_time(host, monkeypatch):
+    """The client was slow to ask, and is slow to take a response that does not fit into its socket."""
+    host.server._handle = lambda request: b"x" * (8 << 20)
+    client = host.client()
+    host.exchange(client, GET[:10])
+    _let_time_pass(host, monkeypatch, module.CLIENT_TIMEOUT_NS - SECOND)
+    client.sendall(GET[10:])
+    host.pump()
+    _let_time_pass(host, monkeypatch, module.CLIENT_TIMEOUT_NS + SECOND)
+    assert host.connections == 1
+    _let_time_pass(host, monkeypatch, 2 * module.CLIENT_TIMEOUT_NS)
+    assert host.connections == 0
 
 
 def test_a_client_that_does_not_take_its_response_loses_its_connection(host, monkeypatch):
@@ -357,6 +389,29 @@ def test_while_a_request_is_executed_no_other_is_parsed_or_executed(tmp_path):
     assert all(begin.split()[1] == end.split()[1] for begin, end in begun)
     assert {begin.split()[1] for begin, _ in begun} >= {"/slow", "/same", "/known", "/new", "/ready1", "/ready2"}
     host.close()
+    logger.close()
+
+
+def test_a_connection_that_waits_for_its_turn_waits_on_while_a_request_is_executed(tmp_path):
+    logger = Logger("test")
+    logger.configure(LoggerConfig(str(tmp_path / "log")))
+    log: list[str] = []
+
+    def handle(request: Request) -> bytes:
+        log.append(request.uri)
+        if request.uri == "/slow":
+            own.manager.run_until(lambda: False, time.monotonic_ns() + SECOND // 50)
+            log.append("end of /slow")
+        return render_response(204)
+
+    own = Host(str(tmp_path / "api.socket"), handle, logger)
+    ready, slow = own.client(), own.client()
+    own.pump()
+    ready.sendall(b"GET /1 HTTP/1.1\r\n\r\nGET /2 HTTP/1.1\r\n\r\n")
+    slow.sendall(b"GET /slow HTTP/1.1\r\n\r\n")
+    own.pump()
+    assert log == ["/1", "/slow", "end of /slow", "/2"]
+    own.close()
     logger.close()
 
 
