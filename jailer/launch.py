@@ -132,6 +132,8 @@ class JailedLaunch:
             mode = SECCOMP_OFF
             self._off.add(walls.SECCOMP)
         self._mode = mode
+        self._uid = settings.uid if self._has(walls.IDENTITY) else os.getuid()
+        self._gid = settings.gid if self._has(walls.IDENTITY) else os.getgid()
         self._log = Log(2, settings.microvm_id)
         self._janitor: cleanup.Janitor | None = None
         self._plan_on_host: Plan | None = None
@@ -296,7 +298,7 @@ class JailedLaunch:
         if not self._has(walls.ROOT):
             return None
         roots.isolate_mounts()
-        return roots.IpcTrees(settings.jail_root, settings.uid, settings.gid)
+        return roots.IpcTrees(settings.jail_root, self._uid, self._gid)
 
     def _mount_proc(self, proc: int) -> int:
         """Return a /proc of our process namespace that is mounted nowhere, hence has no way out."""
@@ -326,8 +328,8 @@ class JailedLaunch:
             microvm_id=settings.microvm_id,
             epoch=new_epoch(),
             jailed=True,
-            uid=settings.uid if self._has(walls.IDENTITY) else os.getuid(),
-            gid=settings.gid if self._has(walls.IDENTITY) else os.getgid(),
+            uid=self._uid,
+            gid=self._gid,
             arguments=arguments,
             start_time_us=self._started.monotonic_us,
             start_time_cpu_us=self._started.cpu_us,
@@ -374,9 +376,9 @@ class JailedLaunch:
         extra = (("/dev/userfaultfd", 10, minor, False),) if minor is not None else ()
         paths = (*devices.DIRECTORIES, roots.CONTROLLER_IPC_DIRECTORY)
         operations: list[Operation] = [roots.EnterJailRoot(settings.jail_root)]
-        operations += [devices.MakeDirectory(prefix + path, settings.uid, settings.gid) for path in paths]
+        operations += [devices.MakeDirectory(prefix + path, self._uid, self._gid) for path in paths]
         operations += [
-            devices.MakeDevice(prefix + path, (major, number), settings.uid, settings.gid, optional=optional)
+            devices.MakeDevice(prefix + path, (major, number), self._uid, self._gid, optional=optional)
             for path, major, number, optional in (*devices.DEVICES, *extra)
         ]
         if trees is not None:
@@ -403,7 +405,7 @@ class JailedLaunch:
 
     def _drop_privileges(self) -> None:
         if self._has(walls.IDENTITY):
-            identity.become(self._settings.uid, self._settings.gid)
+            identity.become(self._uid, self._gid)
         if self._has(walls.CAPABILITIES):
             identity.clear_capabilities()
         if self._has(walls.NO_NEW_PRIVILEGES):

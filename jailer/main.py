@@ -41,7 +41,7 @@ def _run(arguments: list[str]) -> int:
     if "descriptors" not in without:
         close_descriptors()
     if "environment" not in without:
-        os.environ.clear()
+        clear_environment()
     try:
         options = cli.parse(arguments)
     except JailerError as error:
@@ -61,6 +61,13 @@ def close_descriptors() -> None:
 
     process.close_inherited_descriptors()
     process.ensure_standard_descriptors()
+
+
+def clear_environment() -> None:
+    """Remove every variable that the caller set."""
+    from jailer.steps import process
+
+    process.clear_environment()
 
 
 def _purge(options: cli.Options) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import posix
 import resource
 
 from jailer import syscalls, walls
@@ -18,8 +20,17 @@ def close_inherited_descriptors() -> None:
 
 
 def clear_environment() -> None:
-    """Remove every variable that the caller set."""
+    """Remove every variable that the caller set, and wipe where the kernel put them: cells inherit this memory."""
     os.environ.clear()
+    posix.environ.clear()
+    try:
+        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return
+    start, end = int(fields[47]), int(fields[48])  # env_start and env_end, fields 50 and 51 of proc(5)
+    if 0 < start < end:
+        ctypes.memset(start, 0, end - start)
 
 
 def ensure_standard_descriptors() -> None:
