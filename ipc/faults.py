@@ -15,6 +15,7 @@ import os
 import signal
 import time
 
+from ipc import timeline
 from ipc.errors import FaultSpecError
 
 #: Every fault point of the product and what is about to happen when it is visited.
@@ -91,11 +92,10 @@ def parse(specification: str) -> Fault:
 
 
 def arm(specifications: tuple[str, ...]) -> None:
-    """Arm faults; only before :func:`freeze`. Raises FaultSpecError."""
+    """Arm faults, all or none; only before :func:`freeze`. Raises FaultSpecError."""
     if _frozen:
         raise FaultSpecError("faults are armed by the jailer only, before the first cell is forked")
-    for specification in specifications:
-        fault = parse(specification)
+    for fault in [parse(specification) for specification in specifications]:
         _armed.setdefault(fault.point, []).append(fault)
 
 
@@ -108,6 +108,7 @@ def freeze() -> None:
 def visit(point: str) -> Fault | None:
     """Pass a fault point. Process actions happen here; a channel action is returned for the channel to carry out."""
     assert point in FAULT_POINTS, point
+    timeline.mark(point)
     if not _armed:
         return None
     chosen: Fault | None = None
