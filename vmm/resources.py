@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
+from vmm.boot.cmdline import DEFAULT_COMMAND_LINE, Cmdline
+from vmm.boot.errors import CmdlineError
 from vmm.cli import CONSOLES, KERNEL_ENTRIES
 from vmm.errors import VmmError
 from vmm.files import FileOpenError, open_input, open_output
@@ -20,9 +22,6 @@ MAX_SUPPORTED_VCPUS = 32
 #: As many vCPUs as a microVM can be started with now.
 MAX_STARTABLE_VCPUS = 1
 DEFAULT_MEM_SIZE_MIB = 128
-#: The guest's command line with its terminating zero byte, before and after additions.
-COMMAND_LINE_MAX_SIZE = 2048
-DEFAULT_COMMAND_LINE = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce"
 
 HUGE_PAGES_NONE = "None"
 HUGE_PAGES_TRANSPARENT = "Transparent"
@@ -177,13 +176,12 @@ class BootSource:
 
 
 def checked_command_line(boot_args: str | None) -> str:
-    """Return the command line for ``boot_args``. Raises BootSourceError unless it is printable ASCII and fits."""
-    line = DEFAULT_COMMAND_LINE if boot_args is None else boot_args
-    if not (line.isascii() and line.isprintable()):
-        raise BootSourceError("The kernel command line is invalid: String contains a non-printable ASCII character.")
-    if len(line) >= COMMAND_LINE_MAX_SIZE:
-        raise BootSourceError("The kernel command line is invalid: Inserting string would make command line too long.")
-    return line
+    """Return the command line for ``boot_args``. Raises BootSourceError if the builder could not use it."""
+    try:
+        Cmdline(boot_args)
+    except CmdlineError as error:
+        raise BootSourceError(f"The kernel command line is invalid: {error}") from error
+    return DEFAULT_COMMAND_LINE if boot_args is None else boot_args
 
 
 class TokenBucketConfig(NamedTuple):

@@ -11,7 +11,8 @@ import pytest
 from tests.unit.api.fakes import BuilderError, parse_response
 from vmm import actions
 from vmm.api.routes import path_tokens
-from vmm.resources import DEFAULT_COMMAND_LINE, BootSourceConfig, MachineConfigUpdate
+from vmm.boot.cmdline import DEFAULT_COMMAND_LINE
+from vmm.resources import BootSourceConfig, MachineConfigUpdate
 
 PREBOOT = "The requested operation is not supported before starting the microVM."
 POSTBOOT = "The requested operation is not supported after starting the microVM."
@@ -133,7 +134,7 @@ BAD_BODIES = [
     ("PUT", "/boot-source", b'{"kernel_image_path": "KERNEL", "boot_args": "a\\tb"}',
      "Boot source error: The kernel command line is invalid: String contains a non-printable ASCII character."),
     ("PUT", "/boot-source", b'{"kernel_image_path": "KERNEL", "boot_args": "%s"}' % (b"x" * 2048),
-     "Boot source error: The kernel command line is invalid: Inserting string would make command line too long."),
+     "Boot source error: The kernel command line is invalid: Invalid cmdline capacity provided."),
     ("PUT", "/actions", b"{}", JSON + "missing field `action_type` at line 1 column 2."),
     ("PUT", "/actions", b'{"action_type": "Foo"}',
      JSON + "unknown variant `Foo`, expected one of `FlushMetrics`, `InstanceStart`, `SendCtrlAltDel` "
