@@ -68,9 +68,10 @@ class SupervisorClient:
         except BlockingIOError:
             return
         except IpcError:
-            self.closed = True
-            ops.remove(self._channel.fileno())
-            self.on_closed()
+            if not self.closed:  # a handler may have run the loop, and the inner one have seen the end
+                self.closed = True
+                ops.remove(self._channel.fileno())
+                self.on_closed()
 
     def submit(self, message: Any) -> int:
         """Send a request without waiting; :meth:`collect` waits for its reply. Raises SupervisorError."""
@@ -98,6 +99,12 @@ class SupervisorClient:
             raise SupervisorError(reply.text)
         raise SupervisorError("The supervisor is gone." if self.closed else "The supervisor does not answer.")
 
+    def abandon(self, sequence: int) -> None:
+        """Drop the reply to a submitted request, whether it is here or comes later."""
+        self._awaited.discard(sequence)
+        _, owned = self._replies.pop(sequence, (None, OwnedDescriptors()))
+        owned.close()
+
     def submit_spawn(self, worker: int) -> int:
         """Ask for worker ``worker``; returns the number for :meth:`collect_spawn`."""
         return self.submit(Spawn(worker))
@@ -123,7 +130,7 @@ class SupervisorClient:
         try:
             self._channel.send(SignalCell(worker, number))
         except IpcError:
-            self.closed = True
+            pass  # the end of the channel is noticed where it is read
 
     def close(self) -> None:
         """Close the channel; the supervisor takes that as the controller's end."""

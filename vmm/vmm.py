@@ -11,7 +11,7 @@ from ipc.messages import CellEnded, DumpCpuConfig, DumpedCpuConfig, Pause, Resum
 from vmm.black_box import describe_run_page
 from vmm.console import ConsoleInput, ConsoleOutput
 from vmm.devices.manager import DeviceManager
-from vmm.errors import DeviceError, StateError, WorkerError
+from vmm.errors import DeviceError, StateError, VmmError, WorkerError
 from vmm.event_manager import EventManager, EventOps, Events
 from vmm.exits import ExitExecutor
 from vmm.logger import LOG
@@ -65,6 +65,7 @@ class Vmm:
         self._state = STATE_NOT_STARTED
         self._shutdown_exit_code: int | None = None
         self._last_pong: dict[int, int] = {}
+        self._last_beat = 0
         self._stalled: set[int] = set()
         self._kvmclock_ctrl_failures = 0
         self._closed = False
@@ -146,10 +147,11 @@ class Vmm:
             self._kvmclock_ctrl_failures += worker.collect_pause(sequence)
 
         def drained() -> bool:
-            return all(executor.idle for executor in self._executors)
+            return self._shutdown_exit_code is not None or all(executor.idle for executor in self._executors)
 
         if not self._events.run_until(drained, time.monotonic_ns() + DRAIN_TIMEOUT_NS):
             raise WorkerError("The exits of the paused vCPUs were not executed in time.")
+        self._require_alive()
         self._state = STATE_PAUSED
 
     def save_state(self) -> list[SavedState]:
@@ -187,6 +189,10 @@ class Vmm:
 
     def _vcpu_exited(self, worker: Worker, event: VcpuExited) -> None:
         text = f"vCPU {event.vcpu} (worker pid {worker.pid}) left its run loop: {event.reason}. {event.text}"
+        if self._shutdown_exit_code is not None:
+            # A guest that was reset runs on until its worker ends, into a triple fault: that is no news.
+            LOG.debug(text)
+            return
         if event.code:
             LOG.error(text)
             self._report_black_box(worker)
@@ -229,6 +235,9 @@ class Vmm:
 
     def _beat(self, ops: EventOps) -> None:
         now = time.monotonic_ns()
+        if now - self._last_beat >= 2 * HEARTBEAT_INTERVAL_NS:
+            self._last_pong.clear()  # it was us who did not run: stopped, or a busy host
+        self._last_beat = now
         for worker in self.vcpus_handles:
             if worker.alive and self._shutdown_exit_code is None:
                 self._beat_worker(worker, now)
@@ -247,7 +256,7 @@ class Vmm:
             return  # one unanswered ping is enough: its queue is bounded
         try:
             worker.ping(lambda: self._pong(index))
-        except WorkerError:
+        except VmmError:
             pass  # the worker's end is reported by itself
 
     def _pong(self, index: int) -> None:
@@ -263,10 +272,15 @@ class Vmm:
         if self._closed:
             return
         self._closed = True
-        end_workers(self.vcpus_handles)
-        for executor in self._executors:
-            executor.drain()
-        self.flush_console()
+        try:
+            end_workers(self.vcpus_handles)
+            for executor in self._executors:
+                executor.drain()
+            self.flush_console()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
         for subscription in self._subscriptions:
             self._events.remove_subscriber(subscription)
         for worker in self.vcpus_handles:

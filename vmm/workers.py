@@ -21,13 +21,9 @@ from ipc.messages import (
     CellEnded,
     Configure,
     Configured,
-    DevicePages,
-    ExitRing,
     Failed,
     Finish,
-    GuestMemory,
     Hello,
-    Interrupt,
     Pause,
     Paused,
     Ping,
@@ -37,46 +33,29 @@ from ipc.messages import (
     Route,
     RoutesSet,
     SetRoutes,
-    VcpuDescriptor,
     VcpuExited,
     Welcome,
 )
 from ipc.plan import LaunchPlan, endpoint
-from vmm.errors import MicrovmEndedError, StateError, SupervisorError, WorkerError
+from vmm import handover
+from vmm.errors import MicrovmEndedError, StateError, SupervisorError, VmmError, WorkerError
 from vmm.event_manager import EventManager, EventOps, Events
+from vmm.handover import WorkerDescriptors
 from vmm.lifecycle import ALIVE, WorkerEvent, WorkerState, next_state
 from vmm.supervisor import SupervisorClient
+
+__all__ = ["SECOND_NS", "Worker", "WorkerDescriptors", "signal_name"]
 
 SECOND_NS = 1_000_000_000
 #: How long a worker may take to say HELLO, or to answer a command, before the operation fails.
 HELLO_TIMEOUT_NS = 30 * SECOND_NS
 COMMAND_TIMEOUT_NS = 30 * SECOND_NS
-FINISH_TIMEOUT_NS = 1 * SECOND_NS
+#: How long it may take to end in order, and again to be dead after SIGKILL. The supervisor gives the controller
+#: 0.6 s in all to end.
+FINISH_TIMEOUT_NS = 400_000_000
 KVM_API_VERSION = 12
 
 Reply = TypeVar("Reply")
-
-
-class WorkerDescriptors:
-    """What a worker gets before Configure; the descriptors stay with the caller."""
-
-    __slots__ = ("device_page", "guest_memory", "interrupts", "memory_size", "rings")
-
-    def __init__(
-        self,
-        guest_memory: int,
-        memory_size: int,
-        device_page: int,
-        rings: Sequence[tuple[int, int, int, int]],
-        interrupts: Sequence[tuple[int, int]],
-    ) -> None:
-        self.guest_memory = guest_memory
-        self.memory_size = memory_size
-        self.device_page = device_page
-        #: (vCPU, ring memfd, doorbell, completion)
-        self.rings = rings
-        #: (GSI, eventfd)
-        self.interrupts = interrupts
 
 
 class Worker:
@@ -97,9 +76,10 @@ class Worker:
         self.ended: CellEnded | None = None
         self.vcpu_exit: VcpuExited | None = None
         self.failure = ""
-        self.on_vcpu_exited: Callable[[Worker, VcpuExited], None] = lambda worker, event: None
-        self.on_failed: Callable[[Worker, str], None] = lambda worker, text: None
-        self.on_ended: Callable[[Worker, CellEnded], None] = lambda worker, notice: None
+        self.on_vcpu_exited: Callable[[Worker, VcpuExited], None]
+        self.on_failed: Callable[[Worker, str], None]
+        self.on_ended: Callable[[Worker, CellEnded], None]
+        self._forget_owner()
         self._plan = plan
         self._context = context
         self._events = events
@@ -112,6 +92,10 @@ class Worker:
         self._replies: dict[int, Any] = {}
         self._callbacks: dict[int, Callable[[Any], None]] = {}
         self._awaited: set[int] = set()
+        #: Commands whose answer came too late for whoever asked; it may still come.
+        self._abandoned: set[int] = set()
+        self._vcpus: set[int] = set()
+        self._kill_wanted = False
         self._run_pages: dict[int, mmap.mmap] = {}
         self._vcpu_mmap_size = 0
 
@@ -123,48 +107,79 @@ class Worker:
     def _move(self, event: WorkerEvent) -> None:
         self.state = next_state(self.state, event)
 
+    def _forget_owner(self) -> None:
+        self.on_vcpu_exited = lambda worker, event: None
+        self.on_failed = lambda worker, text: None
+        self.on_ended = lambda worker, notice: None
+
     # ------------------------------------------------------------ spawn and handshake
 
     def bind(self) -> None:
-        """Make the endpoint that the worker will connect to. Raises IpcError."""
+        """Make the endpoint that the worker will connect to. Raises WorkerError."""
         self._release()
-        self.ended = self.vcpu_exit = None
-        self.failure = ""
+        path = endpoint(self._plan.controller_ipc_directory, self.index)
         self._channel = Channel(self._context, WORKER, self._plan.epoch)
-        self._channel.bind(endpoint(self._plan.controller_ipc_directory, self.index))
+        try:
+            self._channel.bind(path)
+        except IpcError as error:
+            self._release()
+            raise WorkerError(f"The worker of vCPU {self.index} cannot be started: {error}") from None
         self._subscription = self._events.add_subscriber(self)
 
     def spawn(self) -> None:
-        """Ask the supervisor for the process; does not wait, a refusal shows in :meth:`wait_greeted`."""
-        if self._channel is None or self.pid:
+        """Ask the supervisor for the process; does not wait, a refusal shows in :meth:`wait_greeted`.
+
+        Raises WorkerError or SupervisorError when it cannot even be asked.
+        """
+        if self._channel is None:
             self.bind()
+        self.ended = self.vcpu_exit = None
+        self.failure = ""
         self.pid = 0
+        self._kill_wanted = False
+        self._forget_owner()
         self._spawn_request = self._supervisor.submit_spawn(self.index)
         self._move(WorkerEvent.SPAWN)
 
+    def _spawn_answered(self) -> bool:
+        return not self._spawn_request or self._supervisor.ready(self._spawn_request)
+
     def _collect_spawn(self) -> None:
+        """Take the supervisor's answer, which is here. Raises SupervisorError if it refused."""
         request, self._spawn_request = self._spawn_request, 0
-        spawned, owned = self._supervisor.collect_spawn(request)
+        try:
+            spawned, owned = self._supervisor.collect_spawn(request)
+        except SupervisorError as error:
+            self.failure = str(error)
+            self._move(WorkerEvent.DIED)
+            self._release()
+            raise
         with owned:
             self._pidfd = owned.take()
-            self._descriptors = PairChannel(socket.socket(fileno=owned.take()), DESCRIPTORS, self._plan.epoch)
+            pair = socket.socket(fileno=owned.take())
+        pair.setblocking(False)  # a worker that does not read must not stop us
+        self._descriptors = PairChannel(pair, DESCRIPTORS, self._plan.epoch)
         self.pid = spawned.pid
+        if self._kill_wanted:
+            self._send_kill()
 
     def wait_greeted(self) -> None:
         """Wait until the worker has said HELLO. Raises WorkerError or SupervisorError."""
-        if self._spawn_request:
-            try:
-                self._collect_spawn()
-            except SupervisorError:
-                self._move(WorkerEvent.DIED)
-                self._release()
-                raise
         deadline = time.monotonic_ns() + HELLO_TIMEOUT_NS
-        self._events.run_until(lambda: self.state is not WorkerState.SPAWNED, deadline)
+        self._events.run_until(self._spawn_answered, deadline)
+        if self._spawn_request:
+            self._collect_spawn()
+
+        def settled() -> bool:
+            return self.state is not WorkerState.SPAWNED or self._supervisor.closed
+
+        self._events.run_until(settled, deadline)
+        if self._supervisor.closed:
+            raise SupervisorError("The supervisor is gone.")
         if self.state is WorkerState.SPAWNED:
             self._fail(f"The worker of vCPU {self.index} did not report within {HELLO_TIMEOUT_NS // SECOND_NS} s.")
         if self.state is not WorkerState.GREETED:
-            raise WorkerError(self._cause())
+            raise self._error()
 
     # ------------------------------------------------------------ event loop
 
@@ -179,27 +194,42 @@ class Worker:
         self._receive()
 
     def _receive(self) -> None:
+        # What an honest worker sends is bounded by what it was asked; anything else is a breach, which closes the
+        # channel: so this ends, however fast a worker sends.
         try:
             while self._channel is not None:
                 envelope = self._channel.receive(time.monotonic_ns())
                 if envelope is None:
                     return
-                self._handle(envelope.reply_to, envelope.message)
+                if envelope.reply_to:
+                    self._handle_reply(envelope.reply_to, envelope.message)
+                else:
+                    self._handle_event(envelope.message)
         except (IpcError, StateError) as error:
             self.breach(str(error))
 
-    def _handle(self, reply_to: int, message: Any) -> None:
-        if reply_to in self._callbacks:
-            self._callbacks.pop(reply_to)(message)
-        elif reply_to in self._awaited:
+    def _handle_reply(self, reply_to: int, message: Any) -> None:
+        callback = self._callbacks.pop(reply_to, None)
+        if callback is not None:
+            callback(message)
+        elif reply_to in self._awaited and reply_to not in self._replies:
             self._replies[reply_to] = message
-        elif isinstance(message, Hello):
+        elif reply_to in self._abandoned:
+            self._abandoned.discard(reply_to)
+        else:
+            self.breach(f"{type(message).__name__} in answer to nothing")
+
+    def _handle_event(self, message: Any) -> None:
+        if isinstance(message, Hello):
             self._greet(message)
-        elif isinstance(message, VcpuExited):
+        elif isinstance(message, VcpuExited) and message.vcpu in self._vcpus:
+            self._vcpus.discard(message.vcpu)
             self._move(WorkerEvent.VCPU_EXITED)
             if self.vcpu_exit is None:
                 self.vcpu_exit = message
                 self.on_vcpu_exited(self, message)
+        else:
+            self.breach(f"{type(message).__name__} that nobody asked for")
 
     def _greet(self, hello: Hello) -> None:
         assert self._channel is not None
@@ -219,25 +249,35 @@ class Worker:
         self._fail(f"The worker of vCPU {self.index} broke the protocol: {text}.")
 
     def _fail(self, text: str) -> None:
-        if self.state in (WorkerState.FAILED, WorkerState.ENDED):
+        if self.failure or not self.alive:
             return
         self.failure = text
         self._move(WorkerEvent.BREACH)
+        self._close_channel()
         self.kill()
         self.on_failed(self, text)
 
     def cell_ended(self, notice: CellEnded) -> None:
         """The supervisor reaped the process."""
-        if self._spawn_request and self._supervisor.ready(self._spawn_request):
-            self._collect_spawn()  # it died before we looked at the reply to our request
-        if notice.pid != self.pid:
+        if self._spawn_request and self._spawn_answered():
+            try:
+                self._collect_spawn()  # it died before we looked at the answer to our request
+            except SupervisorError:
+                return
+        if notice.pid != self.pid or not self.alive:
             return
         self._receive()
         self.ended = notice
-        if self.alive:
-            self._move(WorkerEvent.DIED)
+        self._move(WorkerEvent.DIED)
+        self._close_channel()
         self._callbacks.clear()
         self.on_ended(self, notice)
+
+    def _error(self) -> VmmError:
+        """Return what to raise where the worker cannot do what is asked."""
+        if self.vcpu_exit is not None and not self.failure:
+            return MicrovmEndedError(f"vCPU {self.vcpu_exit.vcpu} left its run loop: {self.vcpu_exit.reason}.")
+        return WorkerError(self._cause())
 
     def _cause(self) -> str:
         """Say why the worker cannot do what is asked, as precisely as we know."""
@@ -254,21 +294,42 @@ class Worker:
 
     # ------------------------------------------------------------ commands
 
-    def submit(self, message: Any, callback: Callable[[Any], None] | None = None) -> int:
-        """Send a command; the reply goes to ``callback`` or waits for :meth:`collect`. Raises WorkerError."""
+    def submit(
+        self, message: Any, callback: Callable[[Any], None] | None = None, timeout_ns: int = COMMAND_TIMEOUT_NS
+    ) -> int:
+        """Send a command; the reply goes to ``callback`` or waits for :meth:`collect`. Never runs the event loop.
+
+        A worker that gets it later than ``timeout_ns`` (0: no limit) does not carry it out. Raises WorkerError, or
+        MicrovmEndedError.
+        """
+        if self.state is WorkerState.FAILED:
+            raise self._error()
+        return self._submit(message, callback, timeout_ns)
+
+    def _submit(self, message: Any, callback: Callable[[Any], None] | None, timeout_ns: int) -> int:
         if not self.alive or self._channel is None:
-            raise WorkerError(self._cause())
+            raise self._error()
         try:
-            sequence = self._channel.send(message, deadline=time.monotonic_ns() + COMMAND_TIMEOUT_NS)
+            sequence = self._channel.send(message, deadline=time.monotonic_ns() + timeout_ns if timeout_ns else 0)
         except IpcError as error:
-            self.breach(str(error))
-            raise WorkerError(self._cause()) from None
+            if not self._has_exited():
+                self.breach(str(error))
+                raise self._error() from None
+            # The supervisor is about to say how it ended; that counts, not that it can no longer be asked.
+            raise WorkerError(f"The worker of vCPU {self.index} (pid {self.pid}) has ended.") from None
         if callback is None:
             self._awaited.add(sequence)
         else:
             self._callbacks[sequence] = callback
         self._receive()  # sending may have consumed the edge of the descriptor
         return sequence
+
+    def _has_exited(self) -> bool:
+        if self._pidfd < 0:
+            return False
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(0))
 
     def collect(self, sequence: int, expected: type[Reply], timeout_ns: int = COMMAND_TIMEOUT_NS) -> Reply:
         """Wait for a reply. Raises WorkerError when the worker fails, dies, refuses or is too slow."""
@@ -282,60 +343,53 @@ class Worker:
         reply = self._replies.pop(sequence, None)
         if isinstance(reply, expected):
             return reply
-        if isinstance(reply, Failed):
+        if reply is None:
+            self._abandoned.add(sequence)
+            if self.alive and self.state is not WorkerState.FAILED:
+                name = f"The worker of vCPU {self.index} (pid {self.pid})"
+                raise WorkerError(f"{name} did not answer within {timeout_ns // SECOND_NS} s.")
+        elif isinstance(reply, Failed):
             raise WorkerError(reply.text)
-        if reply is not None:
+        else:
             self.breach(f"{type(reply).__name__} in answer to another command")
-        elif self.vcpu_exit is not None:
-            raise MicrovmEndedError(f"vCPU {self.vcpu_exit.vcpu} left its run loop: {self.vcpu_exit.reason}.")
-        elif self.alive and self.state is not WorkerState.FAILED:
-            raise WorkerError(
-                f"The worker of vCPU {self.index} (pid {self.pid}) did not answer within {timeout_ns // SECOND_NS} s."
-            )
-        raise WorkerError(self._cause())
+        raise self._error()
 
     def request(self, message: Any, expected: type[Reply], timeout_ns: int = COMMAND_TIMEOUT_NS) -> Reply:
         """Send a command and wait for its reply."""
         return self.collect(self.submit(message), expected, timeout_ns)
 
+    def _arrive(self, event: WorkerEvent) -> None:
+        """Note that a command was carried out. The worker may have ended right after it."""
+        if self.alive and self.state is not WorkerState.FAILED:
+            self._move(event)
+        elif self.vcpu_exit is None or self.failure:
+            raise self._error()  # a vCPU that has ended meanwhile was reported, and is no failure of this command
+
     def configure(self, message: Configure, descriptors: WorkerDescriptors) -> None:
         """Hand over descriptors and configuration; afterwards the vCPUs are parked. Raises WorkerError."""
-        assert self._descriptors is not None
-        self._send_descriptors(self._descriptors, descriptors)
+        channel = self._descriptors
+        if channel is None or self.state is not WorkerState.GREETED:
+            raise self._error()
+        self._vcpus = set(message.vcpus)
+        try:
+            handover.send(channel, descriptors)
+        except IpcError as error:
+            self._wait_if_exited()
+            self.breach(str(error))
+            raise self._error() from None
         configured = self.request(message, Configured)
         self.tsc_khz = configured.tsc_khz
-        self._receive_run_pages(len(message.vcpus))
-        self._move(WorkerEvent.CONFIGURED)
-
-    def _send_descriptors(self, channel: PairChannel, descriptors: WorkerDescriptors) -> None:
         try:
-            channel.send(GuestMemory(descriptors.memory_size), fds=(descriptors.guest_memory,))
-            channel.send(DevicePages(), fds=(descriptors.device_page,))
-            for vcpu, *ring in descriptors.rings:
-                channel.send(ExitRing(vcpu), fds=tuple(ring))
-            for gsi, eventfd in descriptors.interrupts:
-                channel.send(Interrupt(gsi), fds=(eventfd,))
-        except IpcError as error:
-            raise WorkerError(f"{self._cause()} {error}") from None
+            self._run_pages = handover.receive_run_pages(channel, message.vcpus, self._vcpu_mmap_size)
+        except WorkerError as error:
+            self._wait_if_exited()
+            self.breach(str(error))
+            raise self._error() from None
+        self._arrive(WorkerEvent.CONFIGURED)
 
-    def _receive_run_pages(self, count: int) -> None:
-        """Map kvm_run of each vCPU read-only: the black box. Accepted now, once, and never again."""
-        assert self._descriptors is not None
-        self._descriptors.socket.setblocking(False)
-        try:
-            for _ in range(count):
-                envelope, owned = self._descriptors.receive(1)
-                with owned:
-                    if envelope is None or not isinstance(envelope.message, VcpuDescriptor):
-                        raise WorkerError(f"The worker of vCPU {self.index} did not hand over its vCPU.")
-                    descriptor = owned.take()
-                    try:
-                        page = mmap.mmap(descriptor, self._vcpu_mmap_size, mmap.MAP_SHARED, mmap.PROT_READ)
-                    finally:
-                        os.close(descriptor)
-                    self._run_pages[envelope.message.vcpu] = page
-        except (OSError, IpcError) as error:
-            raise WorkerError(f"The vCPU of worker {self.index} cannot be mapped: {error}") from None
+    def _wait_if_exited(self) -> None:
+        if self._has_exited():
+            self._events.run_until(lambda: not self.alive, time.monotonic_ns() + FINISH_TIMEOUT_NS)
 
     def run_page(self, vcpu: int) -> mmap.mmap | None:
         """Return the read-only kvm_run area of a vCPU; it stays readable after the worker's death."""
@@ -348,8 +402,7 @@ class Worker:
     def collect_resume(self, sequence: int) -> None:
         """Wait for a submitted Resume."""
         self.collect(sequence, Resumed)
-        if self.state is not WorkerState.FAILED:
-            self._move(WorkerEvent.RESUMED)
+        self._arrive(WorkerEvent.RESUMED)
 
     def pause(self) -> None:
         """Park the vCPUs. Raises WorkerError."""
@@ -358,8 +411,7 @@ class Worker:
     def collect_pause(self, sequence: int) -> int:
         """Wait for a submitted Pause; return the number of KVM_KVMCLOCK_CTRL failures."""
         paused = self.collect(sequence, Paused)
-        if self.state is not WorkerState.FAILED:
-            self._move(WorkerEvent.PAUSED)
+        self._arrive(WorkerEvent.PAUSED)
         return paused.kvmclock_ctrl_failures
 
     def set_routes(self, routes: Sequence[Route], done: Callable[[], None]) -> None:
@@ -373,35 +425,52 @@ class Worker:
 
         try:
             self.submit(SetRoutes(tuple(routes)), answered)
-        except WorkerError:
+        except VmmError:
             pass  # the worker's end is reported by itself
 
     def ping(self, callback: Callable[[], None]) -> None:
-        """Ask for a sign of life. Raises WorkerError if it cannot even be asked."""
+        """Ask for a sign of life. Raises WorkerError or MicrovmEndedError if it cannot even be asked."""
 
         def answered(reply: Any) -> None:
             if isinstance(reply, Pong):
                 callback()
+            else:
+                self.breach(f"{type(reply).__name__} in answer to Ping")
 
-        self.submit(Ping(), answered)
+        self.submit(Ping(), answered, timeout_ns=0)  # one that was stopped for long answers, too
 
     # ------------------------------------------------------------ end
 
     def finish(self) -> None:
-        """Ask the worker to end; :meth:`wait_ended` waits. Does nothing if it is gone or failed."""
-        if not self.alive or self.state in (WorkerState.FAILED, WorkerState.SPAWNED):
+        """Ask the worker to end, or kill it if it cannot be asked; :meth:`wait_ended` waits."""
+        if not self.alive or self.state is WorkerState.FINISHING:
+            return
+        if self.failure or self.state is WorkerState.SPAWNED:
             self.kill()
             return
         try:
-            self.submit(Finish(), lambda reply: None)
+            self._submit(Finish(), lambda reply: None, FINISH_TIMEOUT_NS)
             self._move(WorkerEvent.FINISH)
-        except WorkerError:
+        except VmmError:
             self.kill()
 
     def kill(self) -> None:
-        """SIGKILL by pidfd or, where the pidfd may not be used, by the supervisor; returns at once."""
-        if self._pidfd < 0 or not self.alive:
+        """SIGKILL by pidfd or, where the pidfd may not be used, by the supervisor; returns at once.
+
+        A worker that was asked for and whose pidfd is not here yet is killed when it comes.
+        """
+        if not self.alive:
             return
+        self._kill_wanted = True
+        if self._spawn_request and self._spawn_answered():
+            try:
+                self._collect_spawn()
+            except SupervisorError:
+                return  # there is nothing to kill
+        elif self._pidfd >= 0:
+            self._send_kill()
+
+    def _send_kill(self) -> None:
         try:
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         except ProcessLookupError:
@@ -411,20 +480,32 @@ class Worker:
 
     def wait_ended(self, timeout_ns: int = FINISH_TIMEOUT_NS) -> bool:
         """Wait until the supervisor has reaped the worker; kill it when the time is over."""
-        if self.alive:
-            self._events.run_until(lambda: not self.alive, time.monotonic_ns() + timeout_ns)
-        if self.alive:
+
+        def ended() -> bool:
+            return not self.alive or self._supervisor.closed
+
+        def ended_or_answered() -> bool:
+            return ended() or bool(self._spawn_request and self._spawn_answered())
+
+        self._events.run_until(ended_or_answered, time.monotonic_ns() + timeout_ns)
+        if not ended():
             self.kill()
-            self._events.run_until(lambda: not self.alive, time.monotonic_ns() + timeout_ns)
+            self._events.run_until(ended, time.monotonic_ns() + timeout_ns)
         return not self.alive
 
-    def _release(self) -> None:
+    def _close_channel(self) -> None:
         if self._subscription:
             self._events.remove_subscriber(self._subscription)
             self._subscription = 0
         if self._channel is not None:
             self._channel.close()
             self._channel = None
+
+    def _release(self) -> None:
+        self._close_channel()
+        if self._spawn_request:
+            self._supervisor.abandon(self._spawn_request)
+            self._spawn_request = 0
         if self._descriptors is not None:
             self._descriptors.close()
             self._descriptors = None
@@ -437,6 +518,7 @@ class Worker:
         self._replies.clear()
         self._callbacks.clear()
         self._awaited.clear()
+        self._abandoned.clear()
 
     def close(self) -> None:
         """Release everything; the process must have ended or be about to."""
