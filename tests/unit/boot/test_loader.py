@@ -373,3 +373,20 @@ def test_a_kernel_that_changes_while_it_is_unpacked_is_not_stored(
     assert image.payload is not None
     assert image.payload.cache == "not stored (the kernel file was changed meanwhile)"
     assert list(path.iterdir()) == []
+
+
+def test_nothing_of_a_damaged_entry_stays_in_guest_memory(
+    guest_memory: MemoryFactory, open_file: FileFactory, cache: tuple[Path, int]
+) -> None:
+    path, fd = cache
+    kernel = images.elf([images.Load(0x10_0000, b"start" + bytes(300_000) + b"end")], 0x10_0000)
+    bzimage = images.bzimage(images.compress("gzip", kernel))
+    load(guest_memory(32 * MIB), open_file(bzimage), cache_fd=fd)
+    (entry,) = path.iterdir()
+    damaged = bytearray(entry.read_bytes())
+    damaged[4096 + 150_000] = 0xFF
+    entry.write_bytes(damaged)
+    memory = guest_memory(32 * MIB)
+    load(memory, open_file(bzimage), cache_fd=fd)
+    # Zeros of the kernel are not written: they must still be there.
+    assert memory.read(0x10_0000, 300_008) == b"start" + bytes(300_000) + b"end"
