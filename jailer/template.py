@@ -26,6 +26,7 @@ def load_roles() -> Roles:
     import vcpu_worker.main
     import vmm.main
 
+    vmm.main.warm()
     return Roles(vmm.main.run, vcpu_worker.main.run)
 
 

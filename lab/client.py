@@ -105,6 +105,11 @@ class Microvm:
             if time.monotonic() > deadline:
                 raise ClientError(f"no {text!r} within {timeout} s:\n{self.tail()}")
 
+    def has_come(self, text: str) -> bool:
+        """Tell whether ``text`` is in what was not looked at yet, without waiting."""
+        self.pump()
+        return self.console.find(text.encode(), self._seen) >= 0
+
     def type(self, text: str) -> None:
         """Type on the serial console."""
         assert self.process.stdin is not None
