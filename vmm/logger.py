@@ -272,10 +272,5 @@ def _poll_for_writing(fd: int) -> select.poll:
     return poll
 
 
-def warm() -> None:
-    """Read the time zone now: there is none to be read inside a jail."""
-    time.localtime()
-
-
 #: The controller's log.
 LOG = Logger()
