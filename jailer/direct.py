@@ -94,7 +94,8 @@ def launch(
     asked = verify.Asked(host.facts, None, "", False, False, None)
     memory = MemoryMaker(False)
     setup = Setup(plan, roles, asked, proc, host.kvm_fd, host.kvm_error, sealing.filters, memory, log, ())
-    close_supervisor(setup, host, "firecracker", True)
+    close_supervisor(setup, host, "firecracker", dumpable_wall=True)
+    os.close(host.null)
     if sealing.warning:
         log.warning(sealing.warning)
     return Supervisor(setup, controller, channel, signals).run()

@@ -74,7 +74,7 @@ def check_kvm(path: str = "/dev/kvm") -> list[Finding]:
             return [Finding("kvm", BAD, f"lacks {', '.join(missing)}", "a newer kernel")]
         os.close(fcntl.ioctl(descriptor, _KVM_CREATE_VM, 0))
     except OSError as error:
-        return [Finding("kvm", BAD, f"cannot make a VM: {os_error_text(error)}", "does another hypervisor use the CPU?")]
+        return [Finding("kvm", BAD, f"cannot make a VM: {os_error_text(error)}", "is the CPU in use otherwise?")]
     finally:
         os.close(descriptor)
     return [Finding("kvm", GOOD, f"{path} makes VMs, API version {version}")]

@@ -141,6 +141,7 @@ class JailedLaunch:
     def run(self, load_roles: Callable[[], template.Roles]) -> int:
         """Launch, supervise, return the exit code of the microVM. Raises JailerError before the controller runs."""
         timeline.mark("prepare")
+        settings = self._settings
         proc = verify.open_proc()
         self._open_wall_log()
         self._arm()
@@ -155,12 +156,12 @@ class JailedLaunch:
         roles = load_roles()
         timeline.mark("open host")
         host = open_host(proc, self._open_kernel_cache(), self._options.arguments, self._log)
-        cgroup_plan = cgroups.plan_parent_only(self._settings)
-        cgroup_items = cgroups.plan_items(self._settings)
+        cgroup_plan = cgroups.plan_parent_only(settings)
+        cgroup_items = cgroups.plan_items(settings)
         memory = self._act_on_host(cgroup_plan, cgroup_items)
         try:
             timeline.mark("detach")
-            launcher = detach.detach(self._settings.daemonize, self._settings.new_pid_ns)
+            launcher = detach.detach(settings.daemonize, settings.new_pid_ns)
             setup, channel, controller, signals = self._fork_controller(proc, host, sealing, roles, memory)
         except (OSError, IpcError) as error:
             self._undo()
@@ -169,9 +170,11 @@ class JailedLaunch:
             self._undo()
             raise
         timeline.mark("confine supervisor")
-        self._confine_supervisor(setup, host)
-        if self._settings.daemonize:
+        self._drop_privileges()
+        close_supervisor(setup, host, settings.exec_name, dumpable_wall=self._has(walls.DUMPABLE))
+        if settings.daemonize:
             detach.redirect_standard_descriptors(host.null, (2,))
+        os.close(host.null)
         launcher.ready()
         for warning in (sealing.warning, self._switches_warning()):
             if warning:
@@ -411,10 +414,6 @@ class JailedLaunch:
         if self._has(walls.NO_NEW_PRIVILEGES):
             identity.set_no_new_privileges()
 
-    def _confine_supervisor(self, setup: Setup, host: Host) -> None:
-        self._drop_privileges()
-        close_supervisor(setup, host, self._settings.exec_name, self._has(walls.DUMPABLE))
-
     def _switches_warning(self) -> str:
         return f"switched off: {', '.join(sorted(self._off))}" if self._off else ""
 
@@ -488,10 +487,9 @@ def wait_entered(controller: Cell) -> None:
     raise CellError("the controller ended before it was in its jail")
 
 
-def close_supervisor(setup: Setup, host: Host, name: str, dumpable_wall: bool) -> None:
+def close_supervisor(setup: Setup, host: Host, name: str, *, dumpable_wall: bool) -> None:
     """The supervisor's last walls, and its name. Raises PolicyError, OSError."""
     detach.redirect_standard_descriptors(host.null, (0, 1))
-    os.close(host.null)
     if host.kernel_cache >= 0:
         os.close(host.kernel_cache)
     identity.set_name(name)
