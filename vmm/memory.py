@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
 
 from ipc.messages import MemoryRegion
+from ipc.typed import Sequence
 from vmm.errno_text import errno_text
 from vmm.errors import VmmError
 
@@ -29,11 +29,11 @@ class GuestMemoryError(VmmError):
 class GuestMemory:
     """All RAM of one guest.
 
-    The descriptor stays the caller's; the mapping keeps the file alive. Every access must lie within one region.
-    Fresh memory reads as zeros; the loaders rely on that and never clear anything.
+    The descriptor stays the caller's; this keeps one of its own. Every access must lie within one region. Fresh
+    memory reads as zeros; the loaders rely on that and never clear anything.
     """
 
-    __slots__ = ("_map", "_view", "_regions", "size")
+    __slots__ = ("_fd", "_map", "_view", "_regions", "size")
 
     def __init__(self, fd: int, size: int, regions: Sequence[MemoryRegion]) -> None:
         """Map ``size`` bytes of the memfd ``fd``. Raises GuestMemoryError."""
@@ -43,6 +43,7 @@ class GuestMemory:
                 raise GuestMemoryError(f"the guest memory file is smaller than the {size} bytes of RAM")
             mapping = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
             mapping.madvise(mmap.MADV_DONTDUMP)
+            self._fd = os.dup(fd)
         except OSError as error:
             raise GuestMemoryError(
                 f"Invalid Memory Configuration: Cannot create mmap region: {errno_text(error)}", error.errno or 0
@@ -94,10 +95,23 @@ class GuestMemory:
                 end = min(position + _SPARSE_BLOCK, length)
                 # A look at one byte spares the comparison for nearly every block that has content.
                 if source[position] == 0 and source[position:end].tobytes() == _ZEROS[: end - position]:
-                    self._view[offset + start : offset + position] = source[start:position]
+                    self._write_pages(offset + start, source[start:position])
                     start = end
                 position = end
-            self._view[offset + start : offset + length] = source[start:length]
+            self._write_pages(offset + start, source[start:length])
+
+    def _write_pages(self, offset: int, data: memoryview) -> None:
+        """Write to pages that do not exist yet: by the file, which neither faults nor zeroes them first.
+
+        That takes half the time of copying into the mapping. Where the file cannot be written (RLIMIT_FSIZE, huge
+        pages) the mapping can.
+        """
+        done = 0
+        try:
+            while done < len(data):
+                done += os.pwrite(self._fd, data[done:], offset + done)
+        except OSError:
+            self._view[offset + done : offset + len(data)] = data[done:]
 
     def view(self, address: int, length: int) -> memoryview:
         """Return a writable view of ``length`` bytes, valid until it is released. Raises GuestMemoryError.
@@ -139,6 +153,9 @@ class GuestMemory:
 
     def close(self) -> None:
         """Unmap. Views that are still held keep the mapping alive until they go. May be called twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
         self._view.release()
         try:
             self._map.close()

@@ -7,9 +7,8 @@ interrupt controllers are the LAPICs and one IOAPIC.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
-from typing import NamedTuple
 
+from ipc.typed import NamedTuple, Sequence
 from vmm.boot import aml, layout
 from vmm.boot.errors import AcpiError
 from vmm.memory import GuestMemory

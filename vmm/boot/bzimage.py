@@ -7,8 +7,8 @@ file and guest RAM.
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
+from ipc.typed import NamedTuple
 from vmm.boot import layout
 from vmm.boot.errors import KernelError, bzimage_error, memory_error
 from vmm.memory import GuestMemory

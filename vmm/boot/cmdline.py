@@ -6,8 +6,7 @@ Documentation/admin-guide/kernel-parameters.rst for `` -- `` and for double quot
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
+from ipc.typed import Iterable
 from vmm.boot import layout
 from vmm.boot.errors import CmdlineError
 

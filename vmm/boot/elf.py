@@ -7,8 +7,8 @@ untrusted: everything read from it is bounded and checked against the file and g
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
+from ipc.typed import NamedTuple
 from vmm.boot import layout
 from vmm.boot.errors import elf_error, memory_error
 from vmm.memory import GuestMemory

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from ipc.typed import Callable
 
 _malloc_trim: Callable[[int], int] | None = None
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
 
+from ipc.typed import Iterator, NamedTuple, Protocol
 from vmm.boot import elf
 from vmm.boot.errors import elf_error, read_error
 from vmm.memory import GuestMemory

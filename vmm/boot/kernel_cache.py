@@ -10,8 +10,8 @@ import os
 import stat
 import struct
 import time
-from typing import NamedTuple
 
+from ipc.typed import NamedTuple
 from vmm.boot.errors import KernelCacheError
 from vmm.boot.payload import MAX_UNPACKED_SIZE
 from vmm.errno_text import errno_text
@@ -145,8 +145,6 @@ class CacheWriter:
         try:
             header = _HEADER.pack(MAGIC, VERSION, HEADER_SIZE, vmlinux_digest, self._length)
             os.pwrite(self._fd, header, 0)
-            # The umask must not decide who can use the entry; it holds nothing secret.
-            os.fchmod(self._fd, 0o644)
             os.fsync(self._fd)
             name = entry_name(digest)
             os.rename(self._temporary, name, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
-from typing import NamedTuple
 
 from ipc.messages import BootRegisters
+from ipc.typed import NamedTuple, Sequence
 from vmm.boot import acpi, bzimage, elf, heap, layout, long_mode, payload, pvh, zero_page
 from vmm.boot.cmdline import Cmdline
 from vmm.boot.errors import (

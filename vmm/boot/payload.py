@@ -8,10 +8,9 @@ dictionaries have limits, and pieces of output have a fixed upper size whatever 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Protocol
 
+from ipc.typed import Callable, Iterator, Protocol
 from vmm.boot.errors import PayloadError, UnsupportedPayloadError
 
 GZIP = "gzip"

@@ -6,8 +6,8 @@ Source: Xen's public/arch-x86/hvm/start_info.h.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 
+from ipc.typed import Sequence
 from vmm.boot import layout
 from vmm.memory import GuestMemory
 

@@ -6,8 +6,8 @@ The cache never makes a load fail: whatever is wrong with it ends in ``PayloadDe
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
 
+from ipc.typed import NamedTuple
 from vmm.boot import bzimage, elf, heap, kernel_cache, payload
 from vmm.boot.errors import BootError, KernelCacheError, PayloadError, UnsupportedPayloadError, bzimage_error
 from vmm.boot.image_file import FileReader, Hasher, KernelFile, digest_of_file, new_hasher, pieces, read_at

@@ -6,8 +6,8 @@ Sources: Documentation/arch/x86/zero-page.rst, arch/x86/include/uapi/asm/bootpar
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 
+from ipc.typed import Sequence
 from vmm.boot import layout
 from vmm.boot.bzimage import SETUP_HEADER_OFFSET
 from vmm.memory import GuestMemory

@@ -361,6 +361,7 @@ def test_a_kernel_that_changes_while_it_is_unpacked_is_not_stored(
     file = tmp_path / "kernel"
     file.write_bytes(first)
     kernel_fd = os.open(file, os.O_RDONLY)
+
     def digest_then_change(fd: int, size: int, hasher: Hasher) -> bytes:
         result = digest_of_file(fd, size, hasher)
         with file.open("r+b") as changed:

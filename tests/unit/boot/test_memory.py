@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
 
 import pytest
 from hypothesis import given
@@ -126,6 +127,30 @@ def test_sparse_writing_leaves_zeros_out(guest_memory: MemoryFactory) -> None:
     assert memory.read(4 * MIB + 1, 1) == b"y"
     memory.close()
     os.close(fd)
+
+
+@pytest.mark.parametrize("limit", [0, 4096, 300_000])
+def test_a_file_size_limit_does_not_matter(limit: int) -> None:
+    memory, fd = two_regions()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        memory.write_sparse(0x123, b"abc" * 200_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert memory.read(0x123, 600_000) == b"abc" * 200_000
+    memory.close()
+    os.close(fd)
+
+
+def test_no_descriptor_is_left() -> None:
+    before = os.listdir("/proc/self/fd")
+    memory, fd = two_regions()
+    memory.close()
+    os.close(fd)
+    with pytest.raises(GuestMemoryError):
+        GuestMemory(0, MIB, layout.ram_regions(MIB))
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_discarding_gives_pages_back_and_zeros() -> None:
