@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable
 
 from ipc import exit_codes, faults
 from ipc.errors import IpcError
 from ipc.messages import Shutdown
 from ipc.plan import LaunchPlan
+from ipc.typed import Callable
 from vmm import config_file
 from vmm.actions import StartMicrovm
 from vmm.api.handler import ApiHandler
@@ -21,7 +21,7 @@ from vmm.cli import CommandLine, CommandLineError, parse
 from vmm.controller import Controller
 from vmm.errors import VmmError
 from vmm.event_manager import EventManager
-from vmm.logger import LOG, LoggerConfig, level_by_name
+from vmm.logger import LOG, LoggerConfig
 from vmm.resources import StartOptions, VmResources
 from vmm.supervisor import SupervisorClient
 from vmm.version import FIRECRACKER_VERSION
@@ -66,7 +66,7 @@ class Program:
         self._supervisor.on_shutdown = self._shutdown
         self._supervisor.on_closed = self._supervisor_closed
         LOG.instance_id = command_line.id
-        LOG.configure(_logger_config(command_line))
+        LOG.configure(LoggerConfig.of(command_line))
         self._resources = VmResources(_start_options(command_line))
         self._builder = MicrovmBuilder(plan, self._events, self._supervisor)
         self._vmm: Vmm | None = None
@@ -146,16 +146,6 @@ class Program:
         self._events.close()
 
 
-def _logger_config(line: CommandLine) -> LoggerConfig:
-    return LoggerConfig(
-        log_path=line.log_path,
-        level=None if line.level is None else level_by_name(line.level),
-        show_level=line.show_level,
-        show_log_origin=line.show_log_origin,
-        module=line.module,
-    )
-
-
 def _start_options(line: CommandLine) -> StartOptions:
     """Return what the command line adds to the configuration. Raises CommandLineError for what is not built yet."""
     for flag in ("metadata", "metrics_path", "seccomp_filter", "enable_pci"):
@@ -167,14 +157,7 @@ def _start_options(line: CommandLine) -> StartOptions:
             cache = os.open(line.kernel_cache, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise CommandLineError(f"--kernel-cache {line.kernel_cache}: {error.strerror}.") from None
-    return StartOptions(
-        boot_timer=line.boot_timer,
-        unpack_kernel=line.unpack_kernel,
-        kernel_cache_fd=cache,
-        kernel_entry=line.kernel_entry,
-        console=line.console,
-        exerciser=line.exerciser,
-    )
+    return StartOptions.of(line, cache)
 
 
 def _log_end(code: int) -> int:
