@@ -8,9 +8,8 @@ dictionaries have limits, and pieces of output have a fixed upper size whatever 
 from __future__ import annotations
 
 import sys
-from types import ModuleType
 
-from ipc.typed import Callable, Iterator, Protocol
+from ipc.typed import Any, Callable, Iterator
 from vmm.boot.errors import PayloadError, UnsupportedPayloadError
 
 GZIP = "gzip"
@@ -45,10 +44,6 @@ MAGIC_SIZE = 6
 
 Read = Callable[[int], bytes]
 Sink = Callable[[bytes], None]
-
-
-class _Source(Protocol):
-    def read(self, size: int) -> bytes: ...
 
 
 def detect(start: bytes) -> str | None:
@@ -216,7 +211,7 @@ def _check_rest(kind: str, source: _Limited, unused: bytes) -> None:
         raise PayloadError("payload.damaged", f"the {kind} payload ends before its size field")
 
 
-def _module(kind: str) -> ModuleType:
+def _module(kind: str) -> Any:
     name = _MODULES[kind]
     module = sys.modules.get(name)
     if module is None:
