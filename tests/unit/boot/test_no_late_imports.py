@@ -44,7 +44,7 @@ print(*outcomes, "late:", *sorted(set(sys.modules) - loaded))
 def test_nothing_is_imported_after_warming_up(tmp_path: Path) -> None:
     kernel = images.small_kernel()
     damaged = bytearray(images.compress("xz", kernel))
-    damaged[1000] ^= 0xFF
+    damaged[len(damaged) // 2] ^= 0xFF
     files = {
         "vmlinux": kernel,
         "gzip": images.bzimage(images.compress("gzip", kernel)),
