@@ -6,19 +6,18 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterable
-from typing import NamedTuple, NoReturn
 
 from ipc import descriptors, faults
 from ipc.errors import IpcError
 from ipc.plan import ROLE_VMM, LaunchPlan, cell_name
+from ipc.typed import Callable, Iterable, NamedTuple, NoReturn
 from jailer import syscalls, walls
 from jailer.errors import CellError, JailerError, os_error_text
 from jailer.seccomp.install import Filter, install
 from jailer.steps import identity
 
-# Frames of a seal channel, cell → supervisor. ENTERED: the controller is in its jail. FILTERED brings the listener
-# in report mode. FAILED is followed by a text.
+# Frames of a seal channel, cell → supervisor. ENTERED: the controller is in its jail (with the locked pid file, if
+# there is one). FILTERED brings the listener in report mode. FAILED is followed by a text.
 ENTERED = b"entered"
 FILTERED = b"filtered"
 CLOSED = b"closed"
@@ -141,10 +140,11 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}{where}"
 
 
-def run(context: CellContext, prepare: Callable[[], None], role: Callable[[Seal], int]) -> NoReturn:
+def run(context: CellContext, prepare: Callable[[], tuple[int, ...]], role: Callable[[Seal], int]) -> NoReturn:
     """Run a cell in a freshly forked child; never returns to the supervisor's code.
 
-    ``prepare`` finishes the confinement; what it raises is reported over the seal channel. ``role`` runs the cell.
+    ``prepare`` finishes the confinement; what it raises is reported over the seal channel, and what descriptors it
+    returns are handed to the supervisor (by the controller, when it is in its jail). ``role`` runs the cell.
     """
     status = EXIT_FAILED
     try:
@@ -157,12 +157,14 @@ def run(context: CellContext, prepare: Callable[[], None], role: Callable[[Seal]
     os._exit(status)
 
 
-def _run(context: CellContext, prepare: Callable[[], None], role: Callable[[Seal], int]) -> int:
+def _run(context: CellContext, prepare: Callable[[], tuple[int, ...]], role: Callable[[Seal], int]) -> int:
     try:
-        prepare()
+        handed_over = prepare()
         confine(context)
         if context.role == ROLE_VMM:
-            descriptors.send(context.seal, ENTERED)
+            descriptors.send(context.seal, ENTERED, handed_over)
+        for descriptor in handed_over:
+            os.close(descriptor)
     except (JailerError, IpcError, OSError) as error:
         report_failure(context, os_error_text(error) if isinstance(error, OSError) else str(error))
         return EXIT_FAILED

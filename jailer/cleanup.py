@@ -12,8 +12,8 @@ import os
 import signal
 import stat
 import time
-from typing import NamedTuple
 
+from ipc.typed import NamedTuple
 from jailer import syscalls
 from jailer.errors import CleanupError, JailerError, os_error_text
 from jailer.seccomp.install import Filter, install

@@ -6,10 +6,9 @@ Cheap to import: ``--version`` and ``--help`` are answered before anything else 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
 
 from ipc.plan import SECCOMP_KILL, SECCOMP_OFF, SECCOMP_REPORT
+from ipc.typed import NamedTuple, Sequence
 from jailer import walls
 from jailer.errors import ArgumentError
 
@@ -88,7 +87,8 @@ def parse(arguments: Sequence[str]) -> Options:
         word = own[position]
         flag = _FLAGS.get(word[2:]) if word.startswith("--") else None
         if flag is None:
-            raise ArgumentError(f"Found argument '{word}' which wasn't expected, or isn't valid in this context.")
+            name = word.removeprefix("--")
+            raise ArgumentError(f"Found argument '{name}' which wasn't expected, or isn't valid in this context.")
         position += 1
         if flag.name in values or flag.name in switches:
             raise ArgumentError(f"The argument '{flag.name}' was provided more than once.")
@@ -172,6 +172,15 @@ def _help_line(flag: _Flag) -> str:
         notes.append(f"default {flag.default}")
     head = f"--{flag.name} {flag.takes}".rstrip()
     return f"  {head:<28}  {'; '.join(notes)}"
+
+
+def print_answer(answered: tuple[str, int]) -> int:
+    """Print a text, on standard error if it is one of an error; return its exit status."""
+    text, code = answered
+    stream = sys.stderr if code else sys.stdout
+    stream.write(text)
+    stream.flush()
+    return code
 
 
 def print_error(text: str) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 
 from ipc import timeline
 from ipc.plan import MAX_MEMORY_BYTES, MAX_WORKERS, ROLE_VMM, SECCOMP_KILL, SECCOMP_OFF, LaunchPlan
+from ipc.typed import Callable
 from jailer import cleanup, placement, template, verify, walls
 from jailer.errors import StepError, os_error_text
 from jailer.launch import (
@@ -80,9 +80,10 @@ def launch(
     timeline.mark("warm")
     template.warm()
 
-    def enter() -> None:
+    def enter() -> tuple[int, ...]:
         identity.set_no_new_privileges()
         os.close(janitor.descriptor)
+        return ()
 
     keep = (*(each for each in inherited if each != proc), host.console)
     controller, channel = fork_controller(plan, roles, sealing.filters.get(ROLE_VMM), enter, keep)

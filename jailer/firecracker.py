@@ -5,8 +5,6 @@ What still holds: one process per role, seccomp filters, no_new_privs, no capabi
 
 from __future__ import annotations
 
-import sys
-
 from ipc import timeline
 from jailer import cli
 from jailer.errors import JailerError, os_error_text
@@ -21,12 +19,10 @@ def main(argv: list[str]) -> int:
 
     timeline.start_if_asked()
     arguments = argv[1:]
-    answered = vmm_cli.answer(arguments)
-    if answered is not None:
-        sys.stdout.write(answered[0])
-        sys.stdout.flush()
-        return answered[1]
     try:
+        answered = vmm_cli.answer(arguments)
+        if answered is not None:
+            return cli.print_answer(answered)
         command_line = vmm_cli.parse(arguments)
     except vmm_cli.CommandLineError as error:
         cli.print_error(str(error))

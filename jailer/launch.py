@@ -9,9 +9,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
 
 from ipc import descriptors, faults, timeline
 from ipc.errors import FaultSpecError, IpcError
@@ -25,9 +23,10 @@ from ipc.plan import (
     SECCOMP_REPORT,
     LaunchPlan,
 )
+from ipc.typed import Callable, NamedTuple
 from jailer import cell, cleanup, placement, syscalls, template, verify, walls
 from jailer.cli import Options
-from jailer.errors import ArgumentError, CellError, JailerError, StepError, os_error_text
+from jailer.errors import ArgumentError, CellError, StepError, os_error_text
 from jailer.log import Log
 from jailer.memory import MemoryMaker
 from jailer.plan import Operation, Plan
@@ -263,20 +262,13 @@ class JailedLaunch:
             plan,
             roles,
             sealing.filters.get(ROLE_VMM),
-            lambda: self._enter_jail(host, trees),
+            lambda: self._enter_jail(host, trees, visible_pid),
             (host.kernel_cache, host.console),
         )
         timeline.mark("leave namespaces")
         self._leave_namespaces()
         timeline.mark("wait for controller")
-        wait_entered(controller)
-        timeline.mark("pid file")
-        pid_file = detach.WritePidFile(settings.jail_root, settings.exec_name, visible_pid)
-        try:
-            pid_file.do()
-        except JailerError:
-            controller.kill()
-            raise
+        wait_entered(controller)  # the locked pid file stays open as long as we live
         if self._janitor is not None:
             for directory in self._cgroups:
                 self._janitor.cgroup(directory)
@@ -363,8 +355,8 @@ class JailedLaunch:
             jail_root=(status.st_dev, status.st_ino),
         )
 
-    def _enter_jail(self, host: Host, trees: roots.IpcTrees | None) -> None:
-        """In the controller's process: its namespaces, its root, its devices, its identity."""
+    def _enter_jail(self, host: Host, trees: roots.IpcTrees | None, visible_pid: int) -> tuple[int, ...]:
+        """In the controller's process: its namespaces, root, devices, the pid file, its identity."""
         settings = self._settings
         if settings.daemonize:
             detach.redirect_standard_descriptors(host.null, (0, 1, 2))
@@ -386,12 +378,15 @@ class JailedLaunch:
         ]
         if trees is not None:
             operations.append(roots.AttachIpcDirectory(trees.controller, roots.CONTROLLER_IPC_DIRECTORY))
+        pid_file = detach.WritePidFile(prefix or "/", settings.exec_name, visible_pid)
+        operations.append(pid_file)
         Plan(operations, frozenset(self._off), self._log.error).execute()
         if prefix:
             os.chdir(prefix)
         if trees is not None:
             os.close(trees.controller)
         self._drop_privileges()
+        return (pid_file.descriptor,)
 
     # ------------------------------------------------------------ supervisor
 
@@ -447,10 +442,13 @@ def fork_controller(
     plan: LaunchPlan,
     roles: template.Roles,
     seccomp_filter: Filter | None,
-    enter: Callable[[], None],
+    enter: Callable[[], tuple[int, ...]],
     keep: tuple[int, ...],
 ) -> tuple[Cell, socket.socket]:
-    """Fork the controller; ``enter`` runs in it first. Returns its record and our end of its channel."""
+    """Fork the controller; return its record and our end of its channel.
+
+    ``enter`` runs in it first, and returns descriptors for us (see :func:`wait_entered`).
+    """
     supervisor_pid = os.getpid()
     ours, theirs = descriptors.channel_pair()
     seal, cell_seal = descriptors.channel_pair()
@@ -462,10 +460,11 @@ def fork_controller(
         seal.close()
         context = cell.CellContext(plan, ROLE_VMM, 0, supervisor_pid, cell_seal, seccomp_filter)
 
-        def prepare() -> None:
-            enter()
-            cell.keep_only((theirs.fileno(), cell_seal.fileno(), *keep))
+        def prepare() -> tuple[int, ...]:
+            handed_over = enter()
+            cell.keep_only((theirs.fileno(), cell_seal.fileno(), *keep, *handed_over))
             cell.reset_signals()
+            return handed_over
 
         cell.run(context, prepare, lambda sealed: roles.vmm(plan, theirs, sealed))
     theirs.close()
@@ -473,13 +472,15 @@ def fork_controller(
     return Cell(ROLE_VMM, 0, pid, os.pidfd_open(pid), seal), ours
 
 
-def wait_entered(controller: Cell) -> None:
-    """Wait until the controller is in its jail. Raises CellError with its reason when it cannot get there."""
+def wait_entered(controller: Cell) -> int:
+    """Wait until the controller is in its jail; return the descriptor that it handed over, or -1.
+
+    Raises CellError with its reason when it cannot get there.
+    """
     assert controller.seal is not None
-    frame, owned = descriptors.receive(controller.seal)
-    owned.close()
+    frame, owned = descriptors.receive(controller.seal, 1)
     if frame == cell.ENTERED:
-        return
+        return owned.take() if len(owned) else -1
     controller.kill()
     os.waitpid(controller.pid, 0)
     if frame.startswith(cell.FAILED):
@@ -490,8 +491,9 @@ def wait_entered(controller: Cell) -> None:
 def close_supervisor(setup: Setup, host: Host, name: str, *, dumpable_wall: bool) -> None:
     """The supervisor's last walls, and its name. Raises PolicyError, OSError."""
     detach.redirect_standard_descriptors(host.null, (0, 1))
-    if host.kernel_cache >= 0:
-        os.close(host.kernel_cache)
+    for descriptor in (host.kernel_cache, host.console):
+        if descriptor >= 0:
+            os.close(descriptor)
     identity.set_name(name)
     if dumpable_wall:
         identity.set_dumpable(False)

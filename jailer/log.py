@@ -9,7 +9,8 @@ import json
 import os
 import select
 import time
-from typing import Any
+
+from ipc.typed import Any
 
 #: A pipe is writable for poll(2) when PIPE_BUF bytes fit, so a longer line could block.
 MAX_LINE = 4096

@@ -45,7 +45,7 @@ def _run(arguments: list[str]) -> int:
     try:
         options = cli.parse(arguments)
     except JailerError as error:
-        raise type(error)(f"Arguments parsing error: {error}") from None
+        raise type(error)(f"Arguments parsing error: {error} \n\nFor more information try --help.") from None
     if "check" in options.switches:
         from jailer import host_check
 
@@ -91,13 +91,16 @@ def _launch(options: cli.Options) -> int:
     from jailer import settings
 
     resolved = settings.resolve(options)
-    from vmm.cli import answer
+    from vmm import cli as vmm_cli
 
-    answered = answer(options.arguments)
-    if answered is not None:
-        sys.stdout.write(answered[0])
-        sys.stdout.flush()
-        return answered[1]
+    try:
+        answered = vmm_cli.answer(options.arguments)
+        if answered is not None:
+            return cli.print_answer(answered)
+        vmm_cli.parse(("--id", resolved.microvm_id, *options.arguments))
+    except vmm_cli.CommandLineError as error:
+        cli.print_error(str(error))
+        return error.exit_code
     timeline.mark("import libraries")
     from jailer import launch, template
 

@@ -6,9 +6,9 @@ KVM parameters: Documentation/admin-guide/kernel-parameters.txt (kvm-intel.ept, 
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
 
 from ipc.plan import PLACEMENT_GROUPED, PLACEMENT_SPLIT
+from ipc.typed import NamedTuple
 
 _PARAMETERS = (("kvm_intel", "ept"), ("kvm_amd", "npt"))
 MODULES = "/sys/module"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
 from ipc import timeline
+from ipc.typed import Callable, Iterable
 from jailer.errors import JailerError, StepError, os_error_text
 
 

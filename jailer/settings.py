@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import NamedTuple
 
+from ipc.typed import NamedTuple
 from jailer.cli import Options
 from jailer.errors import ArgumentError, os_error_text
 

@@ -12,8 +12,6 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 from ipc import descriptors, exit_codes, faults, timeline
 from ipc.channel import PairChannel
@@ -31,6 +29,7 @@ from ipc.messages import (
     Spawned,
 )
 from ipc.plan import ROLE_VCPU, SECCOMP_OFF, LaunchPlan, cell_name
+from ipc.typed import Any, Callable, NamedTuple
 from jailer import cell, syscalls, verify, walls
 from jailer.log import Log
 from jailer.memory import MemoryMaker
@@ -419,10 +418,11 @@ class Supervisor:
         )
         setup = self._setup
 
-        def prepare() -> None:
+        def prepare() -> tuple[int, ...]:
             self._abandon()
             cell.keep_only((channel.fileno(), seal.fileno(), setup.kvm_fd, *setup.shared))
             cell.reset_signals()
+            return ()
 
         cell.run(context, prepare, lambda sealed: setup.roles.vcpu(setup.plan, index, channel, setup.kvm_fd, sealed))
 

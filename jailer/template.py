@@ -6,10 +6,9 @@ import gc
 import socket
 import sys
 import time
-from collections.abc import Callable
-from typing import NamedTuple
 
 from ipc.plan import LaunchPlan
+from ipc.typed import Callable, NamedTuple
 
 Seal = Callable[[], None]
 

@@ -7,10 +7,9 @@ only reported. The death signal cannot be read back; a test shows that it works.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 from ipc.plan import ROLE_SUPERVISOR, ROLE_VMM, SECCOMP_OFF, LaunchPlan
+from ipc.typed import Any, Callable, NamedTuple
 from jailer import walls
 from jailer.errors import os_error_text
 from jailer.settings import Limits

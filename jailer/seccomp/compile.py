@@ -14,8 +14,8 @@ import importlib
 import os
 import struct
 import sys
-from typing import Any
 
+from ipc.typed import Any
 from jailer.errors import PolicyError
 from jailer.seccomp.policy import ALLOWED, DIRECTORY, Policy, full_text, parse
 

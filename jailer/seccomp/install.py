@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
 from ipc.plan import ROLE_SUPERVISOR, SECCOMP_KILL, SECCOMP_REPORT
+from ipc.typed import NamedTuple
 from jailer import syscalls
 from jailer.errors import PolicyError, os_error_text
 from jailer.seccomp.compile import ROLES, cache_key, compile_policy, compiled_path, sha256, unpack

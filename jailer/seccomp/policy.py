@@ -21,9 +21,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
-from typing import NamedTuple
 
+from ipc.typed import Callable, NamedTuple
 from jailer.errors import PolicyError
 
 #: Where the policies lie.

@@ -7,8 +7,8 @@ instead of by a write per cell matters: every write to cgroup.procs or tasks tak
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
 
+from ipc.typed import NamedTuple
 from jailer import walls
 from jailer.errors import StepError, os_error_text
 from jailer.plan import Operation

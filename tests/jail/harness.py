@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ class JailedMicrovm:
     def start(self, **popen: Any) -> JailedMicrovm:
         """Start the program; do not wait."""
         with self.output_file.open("wb") as output:
-            self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, **popen)
+            popen = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, **popen}
+            self.process = subprocess.Popen(self.command, **popen)
         return self
 
     def run(self) -> int:
@@ -191,7 +193,7 @@ class JailedMicrovm:
             sealed = self.wall_records()
             return cells if all(name in cells and name in sealed for name in names) else None
 
-        found: dict[str, int] = wait_for(there, f"cells {names}; there are {self.cells()}: {self.output()} {self.log()}")
+        found: dict[str, int] = wait_for(there, f"cells {names}: {self.output()} {self.log()}")
         return found
 
     # ------------------------------------------------------------ end
@@ -223,7 +225,7 @@ def _roots(pid: int) -> str:
     words = [os.fsdecode(word) for word in command]
     if "--chroot-base-dir" not in words or "--id" not in words or "--exec-file" not in words:
         return ""
-    value = {word: following for word, following in zip(words, words[1:], strict=False)}
+    value = dict(pairwise(words))
     return f"{value['--chroot-base-dir']}/{Path(value['--exec-file']).name}/{value['--id']}/root"
 
 
