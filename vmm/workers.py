@@ -294,23 +294,21 @@ class Worker:
 
     # ------------------------------------------------------------ commands
 
-    def submit(
-        self, message: Any, callback: Callable[[Any], None] | None = None, timeout_ns: int = COMMAND_TIMEOUT_NS
-    ) -> int:
+    def submit(self, message: Any, callback: Callable[[Any], None] | None = None) -> int:
         """Send a command; the reply goes to ``callback`` or waits for :meth:`collect`. Never runs the event loop.
 
-        A worker that gets it later than ``timeout_ns`` (0: no limit) does not carry it out. Raises WorkerError, or
+        A worker that gets it when nobody waits any more does not carry it out. Raises WorkerError, or
         MicrovmEndedError.
         """
         if self.state is WorkerState.FAILED:
             raise self._error()
-        return self._submit(message, callback, timeout_ns)
+        return self._submit(message, callback, time.monotonic_ns() + COMMAND_TIMEOUT_NS)
 
-    def _submit(self, message: Any, callback: Callable[[Any], None] | None, timeout_ns: int) -> int:
+    def _submit(self, message: Any, callback: Callable[[Any], None] | None, deadline: int) -> int:
         if not self.alive or self._channel is None:
             raise self._error()
         try:
-            sequence = self._channel.send(message, deadline=time.monotonic_ns() + timeout_ns if timeout_ns else 0)
+            sequence = self._channel.send(message, deadline=deadline)
         except IpcError as error:
             if not self._has_exited():
                 self.breach(str(error))
@@ -331,14 +329,14 @@ class Worker:
         poll.register(self._pidfd, select.POLLIN)
         return bool(poll.poll(0))
 
-    def collect(self, sequence: int, expected: type[Reply], timeout_ns: int = COMMAND_TIMEOUT_NS) -> Reply:
+    def collect(self, sequence: int, expected: type[Reply]) -> Reply:
         """Wait for a reply. Raises WorkerError when the worker fails, dies, refuses or is too slow."""
 
         def settled() -> bool:
             return sequence in self._replies or not self.alive or self.state is WorkerState.FAILED
 
         if not settled():
-            self._events.run_until(settled, time.monotonic_ns() + timeout_ns)
+            self._events.run_until(settled, time.monotonic_ns() + COMMAND_TIMEOUT_NS)
         self._awaited.discard(sequence)
         reply = self._replies.pop(sequence, None)
         if isinstance(reply, expected):
@@ -347,16 +345,16 @@ class Worker:
             self._abandoned.add(sequence)
             if self.alive and self.state is not WorkerState.FAILED:
                 name = f"The worker of vCPU {self.index} (pid {self.pid})"
-                raise WorkerError(f"{name} did not answer within {timeout_ns // SECOND_NS} s.")
+                raise WorkerError(f"{name} did not answer within {COMMAND_TIMEOUT_NS // SECOND_NS} s.")
         elif isinstance(reply, Failed):
             raise WorkerError(reply.text)
         else:
             self.breach(f"{type(reply).__name__} in answer to another command")
         raise self._error()
 
-    def request(self, message: Any, expected: type[Reply], timeout_ns: int = COMMAND_TIMEOUT_NS) -> Reply:
+    def request(self, message: Any, expected: type[Reply]) -> Reply:
         """Send a command and wait for its reply."""
-        return self.collect(self.submit(message), expected, timeout_ns)
+        return self.collect(self.submit(message), expected)
 
     def _arrive(self, event: WorkerEvent) -> None:
         """Note that a command was carried out. The worker may have ended right after it."""
@@ -437,7 +435,9 @@ class Worker:
             else:
                 self.breach(f"{type(reply).__name__} in answer to Ping")
 
-        self.submit(Ping(), answered, timeout_ns=0)  # one that was stopped for long answers, too
+        if self.state is WorkerState.FAILED:
+            raise self._error()
+        self._submit(Ping(), answered, 0)  # no deadline: one that was stopped for long answers, too
 
     # ------------------------------------------------------------ end
 
@@ -449,7 +449,7 @@ class Worker:
             self.kill()
             return
         try:
-            self._submit(Finish(), lambda reply: None, FINISH_TIMEOUT_NS)
+            self._submit(Finish(), lambda reply: None, 0)
             self._move(WorkerEvent.FINISH)
         except VmmError:
             self.kill()
@@ -478,7 +478,7 @@ class Worker:
         except OSError:
             self._supervisor.signal(self.index, signal.SIGKILL)
 
-    def wait_ended(self, timeout_ns: int = FINISH_TIMEOUT_NS) -> bool:
+    def wait_ended(self) -> bool:
         """Wait until the supervisor has reaped the worker; kill it when the time is over."""
 
         def ended() -> bool:
@@ -487,10 +487,10 @@ class Worker:
         def ended_or_answered() -> bool:
             return ended() or bool(self._spawn_request and self._spawn_answered())
 
-        self._events.run_until(ended_or_answered, time.monotonic_ns() + timeout_ns)
+        self._events.run_until(ended_or_answered, time.monotonic_ns() + FINISH_TIMEOUT_NS)
         if not ended():
             self.kill()
-            self._events.run_until(ended, time.monotonic_ns() + timeout_ns)
+            self._events.run_until(ended, time.monotonic_ns() + FINISH_TIMEOUT_NS)
         return not self.alive
 
     def _close_channel(self) -> None:
