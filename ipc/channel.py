@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import Any
 
 import zmq
 
 from ipc import descriptors, faults
 from ipc.errors import ChannelError, MessageError
 from ipc.schema import MAX_FRAME_SIZE, Envelope, Schema, decode, encode
+from ipc.typed import Any
 
 #: Frames that may wait in one direction; a peer that does not read is failed instead of growing our memory.
 HIGH_WATER_MARK = 64

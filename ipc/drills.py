@@ -10,9 +10,9 @@ import mmap
 import os
 import socket
 import struct
-from collections.abc import Callable
 
 from ipc.plan import ROLE_VCPU, ROLE_VMM
+from ipc.typed import Callable
 
 #: The supervisor sets it before it forks workers: whom their "ptrace" drill attacks. The controller attacks its parent.
 controller_pid = 0

@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from ipc.device_page import SLOT_COUNT
 from ipc.plan import MAX_MEMORY_BYTES, MAX_WORKERS
 from ipc.schema import U8, U16, U32, U64, Bytes, Field, Flag, Int, ListOf, RecordOf, Schema, Text
+from ipc.typed import NamedTuple
 
 WORKER = Schema()
 SUPERVISOR = Schema()

@@ -5,7 +5,7 @@ docs/formats/launch-plan.md describes the fields and the compatibility rule.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from ipc.typed import NamedTuple
 
 #: As many vCPUs as the API accepts (``vcpu_count``), hence as many workers at the most.
 MAX_WORKERS = 32

@@ -6,12 +6,10 @@ bounds, an unknown kind — each is a MessageError and nothing else. Maps and ex
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
-
 import msgpack
 
 from ipc.errors import MessageError
+from ipc.typed import Any, Mapping, NamedTuple, Sequence
 
 #: No frame of any channel is longer; also ZeroMQ's MAXMSGSIZE.
 MAX_FRAME_SIZE = 256 << 10

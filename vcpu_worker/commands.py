@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Callable
-from typing import Any
 
 from ipc import faults
 from ipc.channel import Channel
@@ -30,6 +28,7 @@ from ipc.messages import (
     SetRoutes,
     VcpuExited,
 )
+from ipc.typed import Any, Callable
 from vcpu_worker import state as vcpu_state
 from vcpu_worker.descriptor_set import DescriptorSet
 from vcpu_worker.errors import ConfigurationError, StateError, WorkerError

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
 
+from ipc.typed import NamedTuple
 from vcpu_worker.kvm import abi
 from vcpu_worker.kvm.vcpu import KvmVcpu
 

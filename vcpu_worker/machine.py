@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
 
 from ipc.device_page import DEVICE_PAGE_SIZE, slots_of
 from ipc.exit_ring import RING_SIZE, ExitRingProducer
 from ipc.layout import map_shared
 from ipc.messages import BootRegisters, Configure, Route
+from ipc.typed import Sequence
 from vcpu_worker.cpu import boot_state, cpuid
 from vcpu_worker.cpu.msr import BOOT_MSRS, state_indices
 from vcpu_worker.cpu.topology import Topology

@@ -7,7 +7,6 @@ import select
 import socket
 import sys
 import time
-from collections.abc import Callable
 
 import zmq
 
@@ -16,6 +15,7 @@ from ipc.channel import Channel, PairChannel
 from ipc.errors import ChannelError, IpcError
 from ipc.messages import DESCRIPTORS, WORKER, Hello, Welcome
 from ipc.plan import LaunchPlan, endpoint
+from ipc.typed import Callable
 from vcpu_worker.commands import EXIT_ERROR, Control
 from vcpu_worker.descriptor_set import DescriptorSet
 from vcpu_worker.errors import WorkerError

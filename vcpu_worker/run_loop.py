@@ -9,12 +9,12 @@ conversions before it accepts an integer.
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Sequence
 
 from ipc import exit_ring as ring_abi
 from ipc.device_page import READ_LOCAL, WRITE_POSTED
 from ipc.exit_ring import ExitRingProducer
 from ipc.messages import Window
+from ipc.typed import Sequence
 from vcpu_worker import exits
 from vcpu_worker.errors import ConfigurationError
 from vcpu_worker.exits import FinalExit

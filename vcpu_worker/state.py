@@ -5,11 +5,10 @@ Registers travel as the kernel's own structures: they are what KVM_SET_* takes b
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 from ipc.errors import MessageError
 from ipc.messages import CpuidEntry, MsrValue
 from ipc.schema import U32, U64, Bytes, Field, Flag, Int, ListOf, RecordOf, pack, unpack
+from ipc.typed import Any, NamedTuple
 from vcpu_worker.errors import StateError
 from vcpu_worker.kvm import abi
 from vcpu_worker.kvm.vcpu import KvmVcpu

@@ -13,8 +13,8 @@ import signal
 import threading
 from _queue import SimpleQueue
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+
+from ipc.typed import Any, Callable
 
 KICK_SIGNAL = signal.SIGRTMIN
 _PR_SET_NAME = 15

@@ -5,7 +5,7 @@ Plain classes: there is one per operation, and a NamedTuple costs five times as 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from ipc.typed import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vmm.logger import LoggerConfig

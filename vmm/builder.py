@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import zmq
 
@@ -13,6 +11,7 @@ from ipc import faults
 from ipc.errors import IpcError
 from ipc.messages import BootRegisters, Configure, Route
 from ipc.plan import LaunchPlan
+from ipc.typed import Any, Callable, Sequence
 from vmm.boot.cmdline import Cmdline, complete
 from vmm.boot.layout import ram_regions
 from vmm.boot.loader import KIND_BZIMAGE, load_kernel

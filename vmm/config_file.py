@@ -6,8 +6,7 @@ Firecracker does. What this version cannot do yet is refused by name.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+from ipc.typed import TYPE_CHECKING, Any
 from vmm.api.json_decoder import JsonError
 from vmm.api.routes import BOOT_SOURCE, LOGGER, MACHINE_CONFIG
 from vmm.api.schema import ANYTHING, Field, List, Object, Option, decode

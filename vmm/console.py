@@ -10,8 +10,8 @@ import os
 import select
 import termios
 import time
-from collections.abc import Callable
 
+from ipc.typed import Callable
 from vmm.devices.serial import Serial
 from vmm.event_manager import EventManagerError, EventOps, Events, Timer
 

@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
+from ipc.typed import TYPE_CHECKING
 from vmm import actions
 from vmm.errors import VmmError
 from vmm.version import APP_NAME, FIRECRACKER_VERSION

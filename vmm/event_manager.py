@@ -20,8 +20,8 @@ import select
 import time
 from collections import deque
 from heapq import heapify, heappop, heappush
-from typing import TYPE_CHECKING, Protocol
 
+from ipc.typed import TYPE_CHECKING, Protocol
 from vmm.errors import VmmError
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 import select
-from collections.abc import Callable
 
 from ipc.errors import RingError
 from ipc.exit_ring import (
@@ -20,6 +19,7 @@ from ipc.exit_ring import (
     initialise,
 )
 from ipc.layout import create_shared, map_shared
+from ipc.typed import Callable
 from vmm.devices.bus import Bus
 from vmm.event_manager import EventOps, Events
 

@@ -6,11 +6,11 @@ import fcntl
 import mmap
 import os
 import stat
-from collections.abc import Sequence
 
 from ipc.channel import PairChannel
 from ipc.errors import IpcError
 from ipc.messages import DevicePages, ExitRing, GuestMemory, Interrupt, VcpuDescriptor
+from ipc.typed import Sequence
 from vmm.errors import WorkerError
 
 

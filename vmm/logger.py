@@ -12,8 +12,8 @@ import os
 import select
 import sys
 import time
-from typing import TYPE_CHECKING, NamedTuple
 
+from ipc.typed import TYPE_CHECKING, NamedTuple
 from vmm.cli import DEFAULT_INSTANCE_ID
 from vmm.errors import VmmError
 from vmm.files import FileOpenError, open_output

@@ -6,8 +6,8 @@ A change that is refused changes nothing. Error texts are Firecracker's where cl
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, NamedTuple
 
+from ipc.typed import TYPE_CHECKING, NamedTuple
 from vmm.boot.cmdline import DEFAULT_COMMAND_LINE, Cmdline
 from vmm.boot.errors import CmdlineError
 from vmm.cli import CONSOLES, KERNEL_ENTRIES

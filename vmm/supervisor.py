@@ -5,8 +5,6 @@ from __future__ import annotations
 import select
 import socket
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
 
 from ipc.channel import PairChannel
 from ipc.descriptors import OwnedDescriptors
@@ -22,6 +20,7 @@ from ipc.messages import (
     Spawn,
     Spawned,
 )
+from ipc.typed import Any, Callable, TypeVar
 from vmm.errors import SupervisorError
 from vmm.event_manager import EventManager, EventOps, Events
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
 
 from ipc import exit_codes
 from ipc.messages import CellEnded, DumpCpuConfig, DumpedCpuConfig, Pause, Resume, SavedState, SaveState, VcpuExited
+from ipc.typed import NamedTuple, Sequence
 from vmm.black_box import describe_run_page
 from vmm.console import ConsoleInput, ConsoleOutput
 from vmm.devices.manager import DeviceManager

@@ -6,9 +6,8 @@ appendix E; Documentation/virt/kvm/x86/cpuid.rst for the leaves from 0x40000000.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
 from ipc.messages import CpuidEntry
+from ipc.typed import Callable, Iterable
 from vcpu_worker.cpu.topology import PACKAGE_SHIFT, Topology
 from vcpu_worker.kvm.abi import CPUID_FLAG_SIGNIFICANT_INDEX
 

@@ -5,9 +5,8 @@ Sources: the compatibility map, section 5 (boot MSRs); Intel SDM volume 4; Docum
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from ipc.messages import MsrValue
+from ipc.typed import Iterable
 
 IA32_TSC = 0x10
 IA32_SYSENTER_CS = 0x174

@@ -9,9 +9,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Iterable, Sequence
 
 from ipc.messages import CpuidEntry, MsrValue
+from ipc.typed import Iterable, Sequence
 from vcpu_worker.errors import KvmError, MsrError
 from vcpu_worker.kvm import abi
 from vcpu_worker.kvm.ioctl import ioctl_buffer, ioctl_integer

@@ -5,10 +5,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 from ipc.messages import MemoryRegion
+from ipc.typed import Iterable, Mapping, NamedTuple, Sequence
 from vcpu_worker.errors import ConfigurationError
 from vcpu_worker.kvm import abi
 from vcpu_worker.kvm.ioctl import ioctl_buffer, ioctl_integer, ioctl_pointer

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
+from ipc.typed import TYPE_CHECKING
 from vmm import actions
 from vmm.api.http import render_response
 from vmm.api.routes import RequestError, parse

@@ -12,8 +12,7 @@ or to a line that is a request line, and then its body. Where the end of the bod
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
-
+from ipc.typed import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 from vmm.errors import VmmError
 
 METHODS: Final = ("GET", "PUT", "PATCH", "DELETE")

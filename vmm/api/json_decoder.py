@@ -9,8 +9,7 @@ Everything is bounded: input size (the reader holds all of it), nesting (128), a
 
 from __future__ import annotations
 
-from typing import Final, NoReturn
-
+from ipc.typed import Final, NoReturn
 from vmm.api.text import JsonValue, debug_string, float_text
 from vmm.errors import VmmError
 

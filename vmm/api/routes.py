@@ -6,8 +6,7 @@ feature is missing and not that it mistyped a path.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
-
+from ipc.typed import TYPE_CHECKING, NamedTuple, NoReturn
 from vmm import actions
 from vmm.api import schema
 from vmm.api.json_decoder import JsonError

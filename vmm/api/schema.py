@@ -7,8 +7,7 @@ its fields; that is refused here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Generic, NoReturn, TypeVar
-
+from ipc.typed import TYPE_CHECKING, Any, Final, Generic, NoReturn, TypeVar
 from vmm.api.json_decoder import JsonError, Reader, UnplacedError, unexpected
 
 if TYPE_CHECKING:

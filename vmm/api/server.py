@@ -11,8 +11,8 @@ import errno
 import socket
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Final
 
+from ipc.typed import TYPE_CHECKING, Final
 from vmm.api.http import (
     SERVER_FULL,
     Continue,

@@ -5,8 +5,7 @@ The wire formats here are Rust's: ``{:?}`` of a string, and the compact JSON of 
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
+from ipc.typed import TypeAlias
 from vmm.errors import VmmError
 
 #: What can be written as JSON.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
+from ipc.typed import Callable
 from vmm.devices.bus import Deferral, Device
 
 SIGNAL_VALUE = 123

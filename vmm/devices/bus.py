@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Callable
-from typing import NamedTuple
 
 from ipc.device_page import FLAG_READ_LOCAL, FLAG_WRITE_POSTED, DevicePage
 from ipc.errors import LayoutError
 from ipc.messages import Window
+from ipc.typed import Callable, NamedTuple
 from vmm.errors import DeviceError
 
 PIO_SPACE = 1 << 16

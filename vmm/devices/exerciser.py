@@ -7,8 +7,7 @@ them, so that a lost, repeated or reordered exit shows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from ipc.typed import Callable
 from vmm.devices.bus import ALL_ONES, Deferral, Device, PublishedSlot
 
 EXERCISER_PORT = 0x620

@@ -6,8 +6,7 @@ one says so at once: a driver that got no answer would wait for half a second, s
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from ipc.typed import Callable
 from vmm.devices.bus import Deferral, Device, InterruptLine, PublishedSlot
 from vmm.errors import DeviceError
 

@@ -6,9 +6,8 @@ edge and reported once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 from ipc.messages import Route
+from ipc.typed import Callable, Sequence
 from vmm.boot.layout import IOAPIC_PIN_COUNT
 from vmm.devices.bus import Deferral, Device
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable
 
 from ipc.device_page import DEVICE_PAGE_SIZE, DevicePage
 from ipc.layout import create_published
+from ipc.typed import Callable
 from vmm.boot.layout import (
     BOOT_TIMER_ADDRESS,
     BOOT_TIMER_SIZE,

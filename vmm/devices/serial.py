@@ -6,8 +6,7 @@ the worker answers them by itself from the device page, and lets transmitted byt
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from ipc.typed import Callable
 from vmm.devices.bus import Deferral, Device, InterruptLine, PublishedSlot
 
 PORT_COUNT = 8
