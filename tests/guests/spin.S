@@ -1,4 +1,4 @@
-# Says that it runs (one byte on COM1), then counts in a register for ever: no exits. Entered by PVH.
+# Says that it runs ("spinning" on COM1), then counts in a register for ever: no exits. Entered by PVH.
 
         .section .note.pvh, "a", @note
         .long 4, 4, 18
@@ -10,10 +10,16 @@
         .globl start
 start:
         mov $0x3F8, %edx
-        mov $'R', %al
+        mov $text, %esi
+1:      movb (%esi), %al
+        test %al, %al
+        jz 2f
         outb %al, %dx
-        mov $'\n', %al
-        outb %al, %dx
-        xor %eax, %eax
-1:      inc %eax
+        inc %esi
         jmp 1b
+2:      xor %eax, %eax
+3:      inc %eax
+        jmp 3b
+
+        .section .rodata
+text:   .asciz "spinning\n"

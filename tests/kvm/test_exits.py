@@ -74,7 +74,7 @@ def test_ends_of_the_guest(tmp_path, no_leftovers, guest, status, words):
 
 def test_serial_output_reaches_standard_output(tmp_path):
     with launch_config(tmp_path, build("spin")) as vm:
-        vm.expect("R", 30.0)
+        vm.expect("spinning", 30.0)
         vm.process.terminate()
         assert vm.wait() != 0
 
@@ -82,7 +82,7 @@ def test_serial_output_reaches_standard_output(tmp_path):
 def test_a_pause_stops_the_guest_and_its_cpu_time(tmp_path):
     """A guest that never exits by itself is parked within the call, and takes no CPU time afterwards."""
     with launch_config(tmp_path, build("spin"), api=True) as vm:
-        vm.expect("R", 30.0)
+        vm.expect("spinning", 30.0)
         vm.must("PATCH", "/vm", {"state": "Paused"})
         pids = descendants(vm.process.pid)
         before = sum(cpu_ticks(pid) for pid in pids)
