@@ -467,6 +467,7 @@ def fork_controller(
             return handed_over
 
         cell.run(context, prepare, lambda sealed: roles.vmm(plan, theirs, sealed))
+    cell.count_faults()
     theirs.close()
     cell_seal.close()
     return Cell(ROLE_VMM, 0, pid, os.pidfd_open(pid), seal), ours

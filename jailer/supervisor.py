@@ -287,10 +287,10 @@ class Supervisor:
     def _fail_cell(self, record: Cell, text: str) -> None:
         """A cell is not what it should be: end it, and the launch with it if it is the controller."""
         self._log.error(text)
+        record.kill()  # before it can read the end of its seal channel
         if record.seal is not None:
             record.seal.close()
             record.seal = None
-        record.kill()
         if record is self._controller and self._exit_code is None:
             self._exit_code = exit_codes.GENERIC_ERROR
 
@@ -389,6 +389,7 @@ class Supervisor:
             ours.close()
             seal.close()
             self._become_worker(request.worker, theirs, cell_seal)
+        cell.count_faults()
         faults.visit("supervisor.spawn.forked")
         theirs.close()
         cell_seal.close()
