@@ -486,6 +486,41 @@ def test_one_wake_up_for_a_full_ring(ring):
     assert os.eventfd_read(ring.completion) == 1
 
 
+def rung(ring: Ring) -> bool:
+    """Tell whether the doorbell rang since the last look."""
+    try:
+        return os.eventfd_read(ring.doorbell) > 0
+    except BlockingIOError:
+        return False
+
+
+def test_a_napping_consumer_is_woken_only_for_what_cannot_wait(ring):
+    os.set_blocking(ring.doorbell, False)
+    producer, consumer = ring.producer(), ring.consumer()
+    assert consumer.nap()
+    for number in range(ENTRY_COUNT // 2 - 1):
+        producer.post(exit_ring.KIND_PIO_WRITE, 1, 1, number & 0xFF, 1)
+        assert not rung(ring)
+    producer.post(exit_ring.KIND_PIO_WRITE, 1, 1, 0, 1)
+    assert rung(ring), "half full"
+    assert not consumer.nap(), "an entry is there: taken first"
+    assert consume_from(ring, consumer, ENTRY_COUNT // 2) == ENTRY_COUNT // 2
+    assert consumer.nap()
+    producer.post(exit_ring.KIND_PIO_WRITE, 1, 1, 0)
+    assert rung(ring), "not lazy"
+    assert consume_from(ring, consumer, 1) == 1
+    assert consumer.sleep()
+    producer.post(exit_ring.KIND_PIO_WRITE, 1, 1, 0, 1)
+    assert rung(ring), "asleep: everything rings"
+
+
+def test_lingering_sees_an_entry_that_is_there(ring):
+    producer, consumer = ring.producer(), ring.consumer()
+    assert not consumer.linger()
+    producer.post(exit_ring.KIND_PIO_WRITE, 1, 1, 0, 1)
+    assert consumer.linger() == (exit_ring.SPINS > 0)
+
+
 def test_the_string_area_goes_both_ways(ring):
     consumer = ring.consumer()
     producer = ring.producer()

@@ -295,7 +295,7 @@ def test_a_breach_ends_the_ring(machine):
     executor = machine.ring()
     producer = machine.producer(executor)
     producer.post(KIND_PIO_WRITE, PORT, 1, 1)
-    producer._publish(77, PORT, 1, 0, 0, 1)
+    producer._publish(77, PORT, 1, 0, 0, 1, 0)
     producer.post(KIND_PIO_WRITE, PORT, 1, 2)
     batches = machine.batches
     machine.serve(lambda: machine.failures)
@@ -366,7 +366,7 @@ def test_the_elements_of_a_string_count_as_accesses(machine):
     executor = machine.ring()
     producer = machine.producer(executor)
     for _ in range(ENTRY_COUNT):
-        producer._publish(KIND_PIO_STRING_WRITE, PORT, 1, 0, 1, STRING_DATA_SIZE)
+        producer._publish(KIND_PIO_STRING_WRITE, PORT, 1, 0, 1, STRING_DATA_SIZE, 0)
     executor.drain()
     assert BATCH <= len(machine.device.accesses) <= BATCH + STRING_DATA_SIZE
     machine.serve(lambda: executor.idle)
