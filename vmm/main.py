@@ -9,7 +9,7 @@ import sys
 from ipc import exit_codes, faults
 from ipc.errors import IpcError
 from ipc.messages import Shutdown
-from ipc.plan import LaunchPlan
+from ipc.plan import ROLE_VMM, LaunchPlan
 from ipc.typed import Callable
 from vmm import config_file
 from vmm.actions import StartMicrovm
@@ -172,4 +172,4 @@ def _run_drills(plan: LaunchPlan) -> None:
     """Attack our own walls if the jailer armed a drill (ipc.drills, imported by the template only then)."""
     drills = sys.modules.get("ipc.drills")
     if drills is not None:
-        drills.run(plan.drills)
+        drills.run(plan.drills, ROLE_VMM)
