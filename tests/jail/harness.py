@@ -94,8 +94,8 @@ class JailedMicrovm:
         self.root = self.directory / "root"
         self.pid_file = self.root / f"{exec_file.name}.pid"
         self.api_socket = self.root / "run" / "firecracker.socket"
-        self.wall_log = base / f"{microvm_id}.walls"
-        self.output_file = base / f"{microvm_id}.output"
+        self.wall_log = base.parent / f"{microvm_id}.walls"
+        self.output_file = base.parent / f"{microvm_id}.output"
         # fmt: off
         self.command = [
             *map(str, program), "--id", microvm_id, "--exec-file", str(exec_file), "--uid", str(uid), "--gid", str(gid),
