@@ -8,8 +8,6 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
 
 import zmq
 
@@ -37,6 +35,7 @@ from ipc.messages import (
     Welcome,
 )
 from ipc.plan import LaunchPlan, endpoint
+from ipc.typed import Any, Callable, Sequence, TypeVar
 from vmm import handover
 from vmm.errors import MicrovmEndedError, StateError, SupervisorError, VmmError, WorkerError
 from vmm.event_manager import EventManager, EventOps, Events
