@@ -35,6 +35,7 @@ from jailer.log import Log
 from jailer.memory import MemoryMaker
 from jailer.seccomp import notification
 from jailer.seccomp.install import Filter
+from jailer.steps import process
 from jailer.template import Roles
 
 #: Signals that end the microVM when somebody sends them to the visible process. They are blocked and read from a
@@ -423,7 +424,7 @@ class Supervisor:
 
         def prepare() -> tuple[int, ...]:
             self._abandon()
-            cell.keep_only((channel.fileno(), seal.fileno(), setup.kvm_fd, *setup.shared))
+            process.keep_only((channel.fileno(), seal.fileno(), setup.kvm_fd, *setup.shared))
             cell.reset_signals()
             return ()
 
