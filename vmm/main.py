@@ -88,8 +88,10 @@ class Program:
                 LOG.info(f"Listening on API socket ({self._command_line.api_sock}).")
                 handler = ApiHandler(self._controller, LOG)
                 self._server = ApiServer(listener, handler, LOG, self._command_line.http_api_max_payload_size)
-                self._events.add_subscriber(self._server)
+            # Clients can connect already; they are served when the start has succeeded or failed.
             self._start_from_config_file()
+            if self._server is not None:
+                self._events.add_subscriber(self._server)
             while (code := self._end()) is None:
                 self._events.run()
         finally:
