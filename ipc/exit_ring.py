@@ -167,8 +167,6 @@ class ExitRingProducer:
             self._wait(sequence - ENTRY_COUNT)
         offset = (sequence & (ENTRY_COUNT - 1)) * ENTRY_SIZE
         self._pack(self._entries, offset, sequence, address, data, kind, size, flags, count)
-        if flags:
-            words[WORD_WAITING] = sequence
         words[WORD_POSTED] = sequence
         self._sequence = sequence
         fence()
@@ -215,9 +213,8 @@ class ExitRingProducer:
         for _ in _SPIN_RANGE:
             if words[WORD_DONE] >= sequence:
                 break
-        while words[WORD_DONE] < sequence:
-            self._sleep()
-        words[WORD_WAITING] = 0
+        else:
+            self._wait(sequence)  # only now: who looks by itself need not be woken
         return words[WORD_ANSWER]
 
     def applied(self) -> None:
