@@ -177,4 +177,3 @@ def _complain(context: CellContext, text: str) -> None:
         os.write(2, f"{context.name}: {' '.join(text.split())}\n".encode("utf-8", "replace")[:1000])
     except OSError:
         pass  # nobody listens
-

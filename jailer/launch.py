@@ -501,4 +501,3 @@ def close_supervisor(setup: Setup, host: Host, name: str, *, dumpable_wall: bool
     chosen = setup.filters.get(ROLE_SUPERVISOR)
     if chosen is not None:
         install(chosen)
-

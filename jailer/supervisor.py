@@ -417,9 +417,7 @@ class Supervisor:
 
     def _become_worker(self, index: int, channel: socket.socket, seal: socket.socket) -> None:
         """In the child: let go of everything of the supervisor, then be the worker; does not return."""
-        context = cell.CellContext(
-            self._plan, ROLE_VCPU, index, self._pid, seal, self._setup.filters.get(ROLE_VCPU)
-        )
+        context = cell.CellContext(self._plan, ROLE_VCPU, index, self._pid, seal, self._setup.filters.get(ROLE_VCPU))
         setup = self._setup
 
         def prepare() -> tuple[int, ...]:
@@ -564,4 +562,3 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return "real-time signal"
-
