@@ -298,7 +298,8 @@ def test_a_command_to_a_process_that_has_just_died_is_no_breach(make):
     assert (log.ended[0].signal, worker.failure) == (signal.SIGSYS, "")
 
 
-def test_a_supervisor_that_is_gone_is_not_waited_for(make):
+def test_a_supervisor_that_is_gone_is_not_waited_for(make, monkeypatch):
+    short_timeouts(monkeypatch, 1_000_000)
     controller = make()
     worker = controller.running()
     os.kill(controller.supervisor_pid, signal.SIGKILL)
@@ -306,6 +307,30 @@ def test_a_supervisor_that_is_gone_is_not_waited_for(make):
     worker.finish()
     assert not worker.wait_ended()
     os.kill(worker.pid, signal.SIGKILL)
+
+
+def test_a_notice_of_another_process_is_not_ours(make):
+    controller = make()
+    worker = controller.running()
+    worker.cell_ended(CellEnded(0, worker.pid + 1, 0, signal.SIGKILL, ""))
+    worker.pause()
+    assert worker.ended is None
+
+
+def test_what_a_worker_said_before_it_died_counts(make, monkeypatch):
+    def resume(worker: StandInWorker, sequence: int) -> None:
+        worker.send(Resumed(), sequence)
+        worker.vcpu_exited("internal-error")
+        worker.exit(0)
+
+    controller = make(lambda worker: worker.serve_with(Resume=resume))
+    worker = controller.configured()
+    log = Log(worker)
+    monkeypatch.setattr(worker, "process", lambda events, ops: None)  # the notice is handled first
+    with suppress(VmmError):
+        worker.resume()
+    controller.serve(lambda: bool(log.ended))
+    assert [event.reason for event in log.exited] == ["internal-error"]
 
 
 # ---------------------------------------------------------------- vCPUs that end
@@ -492,6 +517,20 @@ def test_a_flood_is_a_breach_and_does_not_keep_the_loop(make, message, reply_to)
     controller.serve(lambda: bool(log.ended))
     assert log.failed
     assert controller.events.run(0) == 0, "nothing may be left that keeps the loop awake"
+
+
+def test_a_flood_of_a_worker_that_cannot_be_killed_does_not_keep_the_loop(make, monkeypatch):
+    controller = make(flood_of(Pong("x")))
+    worker = controller.configured()
+    log = Log(worker)
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "kill", lambda: None)
+        with suppress(VmmError):
+            worker.resume()
+        controller.serve(lambda: bool(log.failed))
+        assert controller.events.run(50) == 0
+    assert worker.alive
+    worker.kill()
 
 
 def test_frames_that_are_refused_now_and_then_are_tolerated(make):
@@ -722,6 +761,31 @@ def test_a_worker_that_was_only_asked_for_is_ended_at_once(make):
     assert gone(worker.pid)
 
 
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_worker_that_was_asked_for_and_is_not_wanted_any_more_leaks_nothing(make, answered):
+    controller = make()
+    worker = controller.worker()
+    worker.bind()
+    bound = open_descriptors()
+    worker.close()
+    settle(bound - 1)  # ZeroMQ's threads have theirs for good
+    before = open_descriptors()
+    worker.spawn()
+    if answered:
+        controller.serve(worker._spawn_answered)
+    worker.close()
+    os.close(controller.supervisor.create_memory(4096))  # its answer comes after that to the spawn
+    settle(before)
+
+
+def settle(count: int) -> None:
+    """Wait until so few descriptors are open: ZeroMQ's reaper closes sockets a little later."""
+    deadline = time.monotonic() + 60
+    while open_descriptors() > count:
+        assert time.monotonic() < deadline, f"{open_descriptors()} descriptors instead of {count}"
+        time.sleep(0.01)
+
+
 def test_killing_before_the_pidfd_is_here(make):
     controller = make(lambda worker: worker.sleep())
     worker = controller.worker()
@@ -781,9 +845,5 @@ def test_no_descriptor_leaks(tmp_path, scale):
     for number in range(scale(50, 1000)):
         one_round(number)
         assert os.listdir(tmp_path) == []
-    # ZeroMQ's reaper closes sockets a little later.
-    deadline = time.monotonic() + 60
-    while open_descriptors() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert open_descriptors() == before
+    settle(before)
     context.term()
