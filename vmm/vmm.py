@@ -158,6 +158,9 @@ class Vmm:
             return self._shutdown_exit_code is not None or all(executor.idle for executor in self._executors)
 
         if not self._events.run_until(drained, time.monotonic_ns() + DRAIN_TIMEOUT_NS):
+            for worker, executor in zip(self.vcpus_handles, self._executors, strict=True):
+                if not executor.idle:
+                    worker.breach("it says that it is paused and has exits open")
             raise WorkerError("The exits of the paused vCPUs were not executed in time.")
         self._require_alive()
         self._state = STATE_PAUSED
