@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -25,7 +26,7 @@ from vmm import vmm as vmm_module
 from vmm.boot.layout import IOAPIC_ADDRESS
 from vmm.console import ConsoleOutput
 from vmm.devices.manager import DeviceManager
-from vmm.errors import DeviceError, MicrovmEndedError, StateError, WorkerError
+from vmm.errors import DeviceError, MicrovmEndedError, StateError, VmmError, WorkerError
 from vmm.exits import ExitExecutor
 from vmm.handover import WorkerDescriptors
 from vmm.logger import LOG
@@ -74,6 +75,11 @@ class Machine:
         os.close(descriptor)
         self.vmm.attach_worker(self.worker)
         self.vmm.start_vcpus()
+
+    def resume(self) -> None:
+        """Resume a microVM that may end at once."""
+        with suppress(VmmError):
+            self.vmm.resume_vm()
 
     def ended(self) -> int:
         """Run until the microVM has stopped; returns its exit code."""
@@ -267,7 +273,7 @@ def test_the_signal_that_ended_a_worker_decides_the_exit_code(make, log, number,
 @pytest.mark.parametrize(("status", "code"), [(0, 1), (1, 1), (148, 148), (9, 9)])
 def test_a_worker_that_exits_unasked_is_an_error(make, log, status, code):
     machine = make(when_resumed(lambda worker: worker.exit(status)))
-    machine.vmm.resume_vm()
+    machine.resume()
     assert machine.ended() == code
     assert f"exited with status {status}" in log()
 
@@ -275,7 +281,7 @@ def test_a_worker_that_exits_unasked_is_an_error(make, log, status, code):
 @pytest.mark.parametrize(("reason", "code"), [("shutdown", 1), ("system-event", 0), ("internal-error", 1)])
 def test_a_vcpu_that_leaves_its_run_loop(make, log, reason, code):
     machine = make(when_resumed(lambda worker: worker.vcpu_exited(reason, code)))
-    machine.vmm.resume_vm()
+    machine.resume()
     assert machine.ended() == code
     assert f"left its run loop: {reason}" in log()
     assert ("rip=" in log()) is bool(code)
@@ -283,7 +289,7 @@ def test_a_vcpu_that_leaves_its_run_loop(make, log, reason, code):
 
 def test_a_guest_that_resets_itself(make):
     machine = make(when_resumed(lambda worker: worker.ring.call(KIND_PIO_WRITE, COMMAND, 1, RESET)))
-    machine.vmm.resume_vm()
+    machine.resume()
     assert machine.ended() == 0
 
 
@@ -296,7 +302,7 @@ def test_what_a_guest_does_after_its_reset_does_not_count(make, log):
         worker.serve()
 
     machine = make(when_resumed(reset))
-    machine.vmm.resume_vm()
+    machine.resume()
     assert machine.ended() == 0
     machine.controller.serve(lambda: machine.worker.vcpu_exit is not None)
     machine.vmm.close()
@@ -322,7 +328,7 @@ def test_a_breach_after_the_reset_is_an_error(make):
         worker.sleep()
 
     machine = make(when_resumed(reset_and_breach))
-    machine.vmm.resume_vm()
+    machine.resume()
     machine.controller.serve(lambda: machine.vmm.shutdown_exit_code() == 1)
 
 
@@ -333,7 +339,7 @@ def test_a_scribbled_ring_is_a_breach(make, log):
         worker.sleep()
 
     machine = make(when_resumed(scribble))
-    machine.vmm.resume_vm()
+    machine.resume()
     assert machine.ended() == 1
     assert "broke the protocol: exit ring" in log()
 
@@ -388,7 +394,7 @@ def test_what_workers_say_cannot_forge_log_lines(make, log):
         worker.serve()
 
     machine = make(when_resumed(exit_with_lines))
-    machine.vmm.resume_vm()
+    machine.resume()
     assert machine.ended() == 1
     assert not re.search(r"^Forged", log(), re.MULTILINE)
     assert "\x1b" not in log()
