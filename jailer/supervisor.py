@@ -409,8 +409,6 @@ class Supervisor:
             return Failed("supervisor.exists", f"worker {index} exists already")
         if self._exit_code is not None:
             return Failed("supervisor.ending", "the microVM is ending")
-        if self._controller.seal is not None:
-            return Failed("supervisor.unsealed", "the controller's walls are not closed yet")
         if self._setup.kvm_fd < 0:
             return Failed("supervisor.kvm", f"Error creating KVM object: {self._setup.kvm_error}")
         return None

@@ -80,8 +80,8 @@ class Program:
         try:
             self._events.add_subscriber(self._supervisor)
             self._builder.bind()
+            self._builder.prepare()  # the worker starts while our walls are being closed
             seal()
-            self._builder.prepare()
             _run_drills(self._plan)
             faults.visit("vmm.start")
             if listener is not None:
