@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import select
-import signal
-import socket
 import struct
 import sys
 import time
@@ -28,6 +26,7 @@ from ipc.messages import (
     Spawn,
     Spawned,
 )
+from ipc.plain import signal, signal_name, socket
 from ipc.plan import ROLE_VCPU, SECCOMP_OFF, LaunchPlan, cell_name
 from ipc.typed import Any, Callable, NamedTuple
 from jailer import cell, syscalls, verify, walls
@@ -257,8 +256,9 @@ class Supervisor:
             self._log.error(
                 f"{record.name} (pid {record.pid}): wall seccomp: ended by the filter for a forbidden system call"
             )
-        elif number and not record.wall and not self._ended:  # in the end we kill the workers ourselves
-            self._log.error(f"{record.name} (pid {record.pid}) was ended by signal {number} ({_signal_name(number)})")
+        elif number and not record.wall and (record is self._controller or self._exit_code is None):
+            # When the microVM is ending, workers are killed by the controller or by ourselves.
+            self._log.error(f"{record.name} (pid {record.pid}) was ended by signal {number} ({signal_name(number)})")
         if record is self._controller:
             self._controller_ended(record, number, code)
         else:
@@ -553,10 +553,3 @@ def _ended(pidfd: int) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(DYING_MS))
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return "real-time signal"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
-import socket
 import sys
 import time
 
+from ipc.plain import socket
 from ipc.plan import LaunchPlan
 from ipc.typed import Callable, NamedTuple
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 
 from ipc import exit_codes, faults
 from ipc.errors import IpcError
 from ipc.messages import Shutdown
+from ipc.plain import socket
 from ipc.plan import ROLE_VMM, LaunchPlan
 from ipc.typed import Callable
 from vmm import config_file
