@@ -38,3 +38,5 @@ def warm() -> None:
     sys.stderr.flush() if sys.stderr else None
     gc.collect(1)
     gc.freeze()
+    # Its entries hold names: each one that a cell replaces would cost it a page, for the count of the old name.
+    sys._clear_type_cache()
