@@ -538,7 +538,7 @@ class Supervisor:
             record.seal = None
 
     def _report_self(self) -> bool:
-        """Verify our own walls, once, when nobody waits for us or before the first worker goes on; True if one differs."""
+        """Verify our own walls, when nobody waits for us or before the first worker goes on; True if one differs."""
         self._reported = True
         if self._plan.seccomp == SECCOMP_OFF:
             self._log.warning("seccomp is off in every cell")
