@@ -11,6 +11,7 @@ import ctypes
 import os
 import signal
 import threading
+import time
 from _queue import SimpleQueue
 from collections import deque
 
@@ -81,6 +82,13 @@ class VcpuThread:
         identity = self._thread.ident
         if identity is not None and self._thread.is_alive():
             signal.pthread_kill(identity, KICK_SIGNAL)
+
+    def cpu_time_ns(self) -> int:
+        """Return how much processor time the thread has used, the guest's included."""
+        identity = self._thread.ident
+        if identity is None or not self._thread.is_alive():
+            return 0
+        return time.clock_gettime_ns(time.pthread_getcpuclockid(identity))
 
     def end(self) -> None:
         """Let the thread end after the jobs that were submitted before."""

@@ -5,7 +5,17 @@ from __future__ import annotations
 import time
 
 from ipc import exit_codes
-from ipc.messages import CellEnded, DumpCpuConfig, DumpedCpuConfig, Pause, Resume, SavedState, SaveState, VcpuExited
+from ipc.messages import (
+    CellEnded,
+    DumpCpuConfig,
+    DumpedCpuConfig,
+    GhostRecovered,
+    Pause,
+    Resume,
+    SavedState,
+    SaveState,
+    VcpuExited,
+)
 from ipc.typed import NamedTuple, Sequence
 from vmm.black_box import describe_run_page
 from vmm.console import ConsoleInput, ConsoleOutput
@@ -13,8 +23,10 @@ from vmm.devices.manager import DeviceManager
 from vmm.errors import DeviceError, StateError, VmmError, WorkerError
 from vmm.event_manager import EventManager, EventOps, Events
 from vmm.exits import ExitExecutor
+from vmm.ghosts import GhostForwarder
 from vmm.logger import LOG
 from vmm.memory import GuestMemory
+from vmm.placement import Placement
 from vmm.version import APP_NAME, FIRECRACKER_VERSION
 from vmm.workers import SECOND_NS, Worker, signal_name
 
@@ -51,13 +63,16 @@ class Vmm:
         events: EventManager,
         memory: GuestMemory,
         device_manager: DeviceManager,
+        placement: Placement,
     ) -> None:
         self._id = microvm_id
         self._events = events
         self.memory = memory
         self.device_manager = device_manager
+        self.placement = placement
         self.vcpus_handles: list[Worker] = []
-        self._executors: list[ExitExecutor] = []
+        self._executors: dict[int, ExitExecutor] = {}
+        self._ghosts: GhostForwarder | None = None
         self._subscriptions: list[int] = []
         self._console_output: ConsoleOutput | None = None
         self._console_input: ConsoleInput | None = None
@@ -82,10 +97,17 @@ class Vmm:
         worker.on_ended = self._worker_ended
         self.vcpus_handles.append(worker)
 
-    def attach_executor(self, executor: ExitExecutor) -> None:
+    def attach_executor(self, vcpu: int, executor: ExitExecutor) -> None:
         """Serve the exits of one vCPU."""
-        self._executors.append(executor)
+        self._executors[vcpu] = executor
         self._subscriptions.append(self._events.add_subscriber(executor))
+
+    def attach_ghosts(self, ghosts: GhostForwarder) -> None:
+        """Serve the ghosts of all workers."""
+        self._ghosts = ghosts
+        for worker in self.vcpus_handles:
+            worker.on_ghost_event = ghosts.handle
+            worker.on_ghost_recovered = self._ghost_recovered
 
     def attach_console(self, output: ConsoleOutput | None, console_input: ConsoleInput | None) -> None:
         """Connect the UART with the host."""
@@ -121,7 +143,7 @@ class Vmm:
 
     def exit_counters(self) -> dict[int, tuple[int, ...]]:
         """Return each vCPU's exit counters, in the order of ``ipc.exit_ring.COUNTER_NAMES``."""
-        return {vcpu: executor.counters() for vcpu, executor in enumerate(self._executors)}
+        return {vcpu: executor.counters() for vcpu, executor in sorted(self._executors.items())}
 
     # ------------------------------------------------------------ operations
 
@@ -146,22 +168,35 @@ class Vmm:
             self._kvmclock_ctrl_failures += worker.collect_pause(sequence)
 
         def drained() -> bool:
-            return self._shutdown_exit_code is not None or all(executor.idle for executor in self._executors)
+            return self._shutdown_exit_code is not None or all(executor.idle for executor in self._executors.values())
 
         if not self._events.run_until(drained, time.monotonic_ns() + DRAIN_TIMEOUT_NS):
             raise WorkerError("The exits of the paused vCPUs were not executed in time.")
+        self._park_ghosts()
         self._require_alive()
         self._state = STATE_PAUSED
+
+    def _park_ghosts(self) -> None:
+        """Let what is on its way between workers arrive; afterwards the LAPICs of the real vCPUs hold all of it.
+
+        Every vCPU is parked, so nothing new is sent; a worker answers when its ghosts are empty and what they held was
+        forwarded, which the controller confirms only when it has arrived.
+        """
+        if len(self.vcpus_handles) < 2:
+            return
+        pending = [(worker, worker.park_ghosts()) for worker in self.vcpus_handles]
+        for worker, sequence in pending:
+            worker.collect_parked_ghosts(sequence)
 
     def save_state(self) -> list[SavedState]:
         """Return the complete state of every vCPU. Raises StateError unless paused, WorkerError."""
         self._require_paused("save_state")
-        return [worker.request(SaveState(worker.index), SavedState) for worker in self.vcpus_handles]
+        return [worker.request(SaveState(vcpu), SavedState) for vcpu, worker in self._by_vcpu()]
 
     def dump_cpu_config(self) -> list[DumpedCpuConfig]:
         """Return CPUID and MSRs of every vCPU. Raises StateError unless paused, WorkerError."""
         self._require_paused("dump_cpu_config")
-        return [worker.request(DumpCpuConfig(worker.index), DumpedCpuConfig) for worker in self.vcpus_handles]
+        return [worker.request(DumpCpuConfig(vcpu), DumpedCpuConfig) for vcpu, worker in self._by_vcpu()]
 
     def send_ctrl_alt_del(self) -> None:
         """Type Ctrl-Alt-Del on the guest's keyboard (PUT /actions SendCtrlAltDel). Raises DeviceError."""
@@ -174,6 +209,9 @@ class Vmm:
             LOG.info("Vmm is stopping.")
         if not self._shutdown_exit_code:
             self._shutdown_exit_code = exit_code
+
+    def _by_vcpu(self) -> list[tuple[int, Worker]]:
+        return sorted((vcpu, worker) for worker in self.vcpus_handles for vcpu in worker.assignment.vcpus)
 
     def _require_alive(self) -> None:
         if self._shutdown_exit_code is not None:
@@ -219,9 +257,24 @@ class Vmm:
         self.stop(code)
 
     def _report_black_box(self, worker: Worker) -> None:
-        page = worker.run_page(worker.index)
-        if page is not None:
-            LOG.error(f"vCPU {worker.index}: {describe_run_page(page)}")
+        for vcpu in worker.assignment.vcpus:
+            page = worker.run_page(vcpu)
+            if page is not None:
+                LOG.error(f"vCPU {vcpu}: {describe_run_page(page)}")
+
+    def _ghost_recovered(self, worker: Worker, event: GhostRecovered) -> None:
+        text = f"Worker vcpu {worker.index}: {event.text}."
+        if not event.fatal:
+            LOG.warn(text)
+        elif self._shutdown_exit_code is None:
+            LOG.error(text)
+            self.stop(exit_codes.GENERIC_ERROR)
+
+    def forwarding_failed(self, text: str) -> None:
+        """An interrupt between vCPUs was lost: the guest cannot go on."""
+        if self._shutdown_exit_code is None:
+            LOG.error(text)
+            self.stop(exit_codes.GENERIC_ERROR)
 
     # ------------------------------------------------------------ heartbeat
 
@@ -273,7 +326,7 @@ class Vmm:
         self._closed = True
         try:
             end_workers(self.vcpus_handles)
-            for executor in self._executors:
+            for executor in self._executors.values():
                 executor.drain()
             self.flush_console()
         finally:
@@ -284,8 +337,10 @@ class Vmm:
             self._events.remove_subscriber(subscription)
         for worker in self.vcpus_handles:
             worker.close()
-        for executor in self._executors:
+        for executor in self._executors.values():
             executor.close()
+        if self._ghosts is not None:
+            self._ghosts.close()
         if self._console_input is not None:
             self._console_input.close()
         if self._console_output is not None:

@@ -60,6 +60,7 @@ MACHINE_CONFIG = Object(
     Field("cpu_template", Option(_CPU_TEMPLATE)),
     Field("track_dirty_pages", BOOLEAN, False),
     Field("huge_pages", _HUGE_PAGES, HUGE_PAGES_NONE),
+    Field("vcpu_placement", Option(STRING), extension=True),
 )
 _MACHINE_CONFIG_UPDATE = Object(
     "MachineConfigUpdate",
@@ -70,6 +71,7 @@ _MACHINE_CONFIG_UPDATE = Object(
     Field("cpu_template", Option(_CPU_TEMPLATE)),
     Field("track_dirty_pages", Option(BOOLEAN)),
     Field("huge_pages", Option(_HUGE_PAGES)),
+    Field("vcpu_placement", Option(STRING), extension=True),
 )
 BOOT_SOURCE = Object(
     "BootSourceConfig",
