@@ -208,7 +208,7 @@ class Control:
                 return
             self.state = PAUSED
             faults.visit("vcpu.configured")
-            reply(Configured(results[0]))
+            reply(Configured(next(each for each in results if each is not None)))
 
         def configured(result: Any) -> None:
             results.append(result)
