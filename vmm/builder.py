@@ -28,7 +28,7 @@ from vmm.placement import FORKED_AHEAD, Placement, PlacementError, decide, warni
 from vmm.resources import StartOptions, VmResources
 from vmm.supervisor import SupervisorClient
 from vmm.vmm import Vmm, end_workers
-from vmm.workers import Worker, WorkerDescriptors
+from vmm.workers import HELLO_TIMEOUT_NS, Worker, WorkerDescriptors
 
 MIB = 1 << 20
 # Values of StartOptions.console (vmm.cli.CONSOLES).
@@ -126,12 +126,13 @@ class MicrovmBuilder:
             worker for worker in workers if worker.alive and worker.assignment != placement.assignment(worker.index)
         ]
         for worker in unfit:
+            worker.wait_greeted()  # one that is only starting could not be asked to end in order
             worker.finish()
         for worker in workers:
             if not worker.alive:
                 worker.spawn(placement.assignment(worker.index))
         for worker in unfit:
-            if not worker.wait_ended():
+            if not worker.wait_ended(HELLO_TIMEOUT_NS):
                 raise WorkerError(f"The worker of vCPU {worker.index} cannot be replaced: it does not end.")
             worker.spawn(placement.assignment(worker.index))
 

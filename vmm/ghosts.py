@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 
-from ipc.errors import IpcError
 from ipc.messages import (
     GHOST_INTERRUPT,
     GHOST_STARTUP,
@@ -117,7 +116,7 @@ class GhostForwarder:
                 done()
                 return
             path.sources.add(source.index)
-            self._send(source, path, vcpu, vector)
+            source.send_descriptor(IpiPath(vcpu, vector), path.eventfd)
             self._submit(source, OpenIpiSource(vcpu, vector), lambda reply: done())
 
         if path.open:
@@ -135,14 +134,8 @@ class GhostForwarder:
             for each in waiting:
                 each()
 
-        self._send(owner, path, vcpu, vector)
+        owner.send_descriptor(IpiPath(vcpu, vector), path.eventfd)
         self._submit(owner, OpenIpiTarget(vcpu, vector, gsi), opened)
-
-    def _send(self, worker: Worker, path: _Path, vcpu: int, vector: int) -> None:
-        try:
-            worker.send_descriptor(IpiPath(vcpu, vector), path.eventfd)
-        except IpcError as error:
-            worker.breach(str(error))
 
     def _submit(self, worker: Worker, message: Any, callback: Callable[[Any], None]) -> None:
         def answered(reply: Any) -> None:

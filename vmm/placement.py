@@ -38,7 +38,9 @@ class Placement(NamedTuple):
     def assignment(self, worker: int) -> Assignment:
         """Return what a worker is forked for."""
         mine = self.groups[worker]
-        return Assignment(worker, mine, tuple(each for group in self.groups for each in group if each not in mine))
+        return Assignment(
+            worker, mine, tuple(sorted(each for group in self.groups for each in group if each not in mine))
+        )
 
     def owner(self, vcpu: int) -> int:
         """Return the number of the worker that runs a vCPU."""

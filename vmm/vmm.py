@@ -5,18 +5,21 @@ from __future__ import annotations
 import time
 
 from ipc import exit_codes
+from ipc.exit_ring import COUNTER_EXITS
 from ipc.messages import (
     CellEnded,
     DumpCpuConfig,
     DumpedCpuConfig,
     GhostRecovered,
+    GhostsReported,
     Pause,
+    ReportGhosts,
     Resume,
     SavedState,
     SaveState,
     VcpuExited,
 )
-from ipc.typed import NamedTuple, Sequence
+from ipc.typed import TYPE_CHECKING, Any, NamedTuple, Sequence
 from vmm.black_box import describe_run_page
 from vmm.console import ConsoleInput, ConsoleOutput
 from vmm.devices.manager import DeviceManager
@@ -30,6 +33,9 @@ from vmm.placement import Placement
 from vmm.version import APP_NAME, FIRECRACKER_VERSION
 from vmm.workers import SECOND_NS, Worker, signal_name
 
+if TYPE_CHECKING:
+    from vmm.api.text import JsonValue
+
 STATE_NOT_STARTED = "Not started"
 STATE_RUNNING = "Running"
 STATE_PAUSED = "Paused"
@@ -39,6 +45,8 @@ HEARTBEAT_INTERVAL_NS = 1 * SECOND_NS
 STALL_AFTER_NS = 3 * SECOND_NS
 #: After a pause the exits of all vCPUs must have been executed; they are by then but for the last answer's tail.
 DRAIN_TIMEOUT_NS = 5 * SECOND_NS
+#: How long GET /vcpus waits for a worker's counters.
+REPORT_TIMEOUT_NS = 1 * SECOND_NS
 
 
 class InstanceInfo(NamedTuple):
@@ -144,6 +152,48 @@ class Vmm:
     def exit_counters(self) -> dict[int, tuple[int, ...]]:
         """Return each vCPU's exit counters, in the order of ``ipc.exit_ring.COUNTER_NAMES``."""
         return {vcpu: executor.counters() for vcpu, executor in sorted(self._executors.items())}
+
+    def vcpu_report(self) -> list[JsonValue]:
+        """Return what GET /vcpus shows: one record per vCPU, in order of their indices.
+
+        ``exits`` are those that were answered until the last heartbeat. ``ghosts`` are those of the vCPU's worker
+        (its other vCPUs show the same); null if the worker does not answer.
+        """
+        ghosts = self._ghost_counters()
+        return [
+            {
+                "index": vcpu,
+                "worker": worker.index,
+                "pid": worker.pid,
+                "placement": self.placement.kind,
+                "state": "stalled" if worker.index in self._stalled else worker.state.value,
+                "exits": self._executors[vcpu].counters()[COUNTER_EXITS],
+                "ghosts": ghosts.get(worker.index),
+            }
+            for vcpu, worker in self._by_vcpu()
+        ]
+
+    def _ghost_counters(self) -> dict[int, JsonValue]:
+        """Ask every worker for the counters of its ghosts; one that does not answer soon is left out."""
+        counters: dict[int, JsonValue] = {}
+        asked = 0
+        for worker in self.vcpus_handles:
+            if not worker.assignment.ghosts:
+                counters[worker.index] = []
+                continue
+
+            def answered(reply: Any, index: int = worker.index) -> None:
+                if isinstance(reply, GhostsReported):
+                    counters[index] = [each._asdict() for each in reply.ghosts]
+
+            try:
+                worker.submit(ReportGhosts(), answered)
+                asked += 1
+            except VmmError:
+                pass  # it has failed or ended, which its state says
+        wanted = len(counters) + asked
+        self._events.run_until(lambda: len(counters) >= wanted, time.monotonic_ns() + REPORT_TIMEOUT_NS)
+        return dict(counters)  # an answer that comes too late changes nothing any more
 
     # ------------------------------------------------------------ operations
 

@@ -57,6 +57,8 @@ COMMAND_TIMEOUT_NS = 30 * SECOND_NS
 #: How long it may take to end in order, and again to be dead after SIGKILL. The supervisor gives the controller
 #: 0.6 s in all to end.
 FINISH_TIMEOUT_NS = 400_000_000
+#: How long a process that is being killed may take to be dead.
+DYING_MS = 100
 KVM_API_VERSION = 12
 
 Reply = TypeVar("Reply")
@@ -340,11 +342,12 @@ class Worker:
         return sequence
 
     def _has_exited(self) -> bool:
+        """Tell whether the process has ended, or is about to: its sockets are closed a while before."""
         if self._pidfd < 0:
             return False
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
-        return bool(poll.poll(0))
+        return bool(poll.poll(DYING_MS))
 
     def collect(self, sequence: int, expected: type[Reply]) -> Reply:
         """Wait for a reply. Raises WorkerError when the worker fails, dies, refuses or is too slow."""
@@ -403,9 +406,14 @@ class Worker:
         self._arrive(WorkerEvent.CONFIGURED)
 
     def send_descriptor(self, message: Any, descriptor: int) -> None:
-        """Hand a descriptor over after Configure, ahead of the command that needs it. Raises IpcError."""
-        if self._descriptors is not None and self.alive and self.state is not WorkerState.FAILED:
+        """Hand a descriptor over after Configure, ahead of the command that needs it. Not to one that has ended."""
+        if self._descriptors is None or not self.alive or self.state is WorkerState.FAILED:
+            return
+        try:
             self._descriptors.send(message, fds=(descriptor,))
+        except IpcError as error:
+            if not self._has_exited():  # else the supervisor is about to say how it ended, and that counts
+                self.breach(str(error))
 
     def _wait_if_exited(self) -> None:
         if self._has_exited():
@@ -508,7 +516,7 @@ class Worker:
         except OSError:
             self._supervisor.signal(self.index, signal.SIGKILL)
 
-    def wait_ended(self) -> bool:
+    def wait_ended(self, timeout_ns: int = FINISH_TIMEOUT_NS) -> bool:
         """Wait until the supervisor has reaped the worker; kill it when the time is over."""
 
         def ended() -> bool:
@@ -517,10 +525,10 @@ class Worker:
         def ended_or_answered() -> bool:
             return ended() or bool(self._spawn_request and self._spawn_answered())
 
-        self._events.run_until(ended_or_answered, time.monotonic_ns() + FINISH_TIMEOUT_NS)
+        self._events.run_until(ended_or_answered, time.monotonic_ns() + timeout_ns)
         if not ended():
             self.kill()
-            self._events.run_until(ended, time.monotonic_ns() + FINISH_TIMEOUT_NS)
+            self._events.run_until(ended, time.monotonic_ns() + timeout_ns)
         return not self.alive
 
     def _close_channel(self) -> None:

@@ -168,6 +168,7 @@ _WITHOUT_BODY: dict[tuple[str, str], Callable[[list[str]], ParsedRequest | None]
     ("GET", "version"): lambda _rest: ParsedRequest(actions.GetVersion()),
     ("GET", "machine-config"): lambda _rest: ParsedRequest(actions.GetMachineConfig()),
     ("GET", "vm"): _get_vm,
+    ("GET", "vcpus"): lambda rest: None if rest else ParsedRequest(actions.GetVcpus()),
 }
 _WITH_BODY: dict[tuple[str, str], Callable[[bytes, list[str]], ParsedRequest]] = {
     ("PUT", "actions"): _put_actions,
