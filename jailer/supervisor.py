@@ -35,6 +35,7 @@ from jailer.log import Log
 from jailer.memory import MemoryMaker
 from jailer.seccomp import notification
 from jailer.seccomp.install import Filter
+from jailer.steps import process
 from jailer.template import Roles
 
 #: Signals that end the microVM when somebody sends them to the visible process. They are blocked and read from a
@@ -136,6 +137,7 @@ class Supervisor:
         self._exit_code: int | None = None
         self._end_deadline = 0.0
         self._ended = False
+        self._log_end = False
         self._handlers: dict[type[Any], Callable[[Any, int], None]] = {
             Spawn: self._spawn,
             SignalCell: self._signal_cell,
@@ -156,6 +158,8 @@ class Supervisor:
         code = exit_codes.GENERIC_ERROR if self._exit_code is None else self._exit_code
         if marks := timeline.collected():
             self._log.record({"timeline": marks})
+        if self._log_end:
+            self._log.error(f"Firecracker exiting with error. exit_code={code}")
         if self._log.lost:
             self._log.warning(f"{self._log.lost} lines were lost: nobody read them")
         return code
@@ -253,7 +257,7 @@ class Supervisor:
             self._log.error(
                 f"{record.name} (pid {record.pid}): wall seccomp: ended by the filter for a forbidden system call"
             )
-        elif number and not record.wall:
+        elif number and not record.wall and not self._ended:  # in the end we kill the workers ourselves
             self._log.error(f"{record.name} (pid {record.pid}) was ended by signal {number} ({_signal_name(number)})")
         if record is self._controller:
             self._controller_ended(record, number, code)
@@ -268,8 +272,7 @@ class Supervisor:
             self._exit_code = exit_codes.of_signal(number) if number else code
             if record.wall == WALL_SECCOMP:
                 self._exit_code = exit_codes.BAD_SYSCALL
-        if number:  # an orderly end was logged by the controller itself
-            self._log.error(f"Firecracker exiting with error. exit_code={self._exit_code}")
+        self._log_end = bool(number)  # an orderly end was logged by the controller itself
 
     def _bury_workers(self) -> None:
         for record in self._cells.values():
@@ -424,7 +427,7 @@ class Supervisor:
 
         def prepare() -> tuple[int, ...]:
             self._abandon()
-            cell.keep_only((channel.fileno(), seal.fileno(), setup.kvm_fd, *setup.shared))
+            process.keep_only((channel.fileno(), seal.fileno(), setup.kvm_fd, *setup.shared))
             cell.reset_signals()
             return ()
 

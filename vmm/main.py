@@ -9,7 +9,7 @@ import sys
 from ipc import exit_codes, faults
 from ipc.errors import IpcError
 from ipc.messages import Shutdown
-from ipc.plan import LaunchPlan
+from ipc.plan import ROLE_VMM, LaunchPlan
 from ipc.typed import Callable
 from vmm import config_file
 from vmm.actions import StartMicrovm
@@ -88,8 +88,10 @@ class Program:
                 LOG.info(f"Listening on API socket ({self._command_line.api_sock}).")
                 handler = ApiHandler(self._controller, LOG)
                 self._server = ApiServer(listener, handler, LOG, self._command_line.http_api_max_payload_size)
-                self._events.add_subscriber(self._server)
+            # Clients can connect already; they are served when the start has succeeded or failed.
             self._start_from_config_file()
+            if self._server is not None:
+                self._events.add_subscriber(self._server)
             while (code := self._end()) is None:
                 self._events.run()
         finally:
@@ -172,4 +174,4 @@ def _run_drills(plan: LaunchPlan) -> None:
     """Attack our own walls if the jailer armed a drill (ipc.drills, imported by the template only then)."""
     drills = sys.modules.get("ipc.drills")
     if drills is not None:
-        drills.run(plan.drills)
+        drills.run(plan.drills, ROLE_VMM)

@@ -126,6 +126,15 @@ class Vmm:
         if console_input is not None:
             self._subscriptions.append(self._events.add_subscriber(console_input))
 
+    def before_exits(self) -> None:
+        """A batch of exits is about to be executed."""
+        self.device_manager.hold_interrupts()
+
+    def after_exits(self) -> None:
+        """A batch of exits was executed: deliver interrupts, then write what the guest has sent to its UART."""
+        self.device_manager.release_interrupts()
+        self.flush_console()
+
     def flush_console(self) -> None:
         """Write what the guest has sent to its UART."""
         if self._console_output is not None:
@@ -221,6 +230,9 @@ class Vmm:
             return self._shutdown_exit_code is not None or all(executor.idle for executor in self._executors.values())
 
         if not self._events.run_until(drained, time.monotonic_ns() + DRAIN_TIMEOUT_NS):
+            for vcpu, worker in self._by_vcpu():
+                if not self._executors[vcpu].idle:
+                    worker.breach("it says that it is paused and has exits open")
             raise WorkerError("The exits of the paused vCPUs were not executed in time.")
         self._park_ghosts()
         self._require_alive()

@@ -18,7 +18,7 @@ def _lines(jailed: JailedMicrovm) -> list[str]:
 
 
 def _wait_line(jailed: JailedMicrovm, line: str) -> None:
-    wait_for(lambda: line in _lines(jailed), f"{line!r}: {jailed.output()}")
+    wait_for(lambda: line in _lines(jailed), lambda: f"{line!r}: {jailed.describe()}")
 
 
 def test_requests_within_and_beyond_the_plan(base: Path) -> None:
