@@ -1,10 +1,20 @@
 # Sends every kind of interprocessor interrupt between CPUS processors, ROUNDS times each, and counts what arrives.
 # Entered by PVH; 32 bits, flat, no paging, x2APIC. COM1 gets a letter per kind that was complete, then "IPI DONE", or
 # "IPI FAIL" after the letter of the kind that was not; then the machine is reset by the keyboard controller.
-# Needs symbols CPUS (2 … 8), ROUNDS, NMIS (how many of them; 1 where nothing can return from one, see below) and
+# Symbols, which may be set from outside: CPUS (2 … 8), ROUNDS, NMIS (how many of them; 1 where nothing can return from one, see below) and
 # RESTARTS (how often each processor is started again).
 # Handlers return without IRET: KVM's instruction emulator, which runs ring 0 on some hosts, lacks it in protected mode.
 # Only IRET lets the next NMI in.
+
+        .macro  default symbol, value
+        .ifndef \symbol
+        .set    \symbol, \value
+        .endif
+        .endm
+        default CPUS, 2
+        default ROUNDS, 100
+        default NMIS, 1
+        default RESTARTS, 1
 
         .set    ICR, 0x830
         .set    SELF_IPI, 0x83f
