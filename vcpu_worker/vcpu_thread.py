@@ -12,11 +12,11 @@ from __future__ import annotations
 import _thread
 import ctypes
 import os
-import signal
 import time
 from _queue import SimpleQueue
 from collections import deque
 
+from ipc.plain import signal
 from ipc.typed import Any, Callable
 
 KICK_SIGNAL = signal.SIGRTMIN

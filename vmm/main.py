@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 
 from ipc import exit_codes, faults
 from ipc.errors import IpcError
 from ipc.messages import Shutdown
+from ipc.plain import socket
 from ipc.plan import ROLE_VMM, LaunchPlan
 from ipc.typed import Callable
 from vmm import config_file
@@ -80,8 +80,8 @@ class Program:
         try:
             self._events.add_subscriber(self._supervisor)
             self._builder.bind()
+            self._builder.prepare()  # the worker starts while our walls are being closed
             seal()
-            self._builder.prepare()
             _run_drills(self._plan)
             faults.visit("vmm.start")
             if listener is not None:

@@ -19,6 +19,7 @@ from ipc.messages import (
     SaveState,
     VcpuExited,
 )
+from ipc.plain import signal_name
 from ipc.typed import TYPE_CHECKING, Any, NamedTuple, Sequence
 from vmm.black_box import describe_run_page
 from vmm.console import ConsoleInput, ConsoleOutput
@@ -31,7 +32,7 @@ from vmm.logger import LOG
 from vmm.memory import GuestMemory
 from vmm.placement import Placement
 from vmm.version import APP_NAME, FIRECRACKER_VERSION
-from vmm.workers import SECOND_NS, Worker, signal_name
+from vmm.workers import SECOND_NS, Worker
 
 if TYPE_CHECKING:
     from vmm.api.text import JsonValue

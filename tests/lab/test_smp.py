@@ -38,7 +38,7 @@ def cycles(count: int) -> str:
 
 def config(made: Any, guest_image: Any, machine: dict[str, Any], run: str, end: str) -> str:
     arguments = boot_args(run, end) + f" tsc_early_khz={host_tsc_khz()}"
-    return made.write(
+    path: str = made.write(
         json.dumps(
             {
                 "boot-source": {
@@ -52,6 +52,7 @@ def config(made: Any, guest_image: Any, machine: dict[str, Any], run: str, end: 
         ),
         "config.json",
     )
+    return path
 
 
 def check_report(output: str, vcpus: int) -> None:

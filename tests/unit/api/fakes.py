@@ -51,7 +51,7 @@ class FakeVmm:
         self._call("resume")
         self.state = "Running"
 
-    def vcpu_report(self) -> list[dict[str, Any]]:
+    def vcpu_report(self) -> list[Any]:
         self._call("vcpus")
         return [{"index": 0, "state": "running"}]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from ipc.messages import Route
 from vmm.devices.routing import InterruptRouter
@@ -13,7 +15,7 @@ class Target:
 
     def __init__(self, everyone: list[Target]) -> None:
         self.assigned: set[int] = set()
-        self.pending = []
+        self.pending: list[tuple[Sequence[Route], Callable[[], None]]] = []
         self.everyone = everyone
         everyone.append(self)
 
@@ -53,7 +55,7 @@ def test_a_route_moves_with_its_destination(seed):
     router, targets = make(3)
     done: list[int] = []
     for number, vcpu in enumerate((0, 2, 2, 1)):
-        router.set_routes((route(4, vcpu),), lambda number=number, done=done: done.append(number))
+        router.set_routes((route(4, vcpu),), partial(done.append, number))
         settle(targets, chance)
         assert [each.assigned for each in targets] == [{4} if index == vcpu else set() for index in range(3)]
     router.set_routes((route(4, 0, masked=True),), lambda: done.append(4))
@@ -81,7 +83,7 @@ def test_any_schedule_keeps_one_holder_and_the_last_word(seed):
                 route(gsi, chance.randrange(4), masked=chance.random() < 0.2) for gsi in chance.sample(range(5), 2)
             ]
             last.update({each.gsi: each for each in changes})
-            router.set_routes(changes, lambda number=number, done=done: done.append(number))
+            router.set_routes(changes, partial(done.append, number))
             for _ in range(chance.randrange(4)):
                 if busy := [each for each in targets if each.pending]:
                     chance.choice(busy).answer()

@@ -42,7 +42,7 @@ def test_any_order_of_events_and_answers(seed):
             for event in sent[taken:]:
                 assert event not in unanswered
                 unanswered.append(event)
-                due.pop(tuple(event), None)
+                due.pop((event.event, event.vcpu, event.vector), None)
             taken = len(sent)
             assert len(unanswered) <= MAX_OPEN_EVENTS
         while unanswered:
@@ -50,7 +50,7 @@ def test_any_order_of_events_and_answers(seed):
             unanswered += sent[taken:]
             due.subtract(())
             for event in sent[taken:]:
-                due.pop(tuple(event), None)
+                due.pop((event.event, event.vcpu, event.vector), None)
             taken = len(sent)
         assert not due
         assert forwarder.empty
