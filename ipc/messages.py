@@ -262,6 +262,155 @@ class VcpuExited(NamedTuple):
     text: str
 
 
+# SMP: a ghost is a vCPU of the guest in a VM that does not run it. It takes what this VM's vCPUs send to it.
+
+#: What a GhostEvent is about.
+GHOST_INTERRUPT = 1  # an interrupt with this vector reached the ghost
+GHOST_NMI = 2
+GHOST_STARTUP = 3  # INIT and a SIPI with this vector reached the ghost
+VCPU_STARTING = 4  # the worker's own vCPU got its first INIT: it waits until every other worker has a stub in its place
+
+
+class GhostEvent(NamedTuple):
+    """Worker → controller: something to be forwarded. The same one does not come again until GhostEventDone."""
+
+    event: int
+    vcpu: int
+    vector: int
+
+
+class GhostEventDone(NamedTuple):
+    """Controller → worker: the event has arrived where it belongs."""
+
+    event: int
+    vcpu: int
+    vector: int
+
+
+class Noted(NamedTuple):
+    """The answer to GhostEventDone."""
+
+
+class PlaceStub(NamedTuple):
+    """Turn the ghost of a vCPU that is about to start into the stub. Idempotent."""
+
+    vcpu: int
+
+
+class StubPlaced(NamedTuple):
+    """The ghost runs the stub; from now on nothing that is sent to it is lost."""
+
+
+class StartVcpu(NamedTuple):
+    """Give the worker's own vCPU an INIT and a SIPI with this vector."""
+
+    vcpu: int
+    vector: int
+
+
+class RaiseInterrupt(NamedTuple):
+    """Give the worker's own vCPU an interrupt with this vector, or an NMI (vector 2)."""
+
+    vcpu: int
+    vector: int
+
+
+class InterruptRaised(NamedTuple):
+    """``taken`` is False when the vCPU's LAPIC did not accept it, as with an IPI to a processor that is off."""
+
+    taken: bool
+
+
+class OpenIpiTarget(NamedTuple):
+    """Let the eventfd that was sent (IpiPath) raise this vector in the worker's own vCPU, by way of this GSI."""
+
+    vcpu: int
+    vector: int
+    gsi: int
+
+
+class OpenIpiSource(NamedTuple):
+    """Let the stub of this ghost signal the eventfd that was sent (IpiPath) without leaving the kernel."""
+
+    vcpu: int
+    vector: int
+
+
+class IpiPathOpen(NamedTuple):
+    """This end of the path is in force."""
+
+
+class ParkGhosts(NamedTuple):
+    """Park the ghosts once nothing is on its way through them; only while paused. Idempotent."""
+
+
+class GhostsParked(NamedTuple):
+    """Every ghost is parked with an empty LAPIC, every event was forwarded; ``drained`` ghosts had held something."""
+
+    drained: int
+
+
+class ReadClock(NamedTuple):
+    """Give every vCPU and ghost the TSC offset of this worker's first vCPU, and read offset and kvmclock."""
+
+
+class ClockRead(NamedTuple):
+    """``tsc_offset`` counts if ``has_tsc_offset``; ``clock`` and ``realtime`` in ns, ``flags`` as in kvm_clock_data."""
+
+    has_tsc_offset: bool
+    tsc_offset: int
+    clock: int
+    realtime: int
+    flags: int
+
+
+class SetClock(NamedTuple):
+    """Follow the clock of another worker: what its ClockRead said."""
+
+    has_tsc_offset: bool
+    tsc_offset: int
+    clock: int
+    realtime: int
+    flags: int
+
+
+class ClockSet(NamedTuple):
+    """How far this worker's kvmclock is from the other one's afterwards, and whether that could be measured."""
+
+    measured: bool
+    ahead: bool
+    nanoseconds: int
+
+
+class ReportGhosts(NamedTuple):
+    """Report the counters of every ghost."""
+
+
+class GhostReport(NamedTuple):
+    """Counters of one ghost. ``exits`` are those that reached user space: the rest was forwarded in the kernel."""
+
+    vcpu: int
+    stub: bool
+    exits: int
+    startups: int
+    nmis: int
+    recoveries: int
+
+
+class GhostsReported(NamedTuple):
+    """The counters of every ghost of the worker."""
+
+    ghosts: tuple[GhostReport, ...]
+
+
+class GhostRecovered(NamedTuple):
+    """Worker → controller: a ghost left its stub and was put back, or (``fatal``) does so too often."""
+
+    vcpu: int
+    fatal: bool
+    text: str
+
+
 WORKER.register(1, Failed, code=_CODE, text=_TEXT)
 WORKER.register(
     2,
@@ -303,14 +452,48 @@ WORKER.register(17, Pong, state=Text(32))
 WORKER.register(18, Finish)
 WORKER.register(19, Finished)
 WORKER.register(20, VcpuExited, vcpu=_VCPU, reason=Text(32), code=Int(U8), detail=ListOf(Int(U64), 16), text=Text(1024))
+_EVENT = Int(VCPU_STARTING, GHOST_INTERRUPT)
+_VECTOR = Int(U8)
+_CLOCK_FIELDS: dict[str, Field] = {
+    "has_tsc_offset": Flag(),
+    "tsc_offset": Int(U64),
+    "clock": Int(U64),
+    "realtime": Int(U64),
+    "flags": Int(U32),
+}
+_GHOST = RecordOf(
+    GhostReport, vcpu=_VCPU, stub=Flag(), exits=Int(U64), startups=Int(U64), nmis=Int(U64), recoveries=Int(U64)
+)
+WORKER.register(21, GhostEvent, event=_EVENT, vcpu=_VCPU, vector=_VECTOR)
+WORKER.register(22, GhostEventDone, event=_EVENT, vcpu=_VCPU, vector=_VECTOR)
+WORKER.register(23, Noted)
+WORKER.register(24, PlaceStub, vcpu=_VCPU)
+WORKER.register(25, StubPlaced)
+WORKER.register(26, StartVcpu, vcpu=_VCPU, vector=_VECTOR)
+WORKER.register(27, RaiseInterrupt, vcpu=_VCPU, vector=_VECTOR)
+WORKER.register(28, InterruptRaised, taken=Flag())
+WORKER.register(29, OpenIpiTarget, vcpu=_VCPU, vector=_VECTOR, gsi=Int(MAX_GSI - 1))
+WORKER.register(30, OpenIpiSource, vcpu=_VCPU, vector=_VECTOR)
+WORKER.register(31, IpiPathOpen)
+WORKER.register(32, ParkGhosts)
+WORKER.register(33, GhostsParked, drained=Int(U32))
+WORKER.register(34, ReadClock)
+WORKER.register(35, ClockRead, **_CLOCK_FIELDS)
+WORKER.register(36, SetClock, **_CLOCK_FIELDS)
+WORKER.register(37, ClockSet, measured=Flag(), ahead=Flag(), nanoseconds=Int(U64))
+WORKER.register(38, ReportGhosts)
+WORKER.register(39, GhostsReported, ghosts=ListOf(_GHOST, MAX_WORKERS))
+WORKER.register(40, GhostRecovered, vcpu=_VCPU, fatal=Flag(), text=Text(512))
 
 # ---------------------------------------------------------------- controller ↔ supervisor
 
 
 class Spawn(NamedTuple):
-    """Fork worker ``worker``; its ZeroMQ endpoint is bound already."""
+    """Fork a worker for these vCPUs and ghosts (``ipc.plan.Assignment``); its ZeroMQ endpoint is bound already."""
 
     worker: int
+    vcpus: tuple[int, ...]
+    ghosts: tuple[int, ...]
 
 
 class Spawned(NamedTuple):
@@ -364,7 +547,7 @@ class Shutdown(NamedTuple):
 
 
 SUPERVISOR.register(1, Failed, code=_CODE, text=_TEXT)
-SUPERVISOR.register(2, Spawn, worker=_WORKER)
+SUPERVISOR.register(2, Spawn, worker=_WORKER, vcpus=ListOf(_VCPU, MAX_WORKERS), ghosts=ListOf(_VCPU, MAX_WORKERS))
 SUPERVISOR.register(3, Spawned, worker=_WORKER, pid=Int(U32, 1))
 SUPERVISOR.register(4, SignalCell, worker=_WORKER, signal=Int(64, 1))
 SUPERVISOR.register(5, Signalled)
@@ -410,4 +593,14 @@ DESCRIPTORS.register(1, GuestMemory, size=Int(MAX_MEMORY_BYTES, 1))
 DESCRIPTORS.register(2, DevicePages)
 DESCRIPTORS.register(3, ExitRing, vcpu=_VCPU)
 DESCRIPTORS.register(4, Interrupt, gsi=Int(MAX_GSI - 1))
+
+
+class IpiPath(NamedTuple):
+    """With one descriptor: the eventfd of what is sent to this vCPU with this vector (OpenIpiTarget, OpenIpiSource)."""
+
+    vcpu: int
+    vector: int
+
+
 DESCRIPTORS.register(5, VcpuDescriptor, vcpu=_VCPU)
+DESCRIPTORS.register(6, IpiPath, vcpu=_VCPU, vector=_VECTOR)

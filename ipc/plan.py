@@ -56,6 +56,18 @@ class LaunchPlan(NamedTuple):
     console_fd: int
 
 
+class Assignment(NamedTuple):
+    """What a worker is forked for, since its VM, vCPUs and threads are made before it is sealed.
+
+    ``worker`` is its number, ``vcpus`` are the indices that it runs. ``ghosts`` are the indices of the guest's other
+    vCPUs: its VM has them, too, to receive what this worker's vCPUs send to them.
+    """
+
+    worker: int
+    vcpus: tuple[int, ...]
+    ghosts: tuple[int, ...]
+
+
 def cell_name(role: str, index: int) -> str:
     """Name a cell the way logs, walls and events do: ``vmm``, ``vcpu 0``."""
     return role if role != ROLE_VCPU else f"{role} {index}"

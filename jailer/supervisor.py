@@ -27,7 +27,7 @@ from ipc.messages import (
     Spawned,
 )
 from ipc.plain import signal, signal_name, socket
-from ipc.plan import ROLE_VCPU, SECCOMP_OFF, LaunchPlan, cell_name
+from ipc.plan import MAX_WORKERS, ROLE_VCPU, SECCOMP_OFF, Assignment, LaunchPlan, cell_name
 from ipc.typed import Any, Callable, NamedTuple
 from jailer import cell, syscalls, verify, walls
 from jailer.log import Log
@@ -376,7 +376,7 @@ class Supervisor:
     # ------------------------------------------------------------ spawning
 
     def _spawn(self, request: Spawn, sequence: int) -> None:
-        refusal = self._refuse_spawn(request.worker)
+        refusal = self._refuse_spawn(request)
         if refusal is not None:
             self._send(refusal, sequence)
             return
@@ -395,7 +395,7 @@ class Supervisor:
             timeline.enter(2 + request.worker)
             ours.close()
             seal.close()
-            self._become_worker(request.worker, theirs, cell_seal)
+            self._become_worker(request, theirs, cell_seal)
         cell.count_faults()
         faults.visit("supervisor.spawn.forked")
         theirs.close()
@@ -406,7 +406,10 @@ class Supervisor:
         ours.close()
         faults.visit("supervisor.spawn.answered")
 
-    def _refuse_spawn(self, index: int) -> Failed | None:
+    def _refuse_spawn(self, request: Spawn) -> Failed | None:
+        index = request.worker
+        if refusal := _refuse_assignment(request):
+            return Failed("supervisor.plan", refusal)
         if index >= self._plan.max_workers:
             return Failed("supervisor.plan", f"the plan allows {self._plan.max_workers} workers")
         if self._worker(index) is not None:
@@ -417,8 +420,10 @@ class Supervisor:
             return Failed("supervisor.kvm", f"Error creating KVM object: {self._setup.kvm_error}")
         return None
 
-    def _become_worker(self, index: int, channel: socket.socket, seal: socket.socket) -> None:
+    def _become_worker(self, request: Spawn, channel: socket.socket, seal: socket.socket) -> None:
         """In the child: let go of everything of the supervisor, then be the worker; does not return."""
+        index = request.worker
+        assignment = Assignment(*request)
         context = cell.CellContext(self._plan, ROLE_VCPU, index, self._pid, seal, self._setup.filters.get(ROLE_VCPU))
         setup = self._setup
 
@@ -428,7 +433,10 @@ class Supervisor:
             cell.reset_signals()
             return ()
 
-        cell.run(context, prepare, lambda sealed: setup.roles.vcpu(setup.plan, index, channel, setup.kvm_fd, sealed))
+        def role(sealed: cell.Seal) -> int:
+            return setup.roles.vcpu(setup.plan, assignment, channel, setup.kvm_fd, sealed)
+
+        cell.run(context, prepare, role)
 
     def _abandon(self) -> None:
         """In a child: make sure that no object of the supervisor closes a descriptor of the cell later."""
@@ -554,6 +562,16 @@ class Supervisor:
         record.kill()
         os.close(record.listener)
         record.listener = -1
+
+
+def _refuse_assignment(request: Spawn) -> str:
+    """Say what is wrong with the vCPUs that a worker is asked to run, or nothing."""
+    mine, others = set(request.vcpus), set(request.ghosts)
+    if not mine or len(mine) + len(others) != len(request.vcpus) + len(request.ghosts) or mine & others:
+        return "a worker runs at least one vCPU, and none twice"
+    if max(mine | others) >= MAX_WORKERS:
+        return f"a microVM has at most {MAX_WORKERS} vCPUs"
+    return ""
 
 
 def _ended(pidfd: int) -> bool:

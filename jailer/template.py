@@ -7,7 +7,7 @@ import sys
 import time
 
 from ipc.plain import socket
-from ipc.plan import LaunchPlan
+from ipc.plan import Assignment, LaunchPlan
 from ipc.typed import Callable, NamedTuple
 
 Seal = Callable[[], None]
@@ -17,7 +17,7 @@ class Roles(NamedTuple):
     """The entry points of the cells; tests pass stand-ins. They return the exit code of the cell."""
 
     vmm: Callable[[LaunchPlan, socket.socket, Seal], int]
-    vcpu: Callable[[LaunchPlan, int, socket.socket, int, Seal], int]
+    vcpu: Callable[[LaunchPlan, Assignment, socket.socket, int, Seal], int]
 
 
 def load_roles(*, kernel_cache: bool = False) -> Roles:

@@ -9,6 +9,7 @@ from ipc import faults
 from ipc.channel import Channel
 from ipc.errors import IpcError
 from ipc.messages import (
+    VCPU_STARTING,
     Configure,
     Configured,
     DumpCpuConfig,
@@ -32,7 +33,8 @@ from ipc.typed import Any, Callable
 from vcpu_worker import state as vcpu_state
 from vcpu_worker.descriptor_set import DescriptorSet
 from vcpu_worker.errors import ConfigurationError, StateError, WorkerError
-from vcpu_worker.exits import REASON_RUN_FAILED, FinalExit
+from vcpu_worker.exits import REASON_RUN_FAILED, STARTING, FinalExit
+from vcpu_worker.ghosts.control import GhostControl
 from vcpu_worker.machine import Machine, Vcpu
 from vcpu_worker.run_loop import RunLoop
 from vcpu_worker.vcpu_thread import Completions, VcpuThread
@@ -61,12 +63,14 @@ _Reply = Callable[[Any], None]
 class Runner:
     """A vCPU with its thread and what the control thread knows of it."""
 
-    __slots__ = ("final", "running", "thread", "vcpu")
+    __slots__ = ("final", "held", "running", "thread", "vcpu")
 
     def __init__(self, vcpu: Vcpu, thread: VcpuThread) -> None:
         self.vcpu = vcpu
         self.thread = thread
         self.running = False
+        #: It may not start before the other workers are ready for it.
+        self.held = False
         self.final: FinalExit | None = None
 
     @property
@@ -100,7 +104,8 @@ class Control:
         self._machine = machine
         self._runners: list[Runner] = []
         if isinstance(machine, Machine):
-            self._runners = [Runner(vcpu, thread) for vcpu, thread in zip(machine.vcpus, threads, strict=True)]
+            own = threads[: len(machine.vcpus)]
+            self._runners = [Runner(vcpu, thread) for vcpu, thread in zip(machine.vcpus, own, strict=True)]
         self._waiting_for_park: list[_Reply] = []
         self._clock_failures = 0
         self._kick_pause_ms = FIRST_KICK_PAUSE_MS
@@ -117,6 +122,12 @@ class Control:
             Ping: self._ping,
             Finish: self._finish,
         }
+        self._ghosts: GhostControl | None = None
+        if isinstance(machine, Machine):
+            self._ghosts = GhostControl(
+                machine, threads, completions, descriptors, send=channel.send, failed=self._ghost_failed
+            )
+            self._ghosts.on_own_event_done = self._release
 
     # ------------------------------------------------------------ loop
 
@@ -136,6 +147,8 @@ class Control:
                 if descriptor == descriptor_socket and (events & ~select.POLLIN or not self._descriptors.receive()):
                     return EXIT_ERROR  # the controller is gone
             self._kick_if_due()
+            if self._ghosts is not None:
+                self._ghosts.stop_again_if_due()
 
     def _has_ended(self) -> bool:
         return self._ended
@@ -149,7 +162,10 @@ class Control:
         def reply(message: Any) -> None:
             self._channel.send(message, reply_to=sequence)
 
-        command = self._commands.get(type(envelope.message))
+        kind = type(envelope.message)
+        command = self._commands.get(kind)
+        if command is None and self._ghosts is not None and self.state not in (CREATED, CONFIGURING, FAILED):
+            command = self._ghosts.commands.get(kind)
         if command is None:
             reply(Failed("worker.state", f"{type(envelope.message).__name__} is not a command"))
             return True
@@ -160,9 +176,10 @@ class Control:
         return True
 
     def _timeout_ms(self) -> int | None:
-        if not self._next_kick_ns:
+        due = [each for each in (self._next_kick_ns, self._ghosts.due_ns if self._ghosts else 0) if each]
+        if not due:
             return None
-        return max(0, (self._next_kick_ns - time.monotonic_ns() + 999_999) // 1_000_000)
+        return max(0, (min(due) - time.monotonic_ns() + 999_999) // 1_000_000)
 
     # ------------------------------------------------------------ configuration
 
@@ -179,23 +196,32 @@ class Control:
         for runner in self._runners:
             self._descriptors.send_vcpu(runner.vcpu.index, runner.vcpu.kvm.descriptor)
         self.state = CONFIGURING
+        ghosts = self._ghosts
+        assert ghosts is not None
         results: list[Any] = []
+        expected = len(self._runners)
+
+        def finished(result: Any) -> None:
+            if isinstance(result, Exception):
+                self.state = FAILED
+                reply(_failed(result))
+                return
+            self.state = PAUSED
+            faults.visit("vcpu.configured")
+            reply(Configured(next(each for each in results if each is not None)))
 
         def configured(result: Any) -> None:
             results.append(result)
-            if len(results) < len(self._runners):
+            if len(results) < expected:
                 return
-            for each in results:
-                if isinstance(each, Exception):
-                    self.state = FAILED
-                    reply(_failed(each))
-                    return
-            self.state = PAUSED
-            faults.visit("vcpu.configured")
-            reply(Configured(results[0]))
+            failures = [each for each in results if isinstance(each, Exception)]
+            # Every LAPIC has been written by now, as the stub needs it.
+            if failures or not ghosts.place_first(finished):
+                finished(failures[0] if failures else None)
 
         for runner in self._runners:
             runner.thread.submit(_bind(machine.configure_vcpu, runner.vcpu, command), configured)
+        expected += ghosts.configure(lambda kvm: machine.configure_kvm(kvm, command), configured)
 
     def _set_routes(self, command: SetRoutes, reply: _Reply) -> None:
         if self.state in (CREATED, CONFIGURING, FAILED) or isinstance(self._machine, WorkerError):
@@ -217,10 +243,30 @@ class Control:
                 raise StateError(f"vCPU {runner.vcpu.index} has ended: {runner.final.text}")
         self.state = RUNNING
         reply(Resumed())
+        if self._ghosts is not None:
+            self._ghosts.run()
         for runner in self._runners:
-            runner.running = True
-            runner.loop.allow_to_run()
-            runner.thread.submit(runner.loop.run, _bind(self._stopped, runner))
+            if not runner.held:
+                self._run(runner)
+
+    def _run(self, runner: Runner) -> None:
+        runner.running = True
+        runner.loop.allow_to_run()
+        runner.thread.submit(runner.loop.run, _bind(self._stopped, runner))
+
+    def _release(self, vcpu: int) -> None:
+        """Every other worker is ready for this vCPU to start."""
+        for runner in self._runners:
+            if runner.vcpu.index == vcpu and runner.held:
+                runner.held = runner.loop.start_held = False
+                if self.state == RUNNING:
+                    self._run(runner)
+
+    def _ghost_failed(self, vcpu: int, text: str) -> None:
+        """A ghost cannot go on, and what is sent to its vCPU is lost: the controller was told and ends the microVM."""
+        for runner in self._runners:
+            if runner.running:
+                runner.stop()
 
     def _pause(self, command: Pause, reply: _Reply) -> None:
         faults.visit("vcpu.pause")
@@ -261,6 +307,13 @@ class Control:
 
     def _stopped(self, runner: Runner, result: Any) -> None:
         """A vCPU left its run loop."""
+        if result is STARTING:
+            runner.running = False
+            runner.held = True
+            assert self._ghosts is not None
+            self._ghosts.add_event(VCPU_STARTING, runner.vcpu.index)
+            self._parked()
+            return
         if result is None and self.state == PAUSING:
             # The guest's watchdogs are told by the vCPU's own thread; it counts as running until that is done.
             runner.thread.submit(runner.vcpu.kvm.kvmclock_ctrl, _bind(self._clock_noted, runner))
@@ -340,6 +393,8 @@ class Control:
         for runner in self._runners:
             if runner.vcpu.loop is not None:
                 runner.vcpu.loop.publish_counters()
+        if self._ghosts is not None:
+            self._ghosts.look_after()
         reply(Pong(self.state))
 
     def _finish(self, command: Finish, reply: _Reply) -> None:

@@ -6,7 +6,7 @@ import os
 
 from ipc.channel import PairChannel
 from ipc.errors import ChannelError
-from ipc.messages import DevicePages, ExitRing, GuestMemory, Interrupt, VcpuDescriptor
+from ipc.messages import DevicePages, ExitRing, GuestMemory, Interrupt, IpiPath, VcpuDescriptor
 from vcpu_worker.errors import ConfigurationError
 
 #: An exit ring comes with its doorbell and its completion eventfd.
@@ -45,6 +45,8 @@ class DescriptorSet:
                     self._hold((ExitRing, message.vcpu), (owned.take(), owned.take(), owned.take()))
                 elif isinstance(message, Interrupt):
                     self._hold((Interrupt, message.gsi), (owned.take(),))
+                elif isinstance(message, IpiPath):
+                    self._hold((IpiPath, message.vcpu, message.vector), (owned.take(),))
 
     def _hold(self, key: tuple[object, ...], descriptors: tuple[int, ...]) -> None:
         for descriptor in self._held.pop(key, ()):
@@ -79,6 +81,10 @@ class DescriptorSet:
     def interrupt(self, gsi: int) -> int:
         """Take the eventfd of a GSI."""
         return self._take(f"eventfd of GSI {gsi}", Interrupt, gsi)[0]
+
+    def ipi_path(self, vcpu: int, vector: int) -> int:
+        """Take the eventfd of an IPI path."""
+        return self._take(f"eventfd of vector {vector:#x} to vCPU {vcpu}", IpiPath, vcpu, vector)[0]
 
     def send_vcpu(self, vcpu: int, descriptor: int) -> None:
         """Hand a vCPU's descriptor to the controller, which maps its kvm_run page read-only. Once, before it runs."""

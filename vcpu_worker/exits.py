@@ -43,6 +43,10 @@ class FinalExit(NamedTuple):
     text: str
 
 
+#: Not an end: the vCPU got its first INIT and must not start yet (RunLoop.start_held).
+STARTING = FinalExit("starting", _CODE_OK, (), "")
+
+
 def describe(vcpu: KvmVcpu) -> FinalExit:
     """Describe the exit that is in the kvm_run page now; called by the vCPU's own thread only."""
     reason = vcpu.run32[abi.RUN_EXIT_REASON // 4]

@@ -12,18 +12,24 @@ import os
 from ipc.device_page import DEVICE_PAGE_SIZE, slots_of
 from ipc.exit_ring import RING_SIZE, ExitRingProducer
 from ipc.layout import map_shared
-from ipc.messages import BootRegisters, Configure, Route
+from ipc.messages import BootRegisters, Configure, OpenIpiSource, OpenIpiTarget, Route
+from ipc.plan import Assignment
 from ipc.typed import Sequence
 from vcpu_worker.cpu import boot_state, cpuid
 from vcpu_worker.cpu.msr import BOOT_MSRS, state_indices
 from vcpu_worker.cpu.topology import Topology
 from vcpu_worker.descriptor_set import DescriptorSet
 from vcpu_worker.errors import ConfigurationError
+from vcpu_worker.ghosts import stub
 from vcpu_worker.kvm import abi
 from vcpu_worker.kvm.system import KvmSystem
 from vcpu_worker.kvm.vcpu import KvmVcpu
 from vcpu_worker.kvm.vm import KvmVm, MsiRoute
 from vcpu_worker.run_loop import RunLoop
+
+#: MSI address of fixed delivery to one APIC id, below 256.
+MSI_ADDRESS_BASE = 0xFEE0_0000
+_APIC_ID_SHIFT = 12
 
 
 class Vcpu:
@@ -43,15 +49,21 @@ class Vcpu:
 
 
 class Machine:
-    """The VM of this worker. Raises WorkerError from every method; a failed ``configure`` cannot be repeated."""
+    """The VM of this worker. Raises WorkerError from every method; a failed ``configure`` cannot be repeated.
 
-    def __init__(self, system: KvmSystem, indices: Sequence[int]) -> None:
+    ``single_step`` says how ghosts trap a renewed INIT (vcpu_worker.ghosts.ghost).
+    """
+
+    def __init__(self, system: KvmSystem, assignment: Assignment, *, single_step: bool = False) -> None:
         system.check()
         self.supported_cpuid = system.supported_cpuid()
         self.state_msrs = state_indices(system.msr_index_list())
         self.vm = KvmVm(system)
         mmap_size = system.vcpu_mmap_size()
-        self.vcpus = [Vcpu(KvmVcpu(self.vm, index, mmap_size)) for index in indices]
+        self.vcpus = [Vcpu(KvmVcpu(self.vm, index, mmap_size)) for index in assignment.vcpus]
+        self.ghost_vcpus = [KvmVcpu(self.vm, index, mmap_size) for index in assignment.ghosts]
+        self.single_step = single_step
+        self._stub = stub.StubMemory() if self.ghost_vcpus else None
         self._sync_regs = self.vm.extension(abi.KVM_CAP_SYNC_REGS) & (
             abi.SYNC_X86_REGS | abi.SYNC_X86_SREGS | abi.SYNC_X86_EVENTS
         )
@@ -66,17 +78,34 @@ class Machine:
             raise ConfigurationError(
                 f"this worker was made for vCPUs {[vcpu.index for vcpu in self.vcpus]}, not {list(command.vcpus)}"
             )
+        if command.vcpu_count != len(self.vcpus) + len(self.ghost_vcpus):
+            raise ConfigurationError(
+                f"this worker was made for a guest of {len(self.vcpus) + len(self.ghost_vcpus)} vCPUs, "
+                f"not {command.vcpu_count}"
+            )
         memory = descriptors.guest_memory(command.memory_size)
         try:
             self.vm.map_memory(memory, command.memory_size, command.regions, command.track_dirty_pages)
         finally:
             os.close(memory)
+        if self._stub is not None:
+            self._stub.give_to(self.vm)
         self._interrupts = {gsi: descriptors.interrupt(gsi) for gsi in command.interrupts}
         slots = slots_of(self._map(descriptors.device_page(), DEVICE_PAGE_SIZE, writable=False))
         for vcpu in self.vcpus:
             ring, doorbell, completion = descriptors.exit_ring(vcpu.index)
             vcpu.ring = ExitRingProducer(self._map(ring, RING_SIZE, writable=True), doorbell, completion)
-            vcpu.loop = RunLoop(vcpu.kvm, vcpu.ring, slots, command.ports, command.mmio)
+            vcpu.loop = RunLoop(
+                vcpu.kvm,
+                vcpu.ring,
+                slots,
+                command.ports,
+                command.mmio,
+                # Writes of different vCPUs are ordered by the guest's own locks: none may wait in one ring while a
+                # later one, in another, is executed.
+                posts=command.vcpu_count == 1,
+                start_held=bool(self.ghost_vcpus) and vcpu.index != 0,
+            )
 
     def _map(self, descriptor: int, size: int, *, writable: bool) -> mmap.mmap:
         """Map a shared object; its descriptor is closed."""
@@ -94,15 +123,19 @@ class Machine:
         written, not when a vCPU is added (DESIGN: without this, MSIs to the newest vCPU are dropped).
         """
         kvm = vcpu.kvm
-        topology = Topology(vcpu.index, command.vcpu_count, command.smt)
-        kvm.set_cpuid(cpuid.normalise(self.supported_cpuid, topology))
-        kvm.set_msrs(BOOT_MSRS)
-        kvm.set_fpu(boot_state.boot_fpu())
-        kvm.set_lapic(boot_state.boot_lapic(kvm.get_lapic()))
+        self.configure_kvm(kvm, command)
         if vcpu.index == 0:
             self._set_boot_registers(kvm, command.boot)
         kvm.run64[abi.RUN_VALID_REGS // 8] = self._sync_regs
         return kvm.tsc_khz()
+
+    def configure_kvm(self, kvm: KvmVcpu, command: Configure) -> None:
+        """Give a vCPU or a ghost what every one gets. Its own thread only."""
+        topology = Topology(kvm.index, command.vcpu_count, command.smt)
+        kvm.set_cpuid(cpuid.normalise(self.supported_cpuid, topology))
+        kvm.set_msrs(BOOT_MSRS)
+        kvm.set_fpu(boot_state.boot_fpu())
+        kvm.set_lapic(boot_state.boot_lapic(kvm.get_lapic()))
 
     @staticmethod
     def _set_boot_registers(kvm: KvmVcpu, boot: BootRegisters) -> None:
@@ -129,3 +162,34 @@ class Machine:
         for route in routes:
             if not route.masked:
                 self.vm.assign_irqfd(route.gsi, self._interrupts[route.gsi])
+
+    # ------------------------------------------------------------ what other workers' vCPUs send
+
+    def _address(self, vcpu: int) -> int:
+        if all(each.index != vcpu for each in self.vcpus):
+            raise ConfigurationError(f"this worker does not run vCPU {vcpu}")
+        return MSI_ADDRESS_BASE | vcpu << _APIC_ID_SHIFT
+
+    def signal(self, vcpu: int, data: int) -> bool:
+        """Send an MSI to one of our own vCPUs; False if its LAPIC did not take it."""
+        return self.vm.signal_msi(self._address(vcpu), data)
+
+    def open_ipi_target(self, command: OpenIpiTarget, eventfd: int) -> None:
+        """Let ``eventfd``, which is closed here, raise a vector in one of our vCPUs; what it counts comes at once."""
+        try:
+            route = MsiRoute(self._address(command.vcpu), command.vector)
+            if command.gsi in self.vm.routes:
+                raise ConfigurationError(f"GSI {command.gsi} has a route already")
+            self.vm.set_routes({**self.vm.routes, command.gsi: route})
+            self.vm.assign_irqfd(command.gsi, eventfd)
+        finally:
+            os.close(eventfd)
+
+    def open_ipi_source(self, command: OpenIpiSource, eventfd: int) -> None:
+        """Let the stub of a ghost signal ``eventfd``, which is closed here, when this vector reaches it."""
+        try:
+            if all(each.index != command.vcpu for each in self.ghost_vcpus):
+                raise ConfigurationError(f"vCPU {command.vcpu} is no ghost of this worker")
+            self.vm.assign_ioeventfd(eventfd, stub.PORT + command.vcpu, 1, command.vector, port=True)
+        finally:
+            os.close(eventfd)

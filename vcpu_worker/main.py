@@ -14,7 +14,7 @@ from ipc.channel import Channel, PairChannel
 from ipc.errors import ChannelError, IpcError
 from ipc.messages import DESCRIPTORS, WORKER, Hello, Welcome
 from ipc.plain import socket
-from ipc.plan import LaunchPlan, endpoint
+from ipc.plan import PLACEMENT_SPLIT, Assignment, LaunchPlan, endpoint
 from ipc.typed import Callable
 from vcpu_worker.commands import EXIT_ERROR, Control
 from vcpu_worker.descriptor_set import DescriptorSet
@@ -29,18 +29,24 @@ WELCOME_TIMEOUT_S = 30
 _LINGER_MS = 200
 
 
-def run(plan: LaunchPlan, worker: int, channel: socket.socket, kvm_fd: int, seal: Callable[[], None]) -> int:
-    """Be worker number ``worker`` until the controller says Finish or is gone; return the exit code of the cell.
+def run(
+    plan: LaunchPlan,
+    assignment: Assignment,
+    channel: socket.socket,
+    kvm_fd: int,
+    seal: Callable[[], None],
+) -> int:
+    """Be the worker ``assignment`` until the controller says Finish or is gone; return the exit code of the cell.
 
     ``channel`` is our end of the descriptor channel, ``kvm_fd`` an open /dev/kvm; both are taken over. ``seal`` is
     called once, when every thread exists, before anything of the guest is read. No exception leaves this function.
     """
     try:
-        return _run(plan, worker, channel, kvm_fd, seal)
+        return _run(plan, assignment, channel, kvm_fd, seal)
     except (WorkerError, IpcError) as error:
-        return _complain(worker, str(error))
+        return _complain(assignment.worker, str(error))
     except Exception as error:  # a cell prints no traceback
-        return _complain(worker, f"internal error: {type(error).__name__}: {error}")
+        return _complain(assignment.worker, f"internal error: {type(error).__name__}: {error}")
 
 
 def _complain(worker: int, text: str) -> int:
@@ -48,20 +54,28 @@ def _complain(worker: int, text: str) -> int:
     return EXIT_ERROR
 
 
-def _run(plan: LaunchPlan, worker: int, channel: socket.socket, kvm_fd: int, seal: Callable[[], None]) -> int:
+def _run(
+    plan: LaunchPlan,
+    assignment: Assignment,
+    channel: socket.socket,
+    kvm_fd: int,
+    seal: Callable[[], None],
+) -> int:
     install_kick_handler()
     channel.setblocking(False)
     system = KvmSystem(kvm_fd)
     context = zmq.Context(io_threads=1)
     control_channel = Channel(context, WORKER, plan.epoch)
-    control_channel.connect(endpoint(plan.worker_ipc_directory, worker))
+    control_channel.connect(endpoint(plan.worker_ipc_directory, assignment.worker))
     faults.visit("vcpu.hello")
-    control_channel.send(Hello(worker, os.getpid(), system.api_version(), system.vcpu_mmap_size(), system.max_vcpus()))
+    control_channel.send(
+        Hello(assignment.worker, os.getpid(), system.api_version(), system.vcpu_mmap_size(), system.max_vcpus())
+    )
     # While the controller reads it: everything that takes time and needs /dev/kvm.
-    vcpus = (worker,)
-    machine = _make_machine(system, vcpus)
+    machine = _make_machine(system, assignment, plan)
     completions = Completions()
-    threads = [VcpuThread(f"fc_vcpu {index}", completions) for index in vcpus]
+    names = [*(f"fc_vcpu {index}" for index in assignment.vcpus), *(f"ghost {index}" for index in assignment.ghosts)]
+    threads = [VcpuThread(name, completions) for name in names]
     for thread in threads:
         thread.start()
     machine = _touch_vcpus(machine, threads, completions)
@@ -76,10 +90,11 @@ def _run(plan: LaunchPlan, worker: int, channel: socket.socket, kvm_fd: int, sea
     return code
 
 
-def _make_machine(system: KvmSystem, vcpus: tuple[int, ...]) -> Machine | WorkerError:
+def _make_machine(system: KvmSystem, assignment: Assignment, plan: LaunchPlan) -> Machine | WorkerError:
     """Make the VM; what goes wrong is told when the controller asks for it (Configure)."""
     try:
-        return Machine(system, vcpus)
+        # Hosts without second-stage paging run the guest's kernel in ways that single-stepping does not survive.
+        return Machine(system, assignment, single_step=plan.placement == PLACEMENT_SPLIT)
     except WorkerError as error:
         return error
 
@@ -91,8 +106,9 @@ def _touch_vcpus(
     if not isinstance(machine, Machine):
         return machine
     results: list[object] = []
-    for vcpu, thread in zip(machine.vcpus, threads, strict=True):
-        thread.submit(vcpu.kvm.touch, results.append)
+    kvms = [*(vcpu.kvm for vcpu in machine.vcpus), *machine.ghost_vcpus]
+    for kvm, thread in zip(kvms, threads, strict=True):
+        thread.submit(kvm.touch, results.append)
     poll = select.poll()
     poll.register(completions.eventfd, select.POLLIN)
     while len(results) < len(threads):

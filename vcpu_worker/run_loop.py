@@ -70,6 +70,8 @@ _PIECES: dict[int, tuple[int, ...]] = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2
 class RunLoop:
     """Runs one vCPU until it is asked to stop or leaves for good.
 
+    Without ``posts`` every write that leaves the worker is waited for.
+
     ``slots`` is the device page (64-bit words). Windows must not overlap; ``ports`` lie below 0x10000. ``run`` is
     for the vCPU's thread; ``ask_to_stop``, ``allow_to_run`` and ``publish_counters`` are for any thread.
     """
@@ -81,6 +83,9 @@ class RunLoop:
         slots: memoryview,
         ports: Sequence[Window],
         mmio: Sequence[Window],
+        *,
+        posts: bool = True,
+        start_held: bool = False,
     ) -> None:
         self._vcpu = vcpu
         self._ring = ring
@@ -90,6 +95,9 @@ class RunLoop:
         self._mmio_slots: dict[int, int] = {}
         self._counts = [0] * _COUNT
         self._stop = False
+        self._posted = WRITE_POSTED if posts else 0
+        #: ``run`` returns STARTING when the first INIT comes, as long as this is set.
+        self.start_held = start_held
         for window in ports:
             if window.address + window.length > _PORT_COUNT or window.slot + window.length > len(slots):
                 raise ConfigurationError(f"port window {window.address:#x}+{window.length} is out of range")
@@ -154,6 +162,8 @@ class RunLoop:
                     self.publish_counters()
                     return None
                 if error.errno != EINTR:
+                    if error.errno == EAGAIN and self.start_held:
+                        return exits.STARTING
                     refused += 1
                     if error.errno != EAGAIN or refused > _MAX_REFUSALS:
                         return self._finish(exits.describe_failure(error.errno or 0))
@@ -213,7 +223,7 @@ class RunLoop:
         else:
             value = vcpu.run32[offset >> 2]
         word = self._slots[slot]
-        if word & WRITE_POSTED:
+        if word & self._posted:
             self._ring.post(ring_abi.KIND_PIO_WRITE, port, size, value, word & WRITE_LAZY)
             self._counts[_POSTED_OUT] += 1
             return
@@ -300,7 +310,7 @@ class RunLoop:
             return
         value = self._vcpu.run64[_LONG_MMIO_DATA] & (1 << 8 * length) - 1
         word = self._slots[slot]
-        posted = word & WRITE_POSTED
+        posted = word & self._posted
         for size in _PIECES.get(length, (length,)):
             part = value & (1 << 8 * size) - 1
             if posted:

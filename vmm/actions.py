@@ -51,6 +51,12 @@ class GetFullConfig(Action):
     __slots__ = ()
 
 
+class GetVcpus(Action):
+    """GET /vcpus."""
+
+    __slots__ = ()
+
+
 class UpdateMachineConfig(Action):
     """PUT and PATCH /machine-config: what is None stays as it is."""
 

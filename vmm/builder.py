@@ -9,7 +9,7 @@ import zmq
 
 from ipc import faults
 from ipc.errors import IpcError
-from ipc.messages import BootRegisters, Configure, Route
+from ipc.messages import BootRegisters, ClockRead, ClockSet, Configure, ReadClock, Route, SetClock
 from ipc.plan import LaunchPlan
 from ipc.typed import Any, Callable, Sequence
 from vmm.boot.cmdline import Cmdline, complete
@@ -17,15 +17,18 @@ from vmm.boot.layout import ram_regions
 from vmm.boot.loader import KIND_BZIMAGE, load_kernel
 from vmm.console import ConsoleInput, ConsoleOutput, monotonic_bucket
 from vmm.devices.manager import DeviceManager
+from vmm.devices.routing import InterruptRouter
 from vmm.errors import VmmError, WorkerError
 from vmm.event_manager import EventManager
 from vmm.exits import ExitExecutor
+from vmm.ghosts import GhostForwarder
 from vmm.logger import DEBUG, LOG
 from vmm.memory import GuestMemory
+from vmm.placement import FORKED_AHEAD, Placement, PlacementError, decide, warning
 from vmm.resources import StartOptions, VmResources
 from vmm.supervisor import SupervisorClient
 from vmm.vmm import Vmm, end_workers
-from vmm.workers import Worker, WorkerDescriptors
+from vmm.workers import HELLO_TIMEOUT_NS, Worker, WorkerDescriptors
 
 MIB = 1 << 20
 # Values of StartOptions.console (vmm.cli.CONSOLES).
@@ -59,7 +62,7 @@ class MicrovmBuilder:
 
     def prepare(self) -> None:
         """Ask for worker 0 without waiting for it."""
-        self._worker(0).spawn()
+        self._worker(FORKED_AHEAD.worker).spawn(FORKED_AHEAD)
 
     def _worker(self, index: int) -> Worker:
         worker = self._workers.get(index)
@@ -87,14 +90,19 @@ class MicrovmBuilder:
     def _build(self, resources: VmResources, size: int, descriptor: int) -> Vmm:
         memory = GuestMemory(descriptor, size, ram_regions(size))
         try:
-            assembly = _Assembly(self._events, self._plan.microvm_id, memory, descriptor)
+            machine = resources.machine_config
+            placement = decide(machine.vcpu_placement, machine.vcpu_count, self._plan)
+            assembly = _Assembly(self._events, self._plan.microvm_id, memory, descriptor, placement)
         except (VmmError, IpcError, OSError):
             memory.close()
             raise
         vmm = assembly.vmm
+        if machine.vcpu_count > 1:
+            _log_placement(placement, self._plan)
         try:
             assembly.attach_devices(resources.options, self._plan)
             assembly.attach_console(resources, self._plan)
+            self._spawn_workers(placement)
             boot = load_boot_source(resources, memory, self._plan)
             faults.visit("vmm.kernel_loaded")
             self._start_workers(assembly, resources, boot)
@@ -108,23 +116,44 @@ class MicrovmBuilder:
             raise
         return vmm
 
-    def _start_workers(self, assembly: _Assembly, resources: VmResources, boot: BootRegisters) -> None:
-        count = resources.machine_config.vcpu_count
+    def _spawn_workers(self, placement: Placement) -> None:
+        """Ask for all workers at once. The one that was forked ahead is replaced if it does not fit."""
+        count = len(placement.groups)
         if count > self._plan.max_workers:
-            raise WorkerError(f"{count} vCPUs need more workers than the {self._plan.max_workers} of the launch plan.")
-        if count != 1:
-            raise WorkerError("More than one vCPU is not supported yet: set vcpu_count to 1.")
+            raise WorkerError(f"{count} workers are needed, the launch plan allows {self._plan.max_workers}.")
         workers = [self._worker(index) for index in range(count)]
+        unfit = [
+            worker for worker in workers if worker.alive and worker.assignment != placement.assignment(worker.index)
+        ]
+        for worker in unfit:
+            worker.wait_greeted()  # one that is only starting could not be asked to end in order
+            worker.finish()
         for worker in workers:
             if not worker.alive:
-                worker.spawn()
+                worker.spawn(placement.assignment(worker.index))
+        for worker in unfit:
+            if not worker.wait_ended(HELLO_TIMEOUT_NS):
+                raise WorkerError(f"The worker of vCPU {worker.index} cannot be replaced: it does not end.")
+            worker.spawn(placement.assignment(worker.index))
+
+    def _start_workers(self, assembly: _Assembly, resources: VmResources, boot: BootRegisters) -> None:
+        workers = [self._worker(index) for index in range(len(assembly.placement.groups))]
+        vcpu_count = resources.machine_config.vcpu_count
+        for worker in workers:
+            if not worker.alive:  # it died while the kernel was loaded
+                worker.spawn(assembly.placement.assignment(worker.index))
         for worker in workers:
             worker.wait_greeted()
+            if worker.max_vcpus < vcpu_count:
+                raise WorkerError(f"This host's KVM allows {worker.max_vcpus} vCPUs, not {vcpu_count}.")
         for worker in workers:
-            executor = assembly.executor(worker)
-            message = assembly.configuration(worker.index, resources, boot)
-            worker.configure(message, assembly.descriptors(worker.index, executor))
+            executors = assembly.executors(worker)
+            message = assembly.configuration(worker.assignment.vcpus, resources, boot)
+            worker.configure(message, assembly.descriptors(executors))
             assembly.vmm.attach_worker(worker)
+        assembly.connect(workers)
+        if vcpu_count > 1:
+            synchronise_clocks(workers)
 
     def close(self) -> None:
         """End workers that were never used and the ZeroMQ context."""
@@ -161,6 +190,27 @@ def load_boot_source(resources: VmResources, memory: GuestMemory, plan: LaunchPl
     return image.registers
 
 
+def synchronise_clocks(workers: Sequence[Worker]) -> None:
+    """Give all vCPUs of all workers one TSC and, as nearly as the host can, one kvmclock. Raises WorkerError."""
+    first, *others = workers
+    clock = first.request(ReadClock(), ClockRead)
+    if others and not clock.has_tsc_offset:
+        LOG.warn("This host's KVM cannot align the time stamp counters of several workers (Linux 5.16 can).")
+    pending = [(worker, worker.submit(SetClock(*clock))) for worker in others]
+    for worker, sequence in pending:
+        reached = worker.collect(sequence, ClockSet)
+        if reached.measured:
+            difference = -reached.nanoseconds if not reached.ahead else reached.nanoseconds
+            LOG.debug(f"The kvmclock of worker vcpu {worker.index} is {difference} ns ahead of that of worker vcpu 0.")
+
+
+def _log_placement(placement: Placement, plan: LaunchPlan) -> None:
+    groups = "/".join(",".join(map(str, group)) for group in placement.groups)
+    LOG.info(f"vCPU placement: {placement.kind} ({placement.reason}), workers {groups}")
+    if text := warning(placement, plan):
+        LOG.warn(text)
+
+
 class _Assembly:
     """The parts of one microVM while it is being put together."""
 
@@ -170,14 +220,17 @@ class _Assembly:
         microvm_id: str,
         memory: GuestMemory,
         memory_descriptor: int,
+        placement: Placement,
     ) -> None:
         self._memory = memory
         self._memory_descriptor = memory_descriptor
+        self.placement = placement
         self._workers: list[Worker] = []
+        self._router = InterruptRouter(self._workers, self._owner)
         self._output: ConsoleOutput | None = None
         devices = DeviceManager(transmit=self._transmit, reset=self._reset, set_routes=self._set_routes, log=LOG.warn)
         self.devices = devices
-        self.vmm = Vmm(microvm_id, events, memory, devices)
+        self.vmm = Vmm(microvm_id, events, memory, devices, placement)
 
     def _transmit(self, byte: int) -> None:
         if self._output is not None:
@@ -187,8 +240,18 @@ class _Assembly:
         self.vmm.stop(0)
 
     def _set_routes(self, routes: Sequence[Route], done: Callable[[], None]) -> None:
-        """Device interrupts are bound in the VM of the worker that owns the destination vCPU: with one, that one."""
-        self._workers[0].set_routes(routes, done)
+        """Device interrupts are bound in the VM of the worker that runs the destination vCPU."""
+        self._router.set_routes(routes, done)
+
+    def _owner(self, apic_id: int) -> int:
+        try:
+            return self.placement.owner(apic_id)
+        except PlacementError:
+            return -1
+
+    def connect(self, workers: Sequence[Worker]) -> None:
+        """Let the workers' ghosts reach the other workers."""
+        self.vmm.attach_ghosts(GhostForwarder(self.placement, workers, self.vmm.forwarding_failed))
 
     def attach_devices(self, options: StartOptions, plan: LaunchPlan) -> None:
         """Attach what the command line asks for beside the standard devices."""
@@ -221,13 +284,16 @@ class _Assembly:
             console_input.set_raw()
         self.vmm.attach_console(self._output, console_input)
 
-    def executor(self, worker: Worker) -> ExitExecutor:
-        """Make the exit ring of a worker's vCPU."""
+    def executors(self, worker: Worker) -> dict[int, ExitExecutor]:
+        """Make the exit rings of a worker's vCPUs."""
+        self._workers.append(worker)
+        return {vcpu: self._executor(worker, vcpu) for vcpu in worker.assignment.vcpus}
+
+    def _executor(self, worker: Worker, vcpu: int) -> ExitExecutor:
 
         def failed(text: str) -> None:
             worker.breach(f"exit ring: {text}")
 
-        self._workers.append(worker)
         executor = ExitExecutor(
             self.devices.ports,
             self.devices.mmio,
@@ -235,16 +301,16 @@ class _Assembly:
             after_batch=self.vmm.after_exits,
             failed=failed,
         )
-        self.vmm.attach_executor(executor)
+        self.vmm.attach_executor(vcpu, executor)
         return executor
 
-    def configuration(self, vcpu: int, resources: VmResources, boot: BootRegisters) -> Configure:
-        """Return the Configure message for the worker of ``vcpu``."""
+    def configuration(self, vcpus: tuple[int, ...], resources: VmResources, boot: BootRegisters) -> Configure:
+        """Return the Configure message for the worker of ``vcpus``."""
         machine = resources.machine_config
         return Configure(
             vcpu_count=machine.vcpu_count,
             smt=machine.smt,
-            vcpus=(vcpu,),
+            vcpus=vcpus,
             regions=self._memory.regions,
             memory_size=machine.mem_size_mib * MIB,
             boot=boot,
@@ -254,12 +320,15 @@ class _Assembly:
             track_dirty_pages=machine.track_dirty_pages,
         )
 
-    def descriptors(self, vcpu: int, executor: ExitExecutor) -> WorkerDescriptors:
-        """Return the descriptors that the worker of ``vcpu`` gets."""
+    def descriptors(self, executors: dict[int, ExitExecutor]) -> WorkerDescriptors:
+        """Return the descriptors that the worker with these vCPUs gets."""
         return WorkerDescriptors(
             guest_memory=self._memory_descriptor,
             memory_size=self._memory.size,
             device_page=self.devices.page_descriptor,
-            rings=((vcpu, executor.descriptor, executor.doorbell, executor.completion),),
+            rings=tuple(
+                (vcpu, executor.descriptor, executor.doorbell, executor.completion)
+                for vcpu, executor in executors.items()
+            ),
             interrupts=tuple((line.gsi, line.eventfd) for line in self.devices.interrupts),
         )

@@ -59,6 +59,9 @@ if TYPE_CHECKING:
         def send_ctrl_alt_del(self) -> None:
             """Type Ctrl-Alt-Del."""
 
+        def vcpu_report(self) -> list[JsonValue]:
+            """Return what GET /vcpus shows."""
+
 
 NOT_SUPPORTED_PREBOOT = "The requested operation is not supported before starting the microVM."
 NOT_SUPPORTED_POSTBOOT = "The requested operation is not supported after starting the microVM."
@@ -149,6 +152,7 @@ class RuntimeController:
             actions.GetMachineConfig: lambda _: resources.machine_config.to_json(),
             actions.GetFullConfig: lambda _: resources.to_json(),
             actions.FlushMetrics: lambda _: None,  # as with Firecracker when no metrics file is configured
+            actions.GetVcpus: self._get_vcpus,
             actions.SendCtrlAltDel: self._send_ctrl_alt_del,
             actions.Pause: self._pause,
             actions.Resume: self._resume,
@@ -164,6 +168,10 @@ class RuntimeController:
     def _get_instance_info(self, _action: actions.GetInstanceInfo) -> JsonValue:
         info = self.vmm.instance_info()
         return {"id": info.id, "state": info.state, "vmm_version": info.vmm_version, "app_name": info.app_name}
+
+    def _get_vcpus(self, _action: actions.GetVcpus) -> JsonValue:
+        with _prefixed("Internal VMM error"):
+            return self.vmm.vcpu_report()
 
     def _send_ctrl_alt_del(self, _action: actions.SendCtrlAltDel) -> None:
         with _prefixed("Internal VMM error"):

@@ -8,19 +8,19 @@ from __future__ import annotations
 import os
 
 from ipc.typed import TYPE_CHECKING, NamedTuple
+from vmm import placement
 from vmm.boot.cmdline import DEFAULT_COMMAND_LINE, Cmdline
 from vmm.boot.errors import CmdlineError
 from vmm.cli import CONSOLES, KERNEL_ENTRIES
 from vmm.errors import VmmError
 from vmm.files import FileOpenError, open_input, open_output
+from vmm.placement import PlacementError
 
 if TYPE_CHECKING:
     from vmm.api.text import JsonValue
     from vmm.cli import CommandLine
 
 MAX_SUPPORTED_VCPUS = 32
-#: As many vCPUs as a microVM can be started with now.
-MAX_STARTABLE_VCPUS = 1
 DEFAULT_MEM_SIZE_MIB = 128
 
 HUGE_PAGES_NONE = "None"
@@ -65,6 +65,7 @@ class MachineConfigUpdate(NamedTuple):
     cpu_template: str | None = None
     track_dirty_pages: bool | None = None
     huge_pages: str | None = None
+    vcpu_placement: str | None = None
 
 
 class MachineConfig(NamedTuple):
@@ -76,6 +77,7 @@ class MachineConfig(NamedTuple):
     cpu_template: str | None = None
     track_dirty_pages: bool = False
     huge_pages: str = HUGE_PAGES_NONE
+    vcpu_placement: str | None = None
 
     @property
     def mem_size_bytes(self) -> int:
@@ -97,6 +99,12 @@ class MachineConfig(NamedTuple):
             raise MachineConfigError(
                 "The memory size (MiB) is either 0, or not a multiple of the configured page size."
             )
+        placed = self.vcpu_placement if update.vcpu_placement is None else update.vcpu_placement
+        if placed is not None:
+            try:
+                placement.check(placed, vcpu_count)
+            except PlacementError as error:
+                raise MachineConfigError(str(error)) from None
         template = self.cpu_template if update.cpu_template is None else update.cpu_template
         return MachineConfig(
             vcpu_count,
@@ -105,11 +113,13 @@ class MachineConfig(NamedTuple):
             None if template == NO_CPU_TEMPLATE else template,
             self.track_dirty_pages if update.track_dirty_pages is None else update.track_dirty_pages,
             huge_pages,
+            placed,
         )
 
     def to_json(self) -> dict[str, JsonValue]:
-        """Return what GET /machine-config shows: the CPU template only if one was set."""
+        """Return what GET /machine-config shows: CPU template and vCPU placement only if they were set."""
         template: dict[str, JsonValue] = {} if self.cpu_template is None else {"cpu_template": self.cpu_template}
+        placed: dict[str, JsonValue] = {} if self.vcpu_placement is None else {"vcpu_placement": self.vcpu_placement}
         return {
             "vcpu_count": self.vcpu_count,
             "mem_size_mib": self.mem_size_mib,
@@ -117,6 +127,7 @@ class MachineConfig(NamedTuple):
             **template,
             "track_dirty_pages": self.track_dirty_pages,
             "huge_pages": self.huge_pages,
+            **placed,
         }
 
 
@@ -265,10 +276,6 @@ class VmResources:
         """Raise StartError if the configuration lacks something, or has something that cannot be started yet."""
         self.require_boot_source()
         machine = self.machine_config
-        if machine.vcpu_count > MAX_STARTABLE_VCPUS:
-            raise StartError(
-                f"vcpu_count {machine.vcpu_count} is not yet supported: a microVM has {MAX_STARTABLE_VCPUS} vCPU."
-            )
         if machine.cpu_template is not None:
             raise StartError(f"CPU templates are not yet supported: cpu_template is {machine.cpu_template}.")
         if machine.huge_pages != HUGE_PAGES_NONE:

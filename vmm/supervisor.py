@@ -20,6 +20,7 @@ from ipc.messages import (
     Spawned,
 )
 from ipc.plain import socket
+from ipc.plan import Assignment
 from ipc.typed import Any, Callable, TypeVar
 from vmm.errors import SupervisorError
 from vmm.event_manager import EventManager, EventOps, Events
@@ -104,9 +105,9 @@ class SupervisorClient:
         _, owned = self._replies.pop(sequence, (None, OwnedDescriptors()))
         owned.close()
 
-    def submit_spawn(self, worker: int) -> int:
-        """Ask for worker ``worker``; returns the number for :meth:`collect_spawn`."""
-        return self.submit(Spawn(worker))
+    def submit_spawn(self, assignment: Assignment) -> int:
+        """Ask for a worker; returns the number for :meth:`collect_spawn`."""
+        return self.submit(Spawn(*assignment))
 
     def collect_spawn(self, sequence: int) -> tuple[Spawned, OwnedDescriptors]:
         """Wait for a spawn; the descriptors are the pidfd and our end of the descriptor channel."""

@@ -5,19 +5,37 @@ from __future__ import annotations
 import time
 
 from ipc import exit_codes
-from ipc.messages import CellEnded, DumpCpuConfig, DumpedCpuConfig, Pause, Resume, SavedState, SaveState, VcpuExited
+from ipc.exit_ring import COUNTER_EXITS
+from ipc.messages import (
+    CellEnded,
+    DumpCpuConfig,
+    DumpedCpuConfig,
+    GhostRecovered,
+    GhostsReported,
+    Pause,
+    ReportGhosts,
+    Resume,
+    SavedState,
+    SaveState,
+    VcpuExited,
+)
 from ipc.plain import signal_name
-from ipc.typed import NamedTuple, Sequence
+from ipc.typed import TYPE_CHECKING, Any, NamedTuple, Sequence
 from vmm.black_box import describe_run_page
 from vmm.console import ConsoleInput, ConsoleOutput
 from vmm.devices.manager import DeviceManager
 from vmm.errors import DeviceError, StateError, VmmError, WorkerError
 from vmm.event_manager import EventManager, EventOps, Events
 from vmm.exits import ExitExecutor
+from vmm.ghosts import GhostForwarder
 from vmm.logger import LOG
 from vmm.memory import GuestMemory
+from vmm.placement import Placement
 from vmm.version import APP_NAME, FIRECRACKER_VERSION
 from vmm.workers import SECOND_NS, Worker
+
+if TYPE_CHECKING:
+    from vmm.api.text import JsonValue
 
 STATE_NOT_STARTED = "Not started"
 STATE_RUNNING = "Running"
@@ -28,6 +46,8 @@ HEARTBEAT_INTERVAL_NS = 1 * SECOND_NS
 STALL_AFTER_NS = 3 * SECOND_NS
 #: After a pause the exits of all vCPUs must have been executed; they are by then but for the last answer's tail.
 DRAIN_TIMEOUT_NS = 5 * SECOND_NS
+#: How long GET /vcpus waits for a worker's counters.
+REPORT_TIMEOUT_NS = 1 * SECOND_NS
 
 
 class InstanceInfo(NamedTuple):
@@ -52,13 +72,16 @@ class Vmm:
         events: EventManager,
         memory: GuestMemory,
         device_manager: DeviceManager,
+        placement: Placement,
     ) -> None:
         self._id = microvm_id
         self._events = events
         self.memory = memory
         self.device_manager = device_manager
+        self.placement = placement
         self.vcpus_handles: list[Worker] = []
-        self._executors: list[ExitExecutor] = []
+        self._executors: dict[int, ExitExecutor] = {}
+        self._ghosts: GhostForwarder | None = None
         self._subscriptions: list[int] = []
         self._console_output: ConsoleOutput | None = None
         self._console_input: ConsoleInput | None = None
@@ -83,10 +106,17 @@ class Vmm:
         worker.on_ended = self._worker_ended
         self.vcpus_handles.append(worker)
 
-    def attach_executor(self, executor: ExitExecutor) -> None:
+    def attach_executor(self, vcpu: int, executor: ExitExecutor) -> None:
         """Serve the exits of one vCPU."""
-        self._executors.append(executor)
+        self._executors[vcpu] = executor
         self._subscriptions.append(self._events.add_subscriber(executor))
+
+    def attach_ghosts(self, ghosts: GhostForwarder) -> None:
+        """Serve the ghosts of all workers."""
+        self._ghosts = ghosts
+        for worker in self.vcpus_handles:
+            worker.on_ghost_event = ghosts.handle
+            worker.on_ghost_recovered = self._ghost_recovered
 
     def attach_console(self, output: ConsoleOutput | None, console_input: ConsoleInput | None) -> None:
         """Connect the UART with the host."""
@@ -131,7 +161,49 @@ class Vmm:
 
     def exit_counters(self) -> dict[int, tuple[int, ...]]:
         """Return each vCPU's exit counters, in the order of ``ipc.exit_ring.COUNTER_NAMES``."""
-        return {vcpu: executor.counters() for vcpu, executor in enumerate(self._executors)}
+        return {vcpu: executor.counters() for vcpu, executor in sorted(self._executors.items())}
+
+    def vcpu_report(self) -> list[JsonValue]:
+        """Return what GET /vcpus shows: one record per vCPU, in order of their indices.
+
+        ``exits`` are those that were answered until the last heartbeat. ``ghosts`` are those of the vCPU's worker
+        (its other vCPUs show the same); null if the worker does not answer.
+        """
+        ghosts = self._ghost_counters()
+        return [
+            {
+                "index": vcpu,
+                "worker": worker.index,
+                "pid": worker.pid,
+                "placement": self.placement.kind,
+                "state": "stalled" if worker.index in self._stalled else worker.state.value,
+                "exits": self._executors[vcpu].counters()[COUNTER_EXITS],
+                "ghosts": ghosts.get(worker.index),
+            }
+            for vcpu, worker in self._by_vcpu()
+        ]
+
+    def _ghost_counters(self) -> dict[int, JsonValue]:
+        """Ask every worker for the counters of its ghosts; one that does not answer soon is left out."""
+        counters: dict[int, JsonValue] = {}
+        asked = 0
+        for worker in self.vcpus_handles:
+            if not worker.assignment.ghosts:
+                counters[worker.index] = []
+                continue
+
+            def answered(reply: Any, index: int = worker.index) -> None:
+                if isinstance(reply, GhostsReported):
+                    counters[index] = [each._asdict() for each in reply.ghosts]
+
+            try:
+                worker.submit(ReportGhosts(), answered)
+                asked += 1
+            except VmmError:
+                pass  # it has failed or ended, which its state says
+        wanted = len(counters) + asked
+        self._events.run_until(lambda: len(counters) >= wanted, time.monotonic_ns() + REPORT_TIMEOUT_NS)
+        return dict(counters)  # an answer that comes too late changes nothing any more
 
     # ------------------------------------------------------------ operations
 
@@ -156,25 +228,38 @@ class Vmm:
             self._kvmclock_ctrl_failures += worker.collect_pause(sequence)
 
         def drained() -> bool:
-            return self._shutdown_exit_code is not None or all(executor.idle for executor in self._executors)
+            return self._shutdown_exit_code is not None or all(executor.idle for executor in self._executors.values())
 
         if not self._events.run_until(drained, time.monotonic_ns() + DRAIN_TIMEOUT_NS):
-            for worker, executor in zip(self.vcpus_handles, self._executors, strict=True):
-                if not executor.idle:
+            for vcpu, worker in self._by_vcpu():
+                if not self._executors[vcpu].idle:
                     worker.breach("it says that it is paused and has exits open")
             raise WorkerError("The exits of the paused vCPUs were not executed in time.")
+        self._park_ghosts()
         self._require_alive()
         self._state = STATE_PAUSED
+
+    def _park_ghosts(self) -> None:
+        """Let what is on its way between workers arrive; afterwards the LAPICs of the real vCPUs hold all of it.
+
+        Every vCPU is parked, so nothing new is sent; a worker answers when its ghosts are empty and what they held was
+        forwarded, which the controller confirms only when it has arrived.
+        """
+        if len(self.vcpus_handles) < 2:
+            return
+        pending = [(worker, worker.park_ghosts()) for worker in self.vcpus_handles]
+        for worker, sequence in pending:
+            worker.collect_parked_ghosts(sequence)
 
     def save_state(self) -> list[SavedState]:
         """Return the complete state of every vCPU. Raises StateError unless paused, WorkerError."""
         self._require_paused("save_state")
-        return [worker.request(SaveState(worker.index), SavedState) for worker in self.vcpus_handles]
+        return [worker.request(SaveState(vcpu), SavedState) for vcpu, worker in self._by_vcpu()]
 
     def dump_cpu_config(self) -> list[DumpedCpuConfig]:
         """Return CPUID and MSRs of every vCPU. Raises StateError unless paused, WorkerError."""
         self._require_paused("dump_cpu_config")
-        return [worker.request(DumpCpuConfig(worker.index), DumpedCpuConfig) for worker in self.vcpus_handles]
+        return [worker.request(DumpCpuConfig(vcpu), DumpedCpuConfig) for vcpu, worker in self._by_vcpu()]
 
     def send_ctrl_alt_del(self) -> None:
         """Type Ctrl-Alt-Del on the guest's keyboard (PUT /actions SendCtrlAltDel). Raises DeviceError."""
@@ -187,6 +272,9 @@ class Vmm:
             LOG.info("Vmm is stopping.")
         if not self._shutdown_exit_code:
             self._shutdown_exit_code = exit_code
+
+    def _by_vcpu(self) -> list[tuple[int, Worker]]:
+        return sorted((vcpu, worker) for worker in self.vcpus_handles for vcpu in worker.assignment.vcpus)
 
     def _require_alive(self) -> None:
         if self._shutdown_exit_code is not None:
@@ -232,9 +320,24 @@ class Vmm:
         self.stop(code)
 
     def _report_black_box(self, worker: Worker) -> None:
-        page = worker.run_page(worker.index)
-        if page is not None:
-            LOG.error(f"vCPU {worker.index}: {describe_run_page(page)}")
+        for vcpu in worker.assignment.vcpus:
+            page = worker.run_page(vcpu)
+            if page is not None:
+                LOG.error(f"vCPU {vcpu}: {describe_run_page(page)}")
+
+    def _ghost_recovered(self, worker: Worker, event: GhostRecovered) -> None:
+        text = f"Worker vcpu {worker.index}: {event.text}."
+        if not event.fatal:
+            LOG.warn(text)
+        elif self._shutdown_exit_code is None:
+            LOG.error(text)
+            self.stop(exit_codes.GENERIC_ERROR)
+
+    def forwarding_failed(self, text: str) -> None:
+        """An interrupt between vCPUs was lost: the guest cannot go on."""
+        if self._shutdown_exit_code is None:
+            LOG.error(text)
+            self.stop(exit_codes.GENERIC_ERROR)
 
     # ------------------------------------------------------------ heartbeat
 
@@ -286,7 +389,7 @@ class Vmm:
         self._closed = True
         try:
             end_workers(self.vcpus_handles)
-            for executor in self._executors:
+            for executor in self._executors.values():
                 executor.drain()
             self.flush_console()
         finally:
@@ -297,8 +400,10 @@ class Vmm:
             self._events.remove_subscriber(subscription)
         for worker in self.vcpus_handles:
             worker.close()
-        for executor in self._executors:
+        for executor in self._executors.values():
             executor.close()
+        if self._ghosts is not None:
+            self._ghosts.close()
         if self._console_input is not None:
             self._console_input.close()
         if self._console_output is not None:

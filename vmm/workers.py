@@ -19,7 +19,11 @@ from ipc.messages import (
     Configured,
     Failed,
     Finish,
+    GhostEvent,
+    GhostRecovered,
+    GhostsParked,
     Hello,
+    ParkGhosts,
     Pause,
     Paused,
     Ping,
@@ -33,7 +37,7 @@ from ipc.messages import (
     Welcome,
 )
 from ipc.plain import signal, signal_name, socket
-from ipc.plan import LaunchPlan, endpoint
+from ipc.plan import Assignment, LaunchPlan, endpoint
 from ipc.typed import Any, Callable, Sequence, TypeVar
 from vmm import handover
 from vmm.errors import MicrovmEndedError, StateError, SupervisorError, VmmError, WorkerError
@@ -70,15 +74,20 @@ class Worker:
         supervisor: SupervisorClient,
     ) -> None:
         self.index = index
+        #: What it was forked for, or will be.
+        self.assignment = Assignment(index, (index,), ())
         self.state = WorkerState.ABSENT
         self.pid = 0
         self.tsc_khz = 0
+        self.max_vcpus = 0
         self.ended: CellEnded | None = None
         self.vcpu_exit: VcpuExited | None = None
         self.failure = ""
         self.on_vcpu_exited: Callable[[Worker, VcpuExited], None]
         self.on_failed: Callable[[Worker, str], None]
         self.on_ended: Callable[[Worker, CellEnded], None]
+        self.on_ghost_event: Callable[[Worker, GhostEvent], None]
+        self.on_ghost_recovered: Callable[[Worker, GhostRecovered], None]
         self._forget_owner()
         self._plan = plan
         self._context = context
@@ -111,6 +120,8 @@ class Worker:
         self.on_vcpu_exited = lambda worker, event: None
         self.on_failed = lambda worker, text: None
         self.on_ended = lambda worker, notice: None
+        self.on_ghost_event = lambda worker, event: worker.breach("a ghost event before it was configured")
+        self.on_ghost_recovered = lambda worker, event: None
 
     # ------------------------------------------------------------ spawn and handshake
 
@@ -126,19 +137,20 @@ class Worker:
             raise WorkerError(f"The worker of vCPU {self.index} cannot be started: {error}") from None
         self._subscription = self._events.add_subscriber(self)
 
-    def spawn(self) -> None:
+    def spawn(self, assignment: Assignment | None = None) -> None:
         """Ask the supervisor for the process; does not wait, a refusal shows in :meth:`wait_greeted`.
 
         Raises WorkerError or SupervisorError when it cannot even be asked.
         """
         if self._channel is None:
             self.bind()
+        self.assignment = assignment or self.assignment
         self.ended = self.vcpu_exit = None
         self.failure = ""
         self.pid = 0
         self._kill_wanted = False
         self._forget_owner()
-        self._spawn_request = self._supervisor.submit_spawn(self.index)
+        self._spawn_request = self._supervisor.submit_spawn(self.assignment)
         self._move(WorkerEvent.SPAWN)
 
     def _spawn_answered(self) -> bool:
@@ -228,6 +240,10 @@ class Worker:
             if self.vcpu_exit is None:
                 self.vcpu_exit = message
                 self.on_vcpu_exited(self, message)
+        elif isinstance(message, GhostEvent):
+            self.on_ghost_event(self, message)
+        elif isinstance(message, GhostRecovered) and message.vcpu in self.assignment.ghosts:
+            self.on_ghost_recovered(self, message)
         else:
             self.breach(f"{type(message).__name__} that nobody asked for")
 
@@ -240,6 +256,7 @@ class Worker:
             self._fail(f"The KVM API version is {hello.kvm_api_version}, not {KVM_API_VERSION}.")
             return
         self._vcpu_mmap_size = hello.vcpu_mmap_size
+        self.max_vcpus = hello.max_vcpus
         self._channel.unlink()
         self._move(WorkerEvent.HELLO)
         try:
@@ -393,6 +410,16 @@ class Worker:
             raise self._error() from None
         self._arrive(WorkerEvent.CONFIGURED)
 
+    def send_descriptor(self, message: Any, descriptor: int) -> None:
+        """Hand a descriptor over after Configure, ahead of the command that needs it. Not to one that has ended."""
+        if self._descriptors is None or not self.alive or self.state is WorkerState.FAILED:
+            return
+        try:
+            self._descriptors.send(message, fds=(descriptor,))
+        except IpcError as error:
+            if not self._has_exited(DYING_MS):  # else the supervisor is about to say how it ended, and that counts
+                self.breach(str(error))
+
     def _wait_if_exited(self) -> None:
         if self.alive and self._has_exited(DYING_MS):
             self._events.run_until(lambda: not self.alive, time.monotonic_ns() + FINISH_TIMEOUT_NS)
@@ -421,6 +448,14 @@ class Worker:
         paused = self.collect(sequence, Paused)
         self._arrive(WorkerEvent.PAUSED)
         return paused.kvmclock_ctrl_failures
+
+    def collect_parked_ghosts(self, sequence: int) -> int:
+        """Wait for a submitted ParkGhosts; return how many ghosts had held something."""
+        return self.collect(sequence, GhostsParked).drained
+
+    def park_ghosts(self) -> int:
+        """Ask for the ghosts to be parked; returns the number for :meth:`collect_parked_ghosts`."""
+        return self.submit(ParkGhosts())
 
     def set_routes(self, routes: Sequence[Route], done: Callable[[], None]) -> None:
         """Send routes; ``done`` is called when they are in force (never, if the worker fails)."""
@@ -488,7 +523,7 @@ class Worker:
         except OSError:
             self._supervisor.signal(self.index, signal.SIGKILL)
 
-    def wait_ended(self) -> bool:
+    def wait_ended(self, timeout_ns: int = FINISH_TIMEOUT_NS) -> bool:
         """Wait until the supervisor has reaped the worker; kill it when the time is over."""
 
         def ended() -> bool:
@@ -497,10 +532,10 @@ class Worker:
         def ended_or_answered() -> bool:
             return ended() or bool(self._spawn_request and self._spawn_answered())
 
-        self._events.run_until(ended_or_answered, time.monotonic_ns() + FINISH_TIMEOUT_NS)
+        self._events.run_until(ended_or_answered, time.monotonic_ns() + timeout_ns)
         if not ended():
             self.kill()
-            self._events.run_until(ended, time.monotonic_ns() + FINISH_TIMEOUT_NS)
+            self._events.run_until(ended, time.monotonic_ns() + timeout_ns)
         return not self.alive
 
     def _close_channel(self) -> None:

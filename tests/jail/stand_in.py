@@ -29,7 +29,7 @@ from ipc.messages import (  # noqa: E402
     SignalCell,
     Spawn,
 )
-from ipc.plan import LaunchPlan  # noqa: E402
+from ipc.plan import Assignment, LaunchPlan  # noqa: E402
 from jailer import cli, launch, main, settings, template  # noqa: E402
 from jailer.errors import JailerError  # noqa: E402
 
@@ -71,7 +71,7 @@ class Client:
 
 def idle(plan: LaunchPlan, client: Client) -> int:
     """Spawn a worker, then wait for the end."""
-    say(f"spawned {client.ask(Spawn(0)).worker}")
+    say(f"spawned {client.ask(Spawn(0, (0,), ())).worker}")
     while True:
         message = client.notice()
         if isinstance(message, Shutdown):
@@ -83,7 +83,7 @@ def idle(plan: LaunchPlan, client: Client) -> int:
 
 def one_worker(plan: LaunchPlan, client: Client) -> int:
     """Spawn a worker, report how it ends, end."""
-    client.ask(Spawn(0))
+    client.ask(Spawn(0, (0,), ()))
     message = client.notice()
     say(f"ended {message.worker} status={message.status} signal={message.signal} wall={message.wall!r}")
     return 0
@@ -92,7 +92,13 @@ def one_worker(plan: LaunchPlan, client: Client) -> int:
 def greedy(plan: LaunchPlan, client: Client) -> int:
     """Ask for more than the plan allows."""
     # The schema refuses what no plan could allow, so the plan's own bounds are asked for one below.
-    for request in (Spawn(0), Spawn(0), Spawn(plan.max_workers - 1), SignalCell(0, signal.SIGUSR1), SignalCell(7, 9)):
+    for request in (
+        Spawn(0, (0,), ()),
+        Spawn(0, (0,), ()),
+        Spawn(plan.max_workers - 1, (0,), ()),
+        SignalCell(0, signal.SIGUSR1),
+        SignalCell(7, 9),
+    ):
         reply = client.ask(request)
         say(f"{type(request).__name__} {request[0]} -> {type(reply).__name__} {getattr(reply, 'code', '')}")
     for size in (4096, plan.max_memory_bytes):
@@ -119,12 +125,12 @@ def memory(plan: LaunchPlan, client: Client) -> int:
 
 def signals(plan: LaunchPlan, client: Client) -> int:
     """Stop, continue and kill a worker."""
-    client.ask(Spawn(0))
+    client.ask(Spawn(0, (0,), ()))
     for number in (signal.SIGSTOP, signal.SIGCONT, signal.SIGKILL):
         say(f"{number.name} -> {type(client.ask(SignalCell(0, number))).__name__}")
     message = client.notice()
     say(f"ended signal={message.signal}")
-    again = client.ask(Spawn(0))
+    again = client.ask(Spawn(0, (0,), ()))
     say(f"again -> {type(again).__name__}")
     return 0
 
@@ -221,14 +227,14 @@ def vmm(plan: LaunchPlan, channel: socket.socket, seal: template.Seal) -> int:
     return CONTROLLERS.get(name, idle)(plan, Client(channel, plan))
 
 
-def vcpu(plan: LaunchPlan, index: int, channel: socket.socket, kvm_fd: int, seal: template.Seal) -> int:
+def vcpu(plan: LaunchPlan, assignment: Assignment, channel: socket.socket, kvm_fd: int, seal: template.Seal) -> int:
     name = _behaviours(plan)[1]
     if name in BEFORE_SEAL:
         code = BEFORE_SEAL[name]()
         if code is not None:
             return code
     seal()
-    say(f"worker {index} sealed")
+    say(f"worker {assignment.worker} sealed")
     return WORKERS.get(name, wait)(channel)
 
 

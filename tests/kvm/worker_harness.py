@@ -43,7 +43,7 @@ from ipc.messages import (
     Welcome,
     Window,
 )
-from ipc.plan import LaunchPlan, endpoint
+from ipc.plan import Assignment, LaunchPlan, endpoint
 from tests.guests.build import build
 from vcpu_worker import main
 
@@ -216,7 +216,7 @@ class Controller:
             self._upper.close()
             os.close(ready_write)
             os.read(ready_read, 1)
-            status = main.run(self.plan, 0, lower, kvm_fd, seal)
+            status = main.run(self.plan, Assignment(0, (0,), ()), lower, kvm_fd, seal)
         finally:
             os._exit(status)
 

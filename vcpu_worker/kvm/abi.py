@@ -44,6 +44,7 @@ CLOCK_SIZE = 48
 MP_STATE_SIZE = 4
 IOEVENTFD_SIZE = 64
 ENABLE_CAP_SIZE = 104
+GUEST_DEBUG_SIZE = 72
 
 # /dev/kvm
 KVM_GET_API_VERSION = _io(0x00)
@@ -80,6 +81,7 @@ KVM_SET_CPUID2 = _iow(0x90, 8)
 KVM_GET_CPUID2 = _iowr(0x91, 8)
 KVM_GET_MP_STATE = _ior(0x98, MP_STATE_SIZE)
 KVM_SET_MP_STATE = _iow(0x99, MP_STATE_SIZE)
+KVM_SET_GUEST_DEBUG = _iow(0x9B, GUEST_DEBUG_SIZE)
 KVM_GET_VCPU_EVENTS = _ior(0x9F, VCPU_EVENTS_SIZE)
 KVM_SET_VCPU_EVENTS = _iow(0xA0, VCPU_EVENTS_SIZE)
 KVM_GET_DEBUGREGS = _ior(0xA1, DEBUGREGS_SIZE)
@@ -267,6 +269,15 @@ DEVICE_ATTR = Struct("<IIQQ")
 VCPU_TSC_CTRL = 0
 VCPU_TSC_OFFSET = 0
 
+#: control pad debugreg[8]
+GUEST_DEBUG = Struct("<II8Q")
+GUESTDBG_ENABLE = 1
+GUESTDBG_SINGLESTEP = 2
+GUESTDBG_USE_HW_BP = 0x20000
+#: clock flags pad realtime host_tsc pad[4]
+CLOCK_DATA = Struct("<QIIQQ16x")
+CLOCK_REALTIME = 4
+
 MP_STATE = Struct("<I")
 MP_STATE_RUNNABLE = 0
 MP_STATE_UNINITIALIZED = 1
@@ -282,9 +293,13 @@ assert CPUID2_HEADER.size == 8 and CPUID_ENTRY2.size == 40
 assert MSRS_HEADER.size == 8 and MSR_ENTRY.size == 16
 assert IRQ_ROUTING_HEADER.size == 8 and IRQ_ROUTING_ENTRY_MSI.size == 48
 assert MSI.size == 32 and IRQFD.size == 32 and IOEVENTFD.size == IOEVENTFD_SIZE
+assert GUEST_DEBUG.size == GUEST_DEBUG_SIZE and CLOCK_DATA.size == CLOCK_SIZE
 assert DEVICE_ATTR.size == 24 and MP_STATE.size == MP_STATE_SIZE
 
 # Registers of the local APIC page (KVM_GET_LAPIC), offsets in bytes.
+#: In-service and interrupt request registers: eight words of 32 bits each, 16 bytes apart.
+APIC_ISR = 0x100
+APIC_IRR = 0x200
 APIC_LVT_LINT0 = 0x350
 APIC_LVT_LINT1 = 0x360
 APIC_MODE_NMI = 4

@@ -18,6 +18,9 @@ from vcpu_worker.kvm.ioctl import ioctl_buffer, ioctl_integer
 from vcpu_worker.kvm.system import EINTR, pack_cpuid, unpack_cpuid
 from vcpu_worker.kvm.vm import KvmVm
 
+#: DR7: breakpoint 0 is on, for execution (its type and length bits are zero); bit 10 is always set.
+_BREAK_ON_EXECUTION = 0x402
+
 
 class KvmVcpu:
     """One vCPU and its mapped kvm_run page, seen as bytes, 32-bit and 64-bit words."""
@@ -153,6 +156,15 @@ class KvmVcpu:
     def set_xsave(self, value: bytes) -> None:
         """The XSAVE area as get_xsave returned it."""
         self._set(abi.KVM_SET_XSAVE, value, self._xsave_size)
+
+    def set_guest_debug(self, control: int, breakpoint: int | None = None) -> None:
+        """KVM_SET_GUEST_DEBUG; ``breakpoint`` is a linear address where execution stops before the instruction."""
+        registers = [0] * 8
+        if breakpoint is not None:
+            control |= abi.GUESTDBG_USE_HW_BP
+            registers[0], registers[7] = breakpoint, _BREAK_ON_EXECUTION
+        value = abi.GUEST_DEBUG.pack(control, 0, *registers)
+        self._set(abi.KVM_SET_GUEST_DEBUG, value, abi.GUEST_DEBUG_SIZE)
 
     # ------------------------------------------------------------ CPUID, MSRs
 

@@ -99,6 +99,10 @@ class KvmVm:
         ioctl_buffer(self.descriptor, abi.KVM_GET_CLOCK, buffer)
         return bytes(buffer)
 
+    def set_clock(self, clock: int, realtime: int = 0, flags: int = 0) -> None:
+        """KVM_SET_CLOCK: kvmclock in ns; with CLOCK_REALTIME in ``flags`` it was that at ``realtime``."""
+        ioctl_buffer(self.descriptor, abi.KVM_SET_CLOCK, bytearray(abi.CLOCK_DATA.pack(clock, flags, 0, realtime, 0)))
+
     # ------------------------------------------------------------ interrupts
 
     @property

@@ -60,6 +60,7 @@ MACHINE_CONFIG = Object(
     Field("cpu_template", Option(_CPU_TEMPLATE)),
     Field("track_dirty_pages", BOOLEAN, False),
     Field("huge_pages", _HUGE_PAGES, HUGE_PAGES_NONE),
+    Field("vcpu_placement", Option(STRING), extension=True),
 )
 _MACHINE_CONFIG_UPDATE = Object(
     "MachineConfigUpdate",
@@ -70,6 +71,7 @@ _MACHINE_CONFIG_UPDATE = Object(
     Field("cpu_template", Option(_CPU_TEMPLATE)),
     Field("track_dirty_pages", Option(BOOLEAN)),
     Field("huge_pages", Option(_HUGE_PAGES)),
+    Field("vcpu_placement", Option(STRING), extension=True),
 )
 BOOT_SOURCE = Object(
     "BootSourceConfig",
@@ -166,6 +168,7 @@ _WITHOUT_BODY: dict[tuple[str, str], Callable[[list[str]], ParsedRequest | None]
     ("GET", "version"): lambda _rest: ParsedRequest(actions.GetVersion()),
     ("GET", "machine-config"): lambda _rest: ParsedRequest(actions.GetMachineConfig()),
     ("GET", "vm"): _get_vm,
+    ("GET", "vcpus"): lambda rest: None if rest else ParsedRequest(actions.GetVcpus()),
 }
 _WITH_BODY: dict[tuple[str, str], Callable[[bytes, list[str]], ParsedRequest]] = {
     ("PUT", "actions"): _put_actions,

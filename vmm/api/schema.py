@@ -193,12 +193,16 @@ REQUIRED: Final[Any] = object()
 
 
 class Field:
-    """A field of an object: key, type, and what stands for it when it is absent (``REQUIRED``: an error)."""
+    """A field of an object: key, type, and what stands for it when it is absent (``REQUIRED``: an error).
 
-    __slots__ = ("key", "type", "default")
+    An ``extension`` is a field that Firecracker does not have: lists of the known fields leave it out.
+    """
 
-    def __init__(self, key: str, type_: Type[Any], default: Any = REQUIRED) -> None:
+    __slots__ = ("key", "type", "default", "extension")
+
+    def __init__(self, key: str, type_: Type[Any], default: Any = REQUIRED, *, extension: bool = False) -> None:
         self.key = key
+        self.extension = extension
         self.type = type_
         self.default = None if default is REQUIRED and isinstance(type_, Option) else default
 
@@ -209,7 +213,7 @@ class Object(Generic[T]):
     ``name`` is the name of Firecracker's type, which errors show. Unknown keys are refused unless ``ignore_unknown``.
     """
 
-    __slots__ = ("name", "build", "fields", "ignore_unknown", "_by_key")
+    __slots__ = ("name", "build", "fields", "ignore_unknown", "_by_key", "_known")
 
     def __init__(self, name: str, build: Callable[..., T], *fields: Field, ignore_unknown: bool = False) -> None:
         self.name = name
@@ -217,6 +221,7 @@ class Object(Generic[T]):
         self.fields = fields
         self.ignore_unknown = ignore_unknown
         self._by_key = {field.key: number for number, field in enumerate(fields)}
+        self._known = tuple(field.key for field in fields if not field.extension)
 
     def decode(self, reader: Reader) -> T:
         """Consume an object."""
@@ -238,7 +243,7 @@ class Object(Generic[T]):
             number = self._by_key.get(key)
             if number is None:
                 if not self.ignore_unknown:
-                    raise UnplacedError(f"unknown field `{key}`, {one_of(tuple(self._by_key), 'fields')}")
+                    raise UnplacedError(f"unknown field `{key}`, {one_of(self._known, 'fields')}")
                 reader.colon()
                 reader.value()
                 continue

@@ -51,6 +51,10 @@ class FakeVmm:
         self._call("resume")
         self.state = "Running"
 
+    def vcpu_report(self) -> list[Any]:
+        self._call("vcpus")
+        return [{"index": 0, "state": "running"}]
+
     def send_ctrl_alt_del(self) -> None:
         self._call("ctrl-alt-del")
 

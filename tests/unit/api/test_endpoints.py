@@ -400,7 +400,6 @@ def test_a_failed_start_leaves_everything_configurable(api, kernel):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vcpu_count": 2}, "vcpu_count 2 is not yet supported: a microVM has 1 vCPU."),
         ({"cpu_template": "T2"}, "CPU templates are not yet supported: cpu_template is T2."),
         ({"huge_pages": "2M"}, "Huge pages are not yet supported: huge_pages is 2M."),
     ],
@@ -498,3 +497,40 @@ def test_bodies_are_compact_json(api):
     body = api.raw("PUT", "/foo", b"{}").partition(b"\r\n\r\n")[2]
     assert body == b'{"fault_message":"Invalid request method and/or path: PUT foo."}'
     assert json.loads(api.raw("GET", '/"\n', None).partition(b"\r\n\r\n")[2])
+
+
+def test_vcpus_cannot_be_shown_before_the_start(api):
+    assert api.fault("GET", "/vcpus") == PREBOOT
+
+
+def test_vcpus_are_shown_once_the_microvm_runs(running):
+    assert running.send("GET", "/vcpus") == (200, [{"index": 0, "state": "running"}])
+    assert running.fault("GET", "/vcpus/0") == "Invalid request method and/or path: GET vcpus."
+
+
+@pytest.mark.parametrize("placement", ["Automatic", "Split", "Grouped", "0,1/2,3", "3/2,1,0"])
+def test_a_vcpu_placement_is_shown_only_if_it_was_set(api, placement):
+    shown = api.send("GET", "/machine-config")[1]
+    assert "vcpu_placement" not in shown
+    assert (
+        api.send("PUT", "/machine-config", {"vcpu_count": 4, "mem_size_mib": 128, "vcpu_placement": placement})[0]
+        == 204
+    )
+    assert api.send("GET", "/machine-config")[1] == {**shown, "vcpu_count": 4, "vcpu_placement": placement}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vcpu_placement": "0,1"}, "The vCPU placement must name each vCPU from 0 to 3 exactly once."),
+        ({"vcpu_placement": "split"}, None),
+        ({"vcpu_placement": "0/1/2/3/4"}, "The vCPU placement must name each vCPU from 0 to 3 exactly once."),
+        ({"vcpu_count": 2}, "The vCPU placement must name each vCPU from 0 to 1 exactly once."),
+    ],
+)
+def test_an_impossible_placement_changes_nothing(api, change, message):
+    body = {"vcpu_count": 4, "mem_size_mib": 128, "vcpu_placement": "0,1/2,3"}
+    assert api.send("PUT", "/machine-config", body)[0] == 204
+    message = message or "The vCPU placement is Automatic, Split, Grouped, or groups of vCPU numbers such as 0,1/2,3."
+    assert api.fault("PATCH", "/machine-config", change) == f"Machine config error: {message}"
+    assert api.send("GET", "/machine-config")[1]["vcpu_placement"] == "0,1/2,3"

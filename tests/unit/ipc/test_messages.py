@@ -54,6 +54,26 @@ KINDS = {
         18: "Finish",
         19: "Finished",
         20: "VcpuExited",
+        21: "GhostEvent",
+        22: "GhostEventDone",
+        23: "Noted",
+        24: "PlaceStub",
+        25: "StubPlaced",
+        26: "StartVcpu",
+        27: "RaiseInterrupt",
+        28: "InterruptRaised",
+        29: "OpenIpiTarget",
+        30: "OpenIpiSource",
+        31: "IpiPathOpen",
+        32: "ParkGhosts",
+        33: "GhostsParked",
+        34: "ReadClock",
+        35: "ClockRead",
+        36: "SetClock",
+        37: "ClockSet",
+        38: "ReportGhosts",
+        39: "GhostsReported",
+        40: "GhostRecovered",
     },
     "supervisor": {
         1: "Failed",
@@ -72,6 +92,7 @@ KINDS = {
         3: "ExitRing",
         4: "Interrupt",
         5: "VcpuDescriptor",
+        6: "IpiPath",
     },
 }
 
@@ -147,7 +168,7 @@ def test_wrong_values_are_not_sent(schema, field):
 
 def test_messages_of_another_channel_are_refused():
     with pytest.raises(MessageError, match="not a message of this channel"):
-        encode(WORKER, Envelope(1, 1, 0, 0, Spawn(0)))
+        encode(WORKER, Envelope(1, 1, 0, 0, Spawn(0, (0,), ())))
     for kind in (-1, 0, 21, 255, 256, True, 1.0, None, "1", b"1", [], [1], 1 << 63):
         with pytest.raises(MessageError):
             decode(WORKER, msgpack.packb((PROTOCOL_VERSION, 1, 1, 0, 0, kind, ())))

@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from ipc.messages import CellEnded, CreateMemory, MemoryCreated, Shutdown, SignalCell, Spawn, Spawned
+from ipc.plan import Assignment
 from tests.unit.vmm.standins import MEMORY_SIZE, Controller, is_close_on_exec, open_descriptors
 from vmm import supervisor as supervisor_module
 from vmm.errors import SupervisorError
@@ -27,7 +28,7 @@ def make(tmp_path):
 
 
 def collected_spawn(controller: Controller):
-    request = controller.supervisor.submit_spawn(0)
+    request = controller.supervisor.submit_spawn(Assignment(0, (0,), ()))
     return controller.supervisor.collect_spawn(request)
 
 

@@ -31,6 +31,7 @@ from vmm.exits import ExitExecutor
 from vmm.handover import WorkerDescriptors
 from vmm.logger import LOG
 from vmm.memory import GuestMemory
+from vmm.placement import Placement
 from vmm.vmm import Vmm
 
 COM1 = 0x3F8
@@ -55,7 +56,7 @@ class Machine:
             set_routes=self.worker.set_routes,
             log=LOG.warn,
         )
-        self.vmm = Vmm("standin", self.events, memory, self.devices)
+        self.vmm = Vmm("standin", self.events, memory, self.devices, Placement("Split", ((0,),), "test"))
         self.vmm.attach_console(self.output, None)
         self.executor = ExitExecutor(
             self.devices.ports,
@@ -64,7 +65,7 @@ class Machine:
             after_batch=self.vmm.after_exits,
             failed=lambda text: self.worker.breach(f"exit ring: {text}"),
         )
-        self.vmm.attach_executor(self.executor)
+        self.vmm.attach_executor(0, self.executor)
         self.controller.greeted()
         message = configure_message(ports=self.devices.ports.windows(), mmio=self.devices.mmio.windows())
         ring = self.executor.descriptor, self.executor.doorbell, self.executor.completion

@@ -26,6 +26,8 @@ STRUCTURE_SIZES = {
     "IOEVENTFD": "sizeof(struct kvm_ioeventfd)",
     "DEVICE_ATTR": "sizeof(struct kvm_device_attr)",
     "MP_STATE": "sizeof(struct kvm_mp_state)",
+    "GUEST_DEBUG": "sizeof(struct kvm_guest_debug)",
+    "CLOCK_DATA": "sizeof(struct kvm_clock_data)",
 }
 
 CONSTANTS = {
@@ -37,6 +39,11 @@ CONSTANTS = {
     "DEBUGREGS_SIZE": "sizeof(struct kvm_debugregs)",
     "XSAVE_SIZE": "sizeof(struct kvm_xsave)",
     "XCRS_SIZE": "sizeof(struct kvm_xcrs)",
+    "GUEST_DEBUG_SIZE": "sizeof(struct kvm_guest_debug)",
+    "GUESTDBG_ENABLE": "KVM_GUESTDBG_ENABLE",
+    "GUESTDBG_SINGLESTEP": "KVM_GUESTDBG_SINGLESTEP",
+    "GUESTDBG_USE_HW_BP": "KVM_GUESTDBG_USE_HW_BP",
+    "CLOCK_REALTIME": "KVM_CLOCK_REALTIME",
     "CLOCK_SIZE": "sizeof(struct kvm_clock_data)",
     "RUN_SIZE": "sizeof(struct kvm_run)",
     "RUN_IMMEDIATE_EXIT": "offsetof(struct kvm_run, immediate_exit)",

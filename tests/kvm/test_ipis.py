@@ -1,0 +1,112 @@
+"""Every kind of interprocessor interrupt between vCPUs of one worker and of several; none lost, none twice.
+
+The guest has no page tables: so its vCPUs may be in several workers also where there is no second-stage paging.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.client import Microvm, descendants, launch_unjailed
+from tests.guests.build import build
+
+#: So many rounds never end within a test.
+FOREVER = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("vcpus", "placement"), [(2, "Grouped"), (4, "Grouped"), (2, "Split"), (3, "Split"), (4, "0,1/2,3"), (3, "0,2/1")]
+)
+def test_every_kind_of_ipi_arrives_once(tmp_path, scale, no_leftovers, vcpus, placement):
+    rounds = scale(200, 10_000)
+    # A renewed INIT is trapped by single-stepping where the host has second-stage paging, by breakpoints else.
+    kernel = build("ipi", {"CPUS": vcpus, "ROUNDS": rounds, "NMIS": 1, "RESTARTS": scale(3, 100)})
+    config = tmp_path / "config.json"
+    machine = {"vcpu_count": vcpus, "mem_size_mib": 64, "vcpu_placement": placement}
+    config.write_text(
+        json.dumps({"boot-source": {"kernel_image_path": str(kernel)}, "drives": [], "machine-config": machine})
+    )
+    with no_leftovers(tmp_path), launch_unjailed(tmp_path, ["--config-file", str(config), "--no-api"]) as vm:
+        status = vm.wait(300.0)
+        output = vm.console.decode(errors="replace")
+        config.unlink()
+    # The log goes to the same place, also between two letters of the guest.
+    said = re.sub(r"\d{4}-\d\d-\d\dT[^\n]*\n|\{\"[^\n]*\n", "", output)
+    assert "SFLCOAXNPR IPI DONE" in said, output[-3000:]
+    assert status == 0
+
+
+@contextmanager
+def endless(directory: Path, vcpus: int, placement: str) -> Iterator[Microvm]:
+    """A guest that sends fixed interrupts to each other processor for ever, once it has put its S."""
+    kernel = build("ipi", {"CPUS": vcpus, "ROUNDS": FOREVER, "NMIS": 1, "RESTARTS": 1})
+    with launch_unjailed(directory) as vm:
+        vm.wait_for_api()
+        vm.must("PUT", "/boot-source", {"kernel_image_path": str(kernel)})
+        machine = {"vcpu_count": vcpus, "mem_size_mib": 64, "vcpu_placement": placement}
+        vm.must("PUT", "/machine-config", machine)
+        vm.must("PUT", "/actions", {"action_type": "InstanceStart"})
+        yield vm
+
+
+def wait_for_exits(vm: Microvm) -> list[dict[str, Any]]:
+    """Wait until every ghost runs its stub; return GET /vcpus."""
+    deadline = time.monotonic() + 60.0
+    while True:
+        vcpus: list[dict[str, Any]] = vm.must("GET", "/vcpus")
+        if all(ghost["stub"] for vcpu in vcpus for ghost in vcpu["ghosts"]):
+            return vcpus
+        assert time.monotonic() < deadline, vcpus
+        assert vm.process.poll() is None, vm.tail()
+
+
+def test_vcpus_tell_where_they_run(tmp_path, no_leftovers):
+    with no_leftovers(), endless(tmp_path, 4, "0,3/1/2") as vm:
+        vcpus = wait_for_exits(vm)
+        assert [each["index"] for each in vcpus] == [0, 1, 2, 3]
+        assert [each["worker"] for each in vcpus] == [0, 1, 2, 0]
+        assert {each["placement"] for each in vcpus} == {"Mixed"}
+        assert {each["state"] for each in vcpus} == {"running"}
+        pids = [each["pid"] for each in vcpus]
+        assert len(set(pids)) == 3
+        assert set(pids) <= set(descendants(vm.process.pid))
+        assert [[ghost["vcpu"] for ghost in each["ghosts"]] for each in vcpus] == [[1, 2], [0, 2, 3], [0, 1, 3], [1, 2]]
+        assert not any(ghost["recoveries"] for each in vcpus for ghost in each["ghosts"])
+        vm.must("PATCH", "/vm", {"state": "Paused"})
+        assert {each["state"] for each in vm.must("GET", "/vcpus")} == {"paused"}
+
+
+def test_pauses_lose_no_interrupt(tmp_path, scale, seed, no_leftovers):
+    """The guest ends itself when one does not come, or comes twice: it must still run in the end."""
+    generator = random.Random(seed)
+    with no_leftovers(), endless(tmp_path, 3, "Split") as vm:
+        wait_for_exits(vm)
+        for _ in range(scale(60, 1_000)):
+            vm.must("PATCH", "/vm", {"state": "Paused"})
+            vm.must("PATCH", "/vm", {"state": "Resumed"})
+            time.sleep(generator.random() * 0.01)
+        assert vm.must("GET", "/")["state"] == "Running"
+        assert b"IPI" not in vm.console, vm.tail()
+
+
+@pytest.mark.parametrize("worker", [0, 1, 2])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_the_end_of_any_worker_ends_the_microvm_with_its_cause(tmp_path, no_leftovers, worker, number):
+    with no_leftovers(), endless(tmp_path, 3, "Split") as vm:
+        pid = next(each["pid"] for each in wait_for_exits(vm) if each["worker"] == worker)
+        os.kill(pid, number)
+        assert vm.wait(30.0) != 0
+        output = vm.console.decode(errors="replace")
+    assert f"Worker vcpu {worker} (pid {pid}) was ended by signal {number.name}" in output, output[-2500:]
+    assert f"vCPU {worker}: last exit " in output

@@ -1,0 +1,110 @@
+"""Debian with several vCPUs: each in a process of its own (split), all in one (grouped), and in between."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from lab.client import Microvm
+from lab.tsc import host_tsc_khz
+from tests.lab.test_boot import BOOT_TIMEOUT, CGROUP_OPTIONS, boot_args, jail
+
+REPORT = (
+    "nproc; grep -c ^processor /proc/cpuinfo; grep -E 'apicid|siblings|cpu cores' /proc/cpuinfo | sort | uniq -c; "
+    "cat /sys/devices/system/cpu/online; cat /sys/devices/system/clocksource/clocksource0/current_clocksource"
+)
+PINNED = (
+    "for c in $(seq 0 $(($(nproc) - 1))); do taskset $(printf %x $((1 << c))) "
+    "sh -c 'i=0; while [ $i -lt 2000 ]; do i=$((i + 1)); done; "
+    'echo pinned $(cut -d" " -f39 /proc/self/stat)\'; done'
+)
+COMPLAINTS = (
+    "dmesg | grep -v 'ommand line' | grep -Ei -A12 'clocksource.*unstable|TSC.*(warp|unstable)|lockup|rcu.*stall' "
+    "&& echo complaint || echo 'no complaint'"
+)
+
+
+def cycles(count: int) -> str:
+    """Take every CPU but the first off line and on line again."""
+    return (
+        f"for n in $(seq {count}); do for c in $(seq 1 $(($(grep -c ^processor /proc/cpuinfo) - 1))); do "
+        "echo 0 > /sys/devices/system/cpu/cpu$c/online || echo failed; echo 1 > /sys/devices/system/cpu/cpu$c/online "
+        "|| echo failed; done; done; cat /sys/devices/system/cpu/online"
+    )
+
+
+def config(made: Any, guest_image: Any, machine: dict[str, Any], run: str, end: str) -> str:
+    arguments = boot_args(run, end) + f" tsc_early_khz={host_tsc_khz()}"
+    path: str = made.write(
+        json.dumps(
+            {
+                "boot-source": {
+                    "kernel_image_path": made.add(guest_image.vmlinux, "vmlinux"),
+                    "initrd_path": made.add(guest_image.initramfs, "initramfs"),
+                    "boot_args": arguments,
+                },
+                "drives": [],
+                "machine-config": {"mem_size_mib": 256, **machine},
+            }
+        ),
+        "config.json",
+    )
+    return path
+
+
+def check_report(output: str, vcpus: int) -> None:
+    numbers = re.findall(r"^(\d+)\r?$", output, re.MULTILINE)
+    assert numbers[:2] == [str(vcpus)] * 2, output
+    assert re.search(rf"^{'0' if vcpus == 1 else f'0-{vcpus - 1}'}\r?$", output, re.MULTILINE), output
+    for vcpu in range(vcpus):
+        assert re.search(rf"^\s+1 apicid\s+: {vcpu}\r?$", output, re.MULTILINE), output
+        assert re.search(rf"^pinned {vcpu}\r?$", output, re.MULTILINE), output
+
+
+@pytest.mark.parametrize(
+    ("vcpus", "placement"),
+    [(2, "Grouped"), (4, "Grouped"), (2, "Split"), (3, None), (4, "0,1/2,3")],
+)
+def test_debian_boots_with_several_vcpus(guest_image, no_leftovers, vcpus, placement):
+    name = f"smp-{vcpus}-{(placement or 'automatic').replace(',', '').replace('/', '-').lower()}"
+    with jail(name) as made, no_leftovers(names=(name,)):
+        script = f"{REPORT}; {PINNED}; {COMPLAINTS}; {cycles(3)}; {COMPLAINTS}"
+        machine = {"vcpu_count": vcpus, **({} if placement is None else {"vcpu_placement": placement})}
+        path = config(made, guest_image, machine, script, "reboot")
+        options = (*CGROUP_OPTIONS, "--cleanup")
+        with made.launch(options, ("--config-file", path, "--no-api", "--level", "Debug")) as vm:
+            output = vm.expect("CELLBLOCK-DONE", BOOT_TIMEOUT)
+            assert vm.wait(60.0) == 0, vm.tail()
+    print(output)
+    check_report(output, vcpus)
+    assert output.count("\nno complaint") == 2, output
+    assert not re.search(r"^failed", output, re.MULTILINE), output
+    kind = {"Grouped": "Grouped", "Split": "Split", None: "Split"}.get(placement, "Mixed")
+    assert f"vCPU placement: {kind}" in output
+
+
+def run(vm: Microvm, command: str) -> str:
+    vm.type(f"{command}\n")
+    return vm.expect("CELLBLOCK-RUN end", 120.0)
+
+
+def test_split_guest_is_paused_and_resumed_under_load(guest_image, no_leftovers, scale):
+    """The cut is consistent: no ghost holds anything, and the guest goes on without a complaint."""
+    rounds = scale(10, 200)
+    with jail("smp-pause") as made, no_leftovers(names=("smp-pause",)):
+        path = config(made, guest_image, {"vcpu_count": 3, "vcpu_placement": "Split"}, "", "stay")
+        with made.launch((*CGROUP_OPTIONS, "--cleanup"), ("--config-file", path)) as vm:
+            vm.expect("CELLBLOCK-READY", BOOT_TIMEOUT)
+            run(vm, "for c in 1 2 3; do (while :; do cat /proc/uptime | cat >/dev/null; done) & done")
+            for _ in range(rounds):
+                vm.must("PATCH", "/vm", {"state": "Paused"})
+                vm.must("PATCH", "/vm", {"state": "Resumed"})
+            output = run(vm, f"cat /sys/devices/system/cpu/online; {COMPLAINTS}")
+            assert "\nno complaint" in output
+            assert re.search(r"^0-2\r?$", output, re.MULTILINE)
+            vm.type("exit\n")
+            vm.expect("CELLBLOCK-DONE", 60.0)
+            assert vm.wait(60.0) == 0

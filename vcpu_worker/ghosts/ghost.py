@@ -1,0 +1,265 @@
+"""One ghost: it waits for INIT and SIPI as a processor that is off does, then runs the stub.
+
+Everything here but ``ask_to_stop``, ``allow_to_run``, ``inspect`` and the counters is for the ghost's own thread.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import time
+
+from ipc.messages import GHOST_INTERRUPT, GHOST_NMI, GHOST_STARTUP, MsrValue
+from ipc.typed import Callable
+from vcpu_worker.errors import KvmError, WorkerError
+from vcpu_worker.ghosts import stub
+from vcpu_worker.kvm import abi
+from vcpu_worker.kvm.vcpu import KvmVcpu
+
+EINTR = 4
+EAGAIN = 11
+
+#: What :meth:`Ghost.run` returns when it was asked to stop: nothing is on its way through the ghost, or something is.
+IDLE = "idle"
+BUSY = "busy"
+
+#: More recoveries in this time are the guest's fault: it writes over stacks, or sends what nobody sends.
+MAX_RECOVERIES = 3
+RECOVERY_WINDOW_NS = 1_000_000_000
+#: How often the state of a ghost between INIT and SIPI is looked at: nothing tells when the SIPI comes.
+_SIPI_POLL_S = 50e-6
+_REAL_MODE_SHIFT = 8  # a SIPI with vector v sets CS to v << 8
+_PAGE_SHIFT = 12
+# struct kvm_vcpu_events
+_EVENTS_NMI_INJECTED = 12
+_EVENTS_NMI_PENDING = 13
+_EVENTS_NMI_MASKED = 14
+_EVENTS_FLAGS = 20
+
+#: Called in the ghost's thread: (what, vCPU, vector), see ipc.messages.GhostEvent.
+Report = Callable[[int, int, int], None]
+#: Called in the ghost's thread: (vCPU, text).
+ReportRecovery = Callable[[int, str], None]
+
+
+class GhostError(WorkerError):
+    """A ghost cannot go on: the guest led it astray too often, or KVM refused to run it."""
+
+    code = "worker.ghost"
+
+
+class Ghost:
+    """``single_step`` also traps a renewed INIT where the host's KVM has no hardware breakpoints for its guests."""
+
+    def __init__(self, kvm: KvmVcpu, report: Report, recovered: ReportRecovery, *, single_step: bool) -> None:
+        self.kvm = kvm
+        self.is_stub = False
+        self.exits = 0
+        self.startups = 0
+        self.nmis = 0
+        self.recoveries = 0
+        self._report = report
+        self._recovered = recovered
+        self._single_step = single_step
+        self._startup_vector: int | None = None
+        self._recovery_times: list[int] = []
+        self._stop = False
+        self._inspect = False
+
+    @property
+    def index(self) -> int:
+        """The guest's number of the vCPU that this is the ghost of."""
+        return self.kvm.index
+
+    # ------------------------------------------------------------ from any thread
+
+    def ask_to_stop(self) -> None:
+        """Make ``run`` return; KVM_RUN must be kicked beside."""
+        self._stop = True
+        self.kvm.run8[abi.RUN_IMMEDIATE_EXIT] = 1
+
+    def allow_to_run(self) -> None:
+        """Take ``ask_to_stop`` back; only while ``run`` is not executing."""
+        self.kvm.run8[abi.RUN_IMMEDIATE_EXIT] = 0
+        self._stop = False
+
+    def inspect(self) -> None:
+        """Let it look, at the next kick, whether it still runs the stub."""
+        self._inspect = True
+
+    # ------------------------------------------------------------ the ghost's thread
+
+    def configure(self, configure: Callable[[KvmVcpu], None]) -> None:
+        """Give it what a vCPU gets before its first instruction (CPUID, LAPIC)."""
+        configure(self.kvm)
+
+    def place_stub(self) -> None:
+        """Turn it into the stub, whatever state it is in, if it does not run it already."""
+        if not self.is_stub:
+            self._place()
+
+    def _place(self) -> None:
+        """Load the stub's registers. What it was doing is given up."""
+        kvm = self.kvm
+        kvm.set_sregs(stub.sregs(kvm.get_sregs(), self.index))
+        kvm.set_msrs((MsrValue(stub.X2APIC_SPURIOUS, stub.SPURIOUS_ENABLED),))
+        kvm.set_events(bytes(abi.VCPU_EVENTS_SIZE))
+        self._arm()
+        kvm.set_regs(stub.regs(self.index))
+        kvm.set_mp_state(abi.MP_STATE_RUNNABLE)
+        self.is_stub = True
+
+    def _arm(self) -> None:
+        """Trap a renewed INIT and SIPI, which would make the ghost run the guest's own start-up code here.
+
+        A hardware breakpoint where the last SIPI led to stops before the first instruction, if it leads there again.
+        Single-step stops after it: KVM remembers where single-stepping began, and sets TF whenever the flags are
+        written while the vCPU is there. At INIT it writes them while RIP is 0 and CS is based at 0xffff0000: so
+        single-stepping has to begin there.
+        """
+        address = None if self._startup_vector is None else self._startup_vector << _PAGE_SHIFT
+        if not self._single_step:
+            self.kvm.set_guest_debug(abi.GUESTDBG_ENABLE if address is not None else 0, address)
+            return
+        registers = [0] * len(abi.REGS_NAMES)
+        registers[abi.REGS_NAMES.index("rip")] = 0xFFFF_0000
+        registers[abi.REGS_NAMES.index("rflags")] = 2
+        self.kvm.set_regs(abi.REGS.pack(*registers))
+        self.kvm.set_guest_debug(abi.GUESTDBG_ENABLE | abi.GUESTDBG_SINGLESTEP, address)
+
+    def run(self) -> str:
+        """Run until asked to stop; returns IDLE or BUSY. Raises GhostError."""
+        if not self.is_stub and self.kvm.get_mp_state() != abi.MP_STATE_UNINITIALIZED and not self._await_startup():
+            return IDLE
+        ioctl = fcntl.ioctl
+        descriptor = self.kvm.descriptor
+        run32 = self.kvm.run32
+        while True:
+            try:
+                ioctl(descriptor, abi.KVM_RUN)
+            except OSError as error:
+                if self._stop:
+                    return BUSY if self._is_busy() else IDLE
+                if error.errno == EINTR:
+                    self._look()
+                elif error.errno != EAGAIN or self.is_stub:
+                    raise GhostError(f"the ghost of vCPU {self.index}: KVM_RUN: errno {error.errno}") from None
+                elif not self._await_startup():
+                    return IDLE
+                continue
+            self.exits += 1
+            reason = run32[abi.RUN_EXIT_REASON // 4]
+            if reason == abi.EXIT_IO:
+                self._output()
+            elif reason == abi.EXIT_DEBUG:
+                self._trapped()
+            elif reason != abi.EXIT_INTR:
+                self._recover(f"exit reason {reason}")
+
+    def _await_startup(self) -> bool:
+        """INIT has come: wait for the SIPI, never by KVM_RUN: that would run the guest's code. False: asked to stop."""
+        while self.kvm.get_mp_state() != abi.MP_STATE_RUNNABLE:
+            if self._stop:
+                return False
+            time.sleep(_SIPI_POLL_S)
+        self._started(self.kvm.get_sregs())
+        return True
+
+    def _started(self, sregs: bytes) -> None:
+        vector = int.from_bytes(sregs[abi.SREGS_CS + 12 : abi.SREGS_CS + 14], "little") >> _REAL_MODE_SHIFT
+        self._startup_vector = vector
+        self._place()
+        self.startups += 1
+        self._report(GHOST_STARTUP, self.index, vector)
+
+    def _output(self) -> None:
+        """The stub says which vector came; what is opened as a path in the kernel does not come here any more."""
+        kvm = self.kvm
+        port = kvm.run16[abi.RUN_IO_PORT // 2]
+        vector = kvm.run8[kvm.run64[abi.RUN_IO_DATA_OFFSET // 8]]
+        if port != stub.PORT + self.index or not kvm.run8[abi.RUN_IO_DIRECTION]:
+            self._recover(f"access to port {port:#x}")
+        elif vector == stub.NMI_VECTOR:
+            self.nmis += 1
+            events = bytearray(kvm.get_events())
+            events[_EVENTS_NMI_MASKED] = 0
+            events[_EVENTS_FLAGS : _EVENTS_FLAGS + 4] = bytes(4)
+            kvm.set_events(bytes(events))
+            self._report(GHOST_NMI, self.index, vector)
+        elif vector >= stub.FIRST_VECTOR:
+            self._report(GHOST_INTERRUPT, self.index, vector)
+        else:
+            self._recover(f"exception {vector}")
+
+    def _trapped(self) -> None:
+        """INIT and SIPI came again, or the trap went off within the stub."""
+        sregs = self.kvm.get_sregs()
+        regs = self.kvm.get_regs()
+        if not stub.runs_stub(regs, sregs):
+            self._started(sregs)
+            return
+        self._arm()
+        self.kvm.set_regs(_without_trap_flag(regs))
+
+    def _look(self) -> None:
+        if self._inspect:
+            self._inspect = False
+            if self.is_stub and not stub.runs_stub(self.kvm.get_regs(), self.kvm.get_sregs()):
+                self._recover("it ran other code than the stub")
+
+    # ------------------------------------------------------------ what is in it
+
+    def _is_busy(self) -> bool:
+        """Is an interrupt or an NMI on its way through the stub?"""
+        if not self.is_stub or self.kvm.get_mp_state() == abi.MP_STATE_INIT_RECEIVED:
+            return False
+        events = self.kvm.get_events()
+        if events[_EVENTS_NMI_INJECTED] or events[_EVENTS_NMI_PENDING]:
+            return True
+        lapic = self.kvm.get_lapic()
+        return bool(_vectors(lapic, abi.APIC_IRR) or _vectors(lapic, abi.APIC_ISR))
+
+    def _recover(self, text: str) -> None:
+        """Put it back into the stub. What its LAPIC has in service is passed on, what it has requested stays."""
+        now = time.monotonic_ns()
+        self.recoveries += 1
+        self._recovery_times = [each for each in self._recovery_times if now - each < RECOVERY_WINDOW_NS] + [now]
+        self._settle()
+        lapic = bytearray(self.kvm.get_lapic())
+        for vector in _vectors(lapic, abi.APIC_ISR):
+            if vector >= stub.FIRST_VECTOR:
+                self._report(GHOST_INTERRUPT, self.index, vector)
+        for offset in range(abi.APIC_ISR, abi.APIC_ISR + 0x80, 16):
+            lapic[offset : offset + 4] = bytes(4)
+        self._place()
+        self._clear_in_service(lapic)
+        text = f"the ghost of vCPU {self.index} left its stub ({text}) and was put back"
+        if len(self._recovery_times) > MAX_RECOVERIES:
+            raise GhostError(f"{text}, {len(self._recovery_times)} times within a second: the guest damages it")
+        self._recovered(self.index, text)
+
+    def _clear_in_service(self, cleared: bytes | bytearray) -> None:
+        lapic = bytearray(self.kvm.get_lapic())
+        lapic[abi.APIC_ISR : abi.APIC_ISR + 0x80] = cleared[abi.APIC_ISR : abi.APIC_ISR + 0x80]
+        self.kvm.set_lapic(lapic)
+
+    def _settle(self) -> None:
+        """Let KVM finish the exit that is open; what it would do at the next KVM_RUN must not meet the stub."""
+        try:
+            self.kvm.touch()
+        except KvmError:
+            pass
+        if self._stop:
+            self.kvm.run8[abi.RUN_IMMEDIATE_EXIT] = 1
+
+
+def _without_trap_flag(regs: bytes) -> bytes:
+    values = list(abi.REGS.unpack(regs))
+    values[abi.REGS_NAMES.index("rflags")] &= ~0x100
+    return abi.REGS.pack(*values)
+
+
+def _vectors(lapic: bytes | bytearray, register: int) -> list[int]:
+    """Return the vectors whose bits are set in the IRR or ISR of a LAPIC page."""
+    return [
+        vector for vector in range(256) if lapic[register + (vector >> 5) * 16 + (vector >> 3 & 3)] >> (vector & 7) & 1
+    ]

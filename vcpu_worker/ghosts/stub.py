@@ -1,0 +1,127 @@
+"""The stub's bytes (stub.S), where it lies in guest physical memory, and the registers that a ghost runs it with."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import struct
+
+from vcpu_worker.cpu.boot_state import segment
+from vcpu_worker.kvm import abi
+from vcpu_worker.kvm.vm import KvmVm
+
+#: Guest physical address: above the LAPICs' window, below the pages that KVM keeps for itself on Intel hosts.
+BASE = 0xFEF0_0000
+CODE_SIZE = 2 * mmap.PAGESIZE
+STACKS = BASE + CODE_SIZE
+STACKS_SIZE = mmap.PAGESIZE
+#: A ghost's share of the page of stacks. The deepest it gets is an NMI in a handler: 32 bytes.
+STACK_SIZE = 128
+#: Ghost n tells of an interrupt by OUT to this port + n.
+PORT = 0xE00
+NMI_VECTOR = 2
+#: Vectors below are exceptions: no interrupt has them.
+FIRST_VECTOR = 16
+
+CODE_SLOT = 256
+STACKS_SLOT = 257
+
+_IDT_OFFSET = 0x800
+_ENTRIES_OFFSET = 0x1000
+_SHARED_OFFSET = 0x1800
+_IDLE_OFFSET = 0x180E
+_NMI_OFFSET = 0x1840
+_VECTOR_COUNT = 256
+_GDT = (0, 0x00CF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF)
+_SHARED = bytes.fromhex("89daee31c031d2b90b0800000f3089ecfbf4ebfa")
+_NMI = bytes.fromhex("5052b00289daeef7442410000200005a5875bbc20800")
+_GATE = struct.Struct("<4H")
+_ENTRY = struct.Struct("<BBBix")  # MOV AL, vector; JMP shared
+_INTERRUPT_GATE = 0x8E00
+_CODE_SELECTOR = 8
+_DATA_SELECTOR = 16
+_TSS_SELECTOR = 24
+_BUSY_TSS = 11
+_CR0 = 0x11  # PE, ET
+_APIC_BASE = 0xFEE0_0C00  # enabled, x2APIC
+_APIC_BASE_BSP = 0x100
+_RFLAGS = 2
+
+#: MSR of the x2APIC's spurious interrupt register, and "enabled, vector 0xff".
+X2APIC_SPURIOUS = 0x80F
+SPURIOUS_ENABLED = 0x1FF
+
+assert _GATE.size == 8 and _ENTRY.size == 8
+assert STACK_SIZE * 32 == STACKS_SIZE
+
+
+def image() -> bytes:
+    """Return the two pages of the code slot."""
+    code = bytearray(CODE_SIZE)
+    struct.pack_into("<3Q", code, 0, *_GDT)
+    for vector in range(_VECTOR_COUNT):
+        entry = _ENTRIES_OFFSET + vector * _ENTRY.size
+        handler = BASE + (_NMI_OFFSET if vector == NMI_VECTOR else entry)
+        gate = _IDT_OFFSET + vector * _GATE.size
+        _GATE.pack_into(code, gate, handler & 0xFFFF, _CODE_SELECTOR, _INTERRUPT_GATE, handler >> 16)
+        _ENTRY.pack_into(code, entry, 0xB0, vector, 0xE9, _SHARED_OFFSET - (entry + 7))
+    code[_SHARED_OFFSET : _SHARED_OFFSET + len(_SHARED)] = _SHARED
+    code[_NMI_OFFSET : _NMI_OFFSET + len(_NMI)] = _NMI
+    return bytes(code)
+
+
+class StubMemory:
+    """The stub's memory of one worker. Private to it: a guest reaches no other process by writing to the stacks."""
+
+    def __init__(self) -> None:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._mapping = mmap.mmap(-1, CODE_SIZE + STACKS_SIZE, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+        self._mapping[:CODE_SIZE] = image()
+
+    def give_to(self, vm: KvmVm) -> None:
+        """Make the two memory slots."""
+        host = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
+        vm.set_memory_region(CODE_SLOT, BASE, CODE_SIZE, host, abi.MEM_READONLY)
+        vm.set_memory_region(STACKS_SLOT, STACKS, STACKS_SIZE, host + CODE_SIZE)
+
+
+def regs(ghost: int) -> bytes:
+    """Return struct kvm_regs of a ghost that is about to halt."""
+    stack = STACKS + (ghost + 1) * STACK_SIZE
+    values = {"rbx": PORT + ghost, "rsp": stack, "rbp": stack, "rip": BASE + _IDLE_OFFSET, "rflags": _RFLAGS}
+    return abi.REGS.pack(*(values.get(name, 0) for name in abi.REGS_NAMES))
+
+
+def sregs(current: bytes, ghost: int) -> bytes:
+    """Return struct kvm_sregs of a ghost, made from its present one."""
+    made = bytearray(current)
+    size = abi.SEGMENT_SIZE
+    made[abi.SREGS_CS : abi.SREGS_CS + size] = segment(_CODE_SELECTOR, _GDT[1])
+    for offset in (abi.SREGS_DS, abi.SREGS_ES, abi.SREGS_FS, abi.SREGS_GS, abi.SREGS_SS):
+        made[offset : offset + size] = segment(_DATA_SELECTOR, _GDT[2])
+    made[abi.SREGS_TR : abi.SREGS_TR + size] = abi.SEGMENT.pack(
+        BASE, 0x67, _TSS_SELECTOR, _BUSY_TSS, 1, 0, 0, 0, 0, 0, 0, 0, 0
+    )
+    made[abi.SREGS_LDT : abi.SREGS_LDT + size] = abi.SEGMENT.pack(0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 1, 0)
+    abi.DTABLE.pack_into(made, abi.SREGS_GDT, BASE, 8 * len(_GDT) - 1)
+    abi.DTABLE.pack_into(made, abi.SREGS_IDT, BASE + _IDT_OFFSET, 8 * _VECTOR_COUNT - 1)
+    apic_base = _APIC_BASE | (_APIC_BASE_BSP if ghost == 0 else 0)
+    for offset, value in (
+        (abi.SREGS_CR0, _CR0),
+        (abi.SREGS_CR2, 0),
+        (abi.SREGS_CR3, 0),
+        (abi.SREGS_CR4, 0),
+        (abi.SREGS_CR8, 0),
+        (abi.SREGS_EFER, 0),
+        (abi.SREGS_APIC_BASE, apic_base),
+    ):
+        made[offset : offset + 8] = value.to_bytes(8, "little")
+    made[abi.SREGS_APIC_BASE + 8 :] = bytes(len(made) - abi.SREGS_APIC_BASE - 8)  # no interrupt is being delivered
+    return bytes(made)
+
+
+def runs_stub(regs_now: bytes, sregs_now: bytes) -> bool:
+    """Does a ghost with these registers execute the stub?"""
+    rip = int.from_bytes(regs_now[abi.REGS_RIP : abi.REGS_RIP + 8], "little")
+    code = sregs_now[abi.SREGS_CS : abi.SREGS_CS + abi.SEGMENT_SIZE]
+    return BASE <= rip < BASE + CODE_SIZE and code == segment(_CODE_SELECTOR, _GDT[1])
