@@ -176,12 +176,22 @@ class Channel:
         sequence, frame = self._sequencer.frame(message, reply_to, deadline)
         for each in self._outgoing.pass_on(frame):
             try:
-                self._socket.send(each, zmq.DONTWAIT)
+                self._put(each)
             except zmq.Again:
                 raise ChannelError("the peer of the control channel is gone or does not read") from None
             except zmq.ZMQError as error:
                 raise ChannelError(f"cannot send on the control channel: {error.strerror}") from None
         return sequence
+
+    def _put(self, frame: bytes) -> None:
+        try:
+            self._socket.send(frame, zmq.DONTWAIT)
+        except zmq.Again:
+            # Perhaps there is room: libzmq looks for news of the peer's reading once in a millisecond only when it
+            # sends, but always when it is asked for its events.
+            if not self._socket.getsockopt(zmq.EVENTS) & zmq.POLLOUT:
+                raise
+            self._socket.send(frame, zmq.DONTWAIT)
 
     def receive(self, now: int = 0) -> Envelope | None:
         """Return the next acceptable message, None when there is none. Raises ChannelError on a hostile peer."""

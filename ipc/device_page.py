@@ -26,9 +26,12 @@ assert SLOT_COUNT == 504
 FLAG_READ_LOCAL = 1
 #: A write is posted to the exit ring: the vCPU goes on before it was executed.
 FLAG_WRITE_POSTED = 2
+#: A posted write that may wait a while: the controller need not be woken for it at once.
+FLAG_WRITE_LAZY = 4
 
 READ_LOCAL = FLAG_READ_LOCAL << 32
 WRITE_POSTED = FLAG_WRITE_POSTED << 32
+WRITE_LAZY = FLAG_WRITE_LAZY << 32
 
 
 class DevicePage:

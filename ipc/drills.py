@@ -67,7 +67,7 @@ def _open() -> str:
         what = "/etc/passwd"
     except FileNotFoundError:
         descriptor = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
-        what = f"/ with {os.listdir(descriptor)}"
+        what = f"/ with {sorted(os.listdir(descriptor))}"
     os.close(descriptor)
     return what
 

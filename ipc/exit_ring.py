@@ -34,7 +34,7 @@ WORD_POSTED = 8  # producer: sequence number of the last entry that is complete
 WORD_WAITING = 9  # producer: sequence number it waits for in the completion eventfd, 0 = it does not wait
 WORD_CONSUMED = 10  # producer: last sequence number whose answer was applied to the vCPU
 WORD_DONE = 16  # consumer: sequence number of the last entry that was executed
-WORD_ASLEEP = 17  # consumer: 1 = ring the doorbell after posting
+WORD_ASLEEP = 17  # consumer: when the doorbell must be rung, AWAKE, ASLEEP or NAPPING
 WORD_ANSWER = 18  # consumer: value for the last synchronous read
 WORD_COUNTERS = 32  # producer: statistics, COUNTER_* below
 
@@ -86,6 +86,16 @@ KIND_PIO_STRING_WRITE = 6  # count × size bytes in the string area, written by 
 
 FLAG_SYNCHRONOUS = 1
 
+# Values of WORD_ASLEEP.
+AWAKE = 0  # the consumer looks by itself
+ASLEEP = 1  # ring for every entry
+NAPPING = 2  # the consumer looks again soon: ring for what cannot wait, or when the ring is half full
+
+#: How often one side looks at the other's word before it sleeps in the kernel. Both sleeping costs two wake-ups for
+#: every synchronous exit (30–50 µs); looking this often takes about as long. Only where two can run at once.
+SPINS = 500 if len(os.sched_getaffinity(0)) > 1 else 0
+_SPIN_RANGE = range(SPINS)
+
 _LAST_KIND = KIND_PIO_STRING_WRITE
 _PORT_KINDS = frozenset((KIND_PIO_READ, KIND_PIO_WRITE, KIND_PIO_STRING_READ, KIND_PIO_STRING_WRITE))
 _POSTABLE_KINDS = frozenset((KIND_PIO_WRITE, KIND_MMIO_WRITE))
@@ -99,7 +109,7 @@ def initialise(buffer: mmap.mmap) -> None:
     words = memoryview(buffer)[:PAGE_SIZE].cast("Q")
     words[WORD_VERSION] = LAYOUT_VERSION
     words[WORD_ENTRY_COUNT] = ENTRY_COUNT
-    words[WORD_ASLEEP] = 1
+    words[WORD_ASLEEP] = ASLEEP
     words[WORD_MAGIC] = MAGIC
     words.release()
 
@@ -147,7 +157,9 @@ class ExitRingProducer:
         self._sequence = self.words[WORD_POSTED]
         self.words[WORD_WAITING] = 0
 
-    def _publish(self, kind: int, address: int, size: int, data: int, flags: int, count: int) -> int:  # noqa: PLR0917
+    def _publish(  # noqa: PLR0917
+        self, kind: int, address: int, size: int, data: int, flags: int, count: int, lazy: int
+    ) -> int:
         words = self.words
         sequence = self._sequence + 1
         if sequence - words[WORD_DONE] > ENTRY_COUNT:
@@ -155,12 +167,11 @@ class ExitRingProducer:
             self._wait(sequence - ENTRY_COUNT)
         offset = (sequence & (ENTRY_COUNT - 1)) * ENTRY_SIZE
         self._pack(self._entries, offset, sequence, address, data, kind, size, flags, count)
-        if flags:
-            words[WORD_WAITING] = sequence
         words[WORD_POSTED] = sequence
         self._sequence = sequence
         fence()
-        if words[WORD_ASLEEP]:
+        asleep = words[WORD_ASLEEP]
+        if asleep and (asleep == ASLEEP or not lazy or sequence - words[WORD_DONE] >= ENTRY_COUNT // 2):
             os.eventfd_write(self._doorbell, 1)
         return sequence
 
@@ -184,9 +195,12 @@ class ExitRingProducer:
         except BlockingIOError:
             pass
 
-    def post(self, kind: int, address: int, size: int, data: int) -> None:
-        """Append a write that nobody waits for; blocks only while the ring is full."""
-        sequence = self._publish(kind, address, size, data, 0, 1)
+    def post(self, kind: int, address: int, size: int, data: int, lazy: int = 0) -> None:
+        """Append a write that nobody waits for; blocks only while the ring is full.
+
+        ``lazy`` (not 0): a napping consumer is not woken for it.
+        """
+        sequence = self._publish(kind, address, size, data, 0, 1, lazy)
         self.words[WORD_CONSUMED] = sequence
 
     def call(self, kind: int, address: int, size: int, data: int, count: int = 1) -> int:
@@ -194,11 +208,13 @@ class ExitRingProducer:
 
         The caller applies the answer to the vCPU and then calls :meth:`applied`.
         """
-        sequence = self._publish(kind, address, size, data, FLAG_SYNCHRONOUS, count)
+        sequence = self._publish(kind, address, size, data, FLAG_SYNCHRONOUS, count, 0)
         words = self.words
-        while words[WORD_DONE] < sequence:
-            self._sleep()
-        words[WORD_WAITING] = 0
+        for _ in _SPIN_RANGE:
+            if words[WORD_DONE] >= sequence:
+                break
+        else:
+            self._wait(sequence)  # only now: who looks by itself need not be woken
         return words[WORD_ANSWER]
 
     def applied(self) -> None:
@@ -344,16 +360,32 @@ class ExitRingConsumer:
 
     def awake(self) -> None:
         """Say that the consumer looks at the ring by itself; no doorbell is needed until :meth:`sleep`."""
-        self._words[WORD_ASLEEP] = 0
+        self._words[WORD_ASLEEP] = AWAKE
 
     def sleep(self) -> bool:
         """Ask for the doorbell; False means that an entry came in meanwhile and must be taken first."""
-        self._words[WORD_ASLEEP] = 1
+        return self._lie_down(ASLEEP)
+
+    def nap(self) -> bool:
+        """As :meth:`sleep`, but lazy entries do not ring: the caller must look again soon by itself."""
+        return self._lie_down(NAPPING)
+
+    def _lie_down(self, how: int) -> bool:
+        words = self._words
+        words[WORD_ASLEEP] = how
         fence()
-        if self._words[WORD_POSTED] != self._done:
-            self._words[WORD_ASLEEP] = 0
+        if words[WORD_POSTED] != self._done:
+            words[WORD_ASLEEP] = AWAKE
             return False
         return True
+
+    def linger(self) -> bool:
+        """Look for a next entry for some microseconds; True if there is one."""
+        words, done = self._words, self._done
+        for _ in _SPIN_RANGE:  # noqa: SIM110 (a generator would cost more than the look)
+            if words[WORD_POSTED] != done:
+                return True
+        return False
 
     def close(self) -> None:
         """Release the views; the mapping and the eventfd stay with the caller."""

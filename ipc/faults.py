@@ -122,6 +122,12 @@ def visit(point: str) -> Fault | None:
     return chosen
 
 
+def count(point: str) -> None:
+    """Count a visit that a child process makes: its copy of the counters ends with it."""
+    for fault in _armed.get(point, ()):
+        fault.visits += 1
+
+
 def _act(fault: Fault) -> None:
     if fault.action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -17,7 +17,7 @@ from ipc.typed import NamedTuple
 from jailer import syscalls
 from jailer.errors import CleanupError, JailerError, os_error_text
 from jailer.seccomp.install import Filter, install
-from jailer.steps import cgroups, identity
+from jailer.steps import cgroups, identity, process
 
 _RESOLVE = (
     syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS | syscalls.RESOLVE_NO_XDEV
@@ -173,6 +173,7 @@ def _janitor(life_line: int, chosen: Filter | None) -> int:
     try:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_IGN)
+        process.keep_only((life_line,))
         identity.set_name("cellblock-clean")
         null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         os.dup2(null, 0)

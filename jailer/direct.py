@@ -57,8 +57,8 @@ def launch(
     """Launch, supervise, return the exit code of the microVM. Raises JailerError."""
     timeline.mark("prepare")
     process.ensure_standard_descriptors()
+    inherited = process.inherited_descriptors()
     proc = verify.open_proc()
-    inherited = tuple(int(each) for each in os.listdir("/proc/self/fd"))
     log = Log(2, microvm_id)
     mode = SECCOMP_OFF if "--no-seccomp" in arguments else SECCOMP_KILL
     timeline.mark("load filters")
@@ -85,10 +85,12 @@ def launch(
         os.close(janitor.descriptor)
         return ()
 
-    keep = (*(each for each in inherited if each != proc), host.console)
+    keep = (*inherited, host.console)
     controller, channel = fork_controller(plan, roles, sealing.filters.get(ROLE_VMM), enter, keep)
     timeline.mark("wait for controller")
     wait_entered(controller)
+    for descriptor in inherited:  # the controller has them, for paths like /dev/fd/63
+        os.close(descriptor)
     timeline.mark("confine supervisor")
     identity.clear_capabilities()
     identity.set_no_new_privileges()

@@ -29,6 +29,9 @@ def main(argv: list[str]) -> int:
         return error.exit_code
     try:
         timeline.mark("import libraries")
+        from ipc import zmq_core
+
+        zmq_core.install()
         from jailer import direct, template
 
         return direct.launch(tuple(arguments), command_line.id, direct.started_now(), template.load_roles)

@@ -462,11 +462,12 @@ def fork_controller(
 
         def prepare() -> tuple[int, ...]:
             handed_over = enter()
-            cell.keep_only((theirs.fileno(), cell_seal.fileno(), *keep, *handed_over))
+            process.keep_only((theirs.fileno(), cell_seal.fileno(), *keep, *handed_over))
             cell.reset_signals()
             return handed_over
 
         cell.run(context, prepare, lambda sealed: roles.vmm(plan, theirs, sealed))
+    cell.count_faults()
     theirs.close()
     cell_seal.close()
     return Cell(ROLE_VMM, 0, pid, os.pidfd_open(pid), seal), ours
@@ -500,4 +501,3 @@ def close_supervisor(setup: Setup, host: Host, name: str, *, dumpable_wall: bool
     chosen = setup.filters.get(ROLE_SUPERVISOR)
     if chosen is not None:
         install(chosen)
-

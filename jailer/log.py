@@ -5,10 +5,10 @@ Never blocks: a reader that does not read costs lines (counted), not the supervi
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import time
+from _json import encode_basestring_ascii  # by itself: the json package loads re and six others at each start
 
 from ipc.typed import Any
 
@@ -45,7 +45,7 @@ class Log:
 
     def record(self, values: dict[str, Any]) -> None:
         """Write one JSON object on one line; a long one is written in pieces, as far as the reader takes them."""
-        data = (json.dumps(values, separators=(",", ":")) + "\n").encode()
+        data = (json_text(values) + "\n").encode()
         for offset in range(0, len(data), MAX_LINE):
             self._write_bytes(data[offset : offset + MAX_LINE])
 
@@ -63,3 +63,16 @@ class Log:
         except (OSError, ValueError):
             pass  # nobody reads it any more, or the file is full
         self.lost += 1
+
+
+def json_text(value: Any) -> str:
+    """Return compact JSON of dictionaries with text keys, lists, tuples, text, integers, booleans and None."""
+    if value is None or value is True or value is False:
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        return str(encode_basestring_ascii(value))
+    if isinstance(value, int):
+        return str(int(value))
+    if isinstance(value, dict):
+        return "{" + ",".join([f"{json_text(key)}:{json_text(item)}" for key, item in value.items()]) + "}"
+    return "[" + ",".join([json_text(item) for item in value]) + "]"

@@ -102,6 +102,9 @@ def _launch(options: cli.Options) -> int:
         cli.print_error(str(error))
         return error.exit_code
     timeline.mark("import libraries")
+    from ipc import zmq_core
+
+    zmq_core.install()
     from jailer import launch, template
 
     started = launch.started_now()

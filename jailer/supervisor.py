@@ -35,6 +35,7 @@ from jailer.log import Log
 from jailer.memory import MemoryMaker
 from jailer.seccomp import notification
 from jailer.seccomp.install import Filter
+from jailer.steps import process
 from jailer.template import Roles
 
 #: Signals that end the microVM when somebody sends them to the visible process. They are blocked and read from a
@@ -136,6 +137,7 @@ class Supervisor:
         self._exit_code: int | None = None
         self._end_deadline = 0.0
         self._ended = False
+        self._log_end = False
         self._handlers: dict[type[Any], Callable[[Any, int], None]] = {
             Spawn: self._spawn,
             SignalCell: self._signal_cell,
@@ -156,6 +158,8 @@ class Supervisor:
         code = exit_codes.GENERIC_ERROR if self._exit_code is None else self._exit_code
         if marks := timeline.collected():
             self._log.record({"timeline": marks})
+        if self._log_end:
+            self._log.error(f"Firecracker exiting with error. exit_code={code}")
         if self._log.lost:
             self._log.warning(f"{self._log.lost} lines were lost: nobody read them")
         return code
@@ -253,7 +257,7 @@ class Supervisor:
             self._log.error(
                 f"{record.name} (pid {record.pid}): wall seccomp: ended by the filter for a forbidden system call"
             )
-        elif number and not record.wall:
+        elif number and not record.wall and not self._ended:  # in the end we kill the workers ourselves
             self._log.error(f"{record.name} (pid {record.pid}) was ended by signal {number} ({_signal_name(number)})")
         if record is self._controller:
             self._controller_ended(record, number, code)
@@ -268,8 +272,7 @@ class Supervisor:
             self._exit_code = exit_codes.of_signal(number) if number else code
             if record.wall == WALL_SECCOMP:
                 self._exit_code = exit_codes.BAD_SYSCALL
-        if number:  # an orderly end was logged by the controller itself
-            self._log.error(f"Firecracker exiting with error. exit_code={self._exit_code}")
+        self._log_end = bool(number)  # an orderly end was logged by the controller itself
 
     def _bury_workers(self) -> None:
         for record in self._cells.values():
@@ -287,10 +290,10 @@ class Supervisor:
     def _fail_cell(self, record: Cell, text: str) -> None:
         """A cell is not what it should be: end it, and the launch with it if it is the controller."""
         self._log.error(text)
+        record.kill()  # before it can read the end of its seal channel
         if record.seal is not None:
             record.seal.close()
             record.seal = None
-        record.kill()
         if record is self._controller and self._exit_code is None:
             self._exit_code = exit_codes.GENERIC_ERROR
 
@@ -389,6 +392,7 @@ class Supervisor:
             ours.close()
             seal.close()
             self._become_worker(request.worker, theirs, cell_seal)
+        cell.count_faults()
         faults.visit("supervisor.spawn.forked")
         theirs.close()
         cell_seal.close()
@@ -405,22 +409,18 @@ class Supervisor:
             return Failed("supervisor.exists", f"worker {index} exists already")
         if self._exit_code is not None:
             return Failed("supervisor.ending", "the microVM is ending")
-        if self._controller.seal is not None:
-            return Failed("supervisor.unsealed", "the controller's walls are not closed yet")
         if self._setup.kvm_fd < 0:
             return Failed("supervisor.kvm", f"Error creating KVM object: {self._setup.kvm_error}")
         return None
 
     def _become_worker(self, index: int, channel: socket.socket, seal: socket.socket) -> None:
         """In the child: let go of everything of the supervisor, then be the worker; does not return."""
-        context = cell.CellContext(
-            self._plan, ROLE_VCPU, index, self._pid, seal, self._setup.filters.get(ROLE_VCPU)
-        )
+        context = cell.CellContext(self._plan, ROLE_VCPU, index, self._pid, seal, self._setup.filters.get(ROLE_VCPU))
         setup = self._setup
 
         def prepare() -> tuple[int, ...]:
             self._abandon()
-            cell.keep_only((channel.fileno(), seal.fileno(), setup.kvm_fd, *setup.shared))
+            process.keep_only((channel.fileno(), seal.fileno(), setup.kvm_fd, *setup.shared))
             cell.reset_signals()
             return ()
 
@@ -560,4 +560,3 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return "real-time signal"
-

@@ -11,7 +11,7 @@ from __future__ import annotations
 import fcntl
 
 from ipc import exit_ring as ring_abi
-from ipc.device_page import READ_LOCAL, WRITE_POSTED
+from ipc.device_page import READ_LOCAL, WRITE_LAZY, WRITE_POSTED
 from ipc.exit_ring import ExitRingProducer
 from ipc.messages import Window
 from ipc.typed import Sequence
@@ -212,8 +212,9 @@ class RunLoop:
             value = vcpu.run16[offset >> 1]
         else:
             value = vcpu.run32[offset >> 2]
-        if self._slots[slot] & WRITE_POSTED:
-            self._ring.post(ring_abi.KIND_PIO_WRITE, port, size, value)
+        word = self._slots[slot]
+        if word & WRITE_POSTED:
+            self._ring.post(ring_abi.KIND_PIO_WRITE, port, size, value, word & WRITE_LAZY)
             self._counts[_POSTED_OUT] += 1
             return
         self._ring.call(ring_abi.KIND_PIO_WRITE, port, size, value)
@@ -298,11 +299,12 @@ class RunLoop:
             self._counts[_NOBODY_WRITE] += 1
             return
         value = self._vcpu.run64[_LONG_MMIO_DATA] & (1 << 8 * length) - 1
-        posted = self._slots[slot] & WRITE_POSTED
+        word = self._slots[slot]
+        posted = word & WRITE_POSTED
         for size in _PIECES.get(length, (length,)):
             part = value & (1 << 8 * size) - 1
             if posted:
-                self._ring.post(ring_abi.KIND_MMIO_WRITE, address, size, part)
+                self._ring.post(ring_abi.KIND_MMIO_WRITE, address, size, part, word & WRITE_LAZY)
             else:
                 self._ring.call(ring_abi.KIND_MMIO_WRITE, address, size, part)
                 self._ring.applied()

@@ -229,7 +229,11 @@ class _Assembly:
 
         self._workers.append(worker)
         executor = ExitExecutor(
-            self.devices.ports, self.devices.mmio, after_batch=self.vmm.flush_console, failed=failed
+            self.devices.ports,
+            self.devices.mmio,
+            before_batch=self.vmm.before_exits,
+            after_batch=self.vmm.after_exits,
+            failed=failed,
         )
         self.vmm.attach_executor(executor)
         return executor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import select
+import time
 
 from ipc.errors import RingError
 from ipc.exit_ring import (
@@ -21,26 +22,40 @@ from ipc.exit_ring import (
 from ipc.layout import create_shared, map_shared
 from ipc.typed import Callable
 from vmm.devices.bus import Bus
-from vmm.event_manager import EventOps, Events
+from vmm.event_manager import EventOps, Events, Timer
 
 #: Device accesses executed before other events get their turn.
 BATCH = 1024
+#: How long lazy entries may wait.
+NAP_NS = 1_000_000
 
 
 class ExitExecutor:
     """One vCPU's ring: its shared memory, its two eventfds, and the loop that executes entries.
 
-    ``after_batch`` runs once after each batch (the console writes then). ``failed`` is called with a text when the
-    worker breaks the rules of the ring; nothing is executed afterwards.
+    ``before_batch`` and ``after_batch`` run once around each batch (interrupts are held, the console writes).
+    ``failed`` is called with a text when the worker breaks the rules of the ring; nothing is executed afterwards.
+
+    After a batch the executor naps: it looks again a millisecond later, and the worker need not wake it for lazy
+    entries, which come in bursts (console output). After a nap in which nothing came it sleeps.
     """
 
     def __init__(
-        self, ports: Bus, mmio: Bus, *, after_batch: Callable[[], None], failed: Callable[[str], None]
+        self,
+        ports: Bus,
+        mmio: Bus,
+        *,
+        after_batch: Callable[[], None],
+        failed: Callable[[str], None],
+        before_batch: Callable[[], None] = lambda: None,
     ) -> None:
         self._ports = ports
         self._mmio = mmio
+        self._before_batch = before_batch
         self._after_batch = after_batch
         self._failed = failed
+        self._ops: EventOps | None = None
+        self._nap: Timer | None = None
         self._parked = False
         self._broken = False
         self.descriptor = create_shared("exit-ring", RING_SIZE)
@@ -61,6 +76,7 @@ class ExitExecutor:
 
     def init(self, ops: EventOps) -> None:
         """Subscriber: watch the doorbell."""
+        self._ops = ops
         ops.add(self.doorbell, select.EPOLLIN)
 
     def process(self, events: Events, ops: EventOps) -> None:
@@ -75,6 +91,7 @@ class ExitExecutor:
         """Execute entries until the ring is empty, an entry is deferred, or a batch is full."""
         if self._parked or self._broken:
             return
+        self._before_batch()
         try:
             self._ring.awake()
             self._drain()
@@ -87,14 +104,18 @@ class ExitExecutor:
         ring = self._ring
         write_port = self._ports.write
         budget = BATCH
+        linger = False
         while budget > 0:
             entry = ring.take()
             if entry is None:
-                if ring.sleep():
+                if linger and ring.linger():
+                    linger = False  # an entry is there
+                elif self._rest(budget < BATCH):
                     return
                 budget -= 1
                 continue
             budget -= entry.count
+            linger = entry.flags != 0  # after a synchronous exit the next one is often close
             kind = entry.kind
             if kind == KIND_PIO_WRITE:
                 deferral = write_port(entry.address, entry.size, entry.data)
@@ -110,6 +131,20 @@ class ExitExecutor:
                 deferral.then(self._unpark)
                 return
         self._ring_own_doorbell()  # come back after the other subscribers
+
+    def _rest(self, busy: bool) -> bool:
+        """Nothing is left: nap if something was, else sleep. False if an entry came in meanwhile."""
+        if not busy or self._ops is None:
+            return self._ring.sleep()
+        if not self._ring.nap():
+            return False
+        if self._nap is None:
+            self._nap = self._ops.add_timer(time.monotonic_ns() + NAP_NS, self._nap_over)
+        return True
+
+    def _nap_over(self) -> None:
+        self._nap = None
+        self.drain()
 
     def _ring_own_doorbell(self) -> None:
         try:

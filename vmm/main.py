@@ -10,7 +10,7 @@ import time
 from ipc import exit_codes, faults
 from ipc.errors import IpcError
 from ipc.messages import Shutdown
-from ipc.plan import LaunchPlan
+from ipc.plan import ROLE_VMM, LaunchPlan
 from ipc.typed import Callable
 from vmm import config_file, metadata_file
 from vmm.actions import StartMicrovm
@@ -91,8 +91,8 @@ class Program:
         try:
             self._events.add_subscriber(self._supervisor)
             self._builder.bind()
+            self._builder.prepare()  # the worker starts while our walls are being closed
             seal()
-            self._builder.prepare()
             _run_drills(self._plan)
             faults.visit("vmm.start")
             if listener is not None:
@@ -100,10 +100,12 @@ class Program:
                 self._events.add_subscriber(self._streams)
                 handler = ApiHandler(self._controller, LOG, METRICS, self._streams)
                 self._server = ApiServer(listener, handler, LOG, self._command_line.http_api_max_payload_size)
-                self._events.add_subscriber(self._server)
                 self._note_startup_time()
             metadata_file.load(self._command_line.metadata, self._resources.mmds, LOG)
+            # Clients can connect already; they are served when the start has succeeded or failed.
             self._start_from_config_file()
+            if self._server is not None:
+                self._events.add_subscriber(self._server)
             while (code := self._end()) is None:
                 self._events.run()
         except BaseException as error:
@@ -216,4 +218,4 @@ def _run_drills(plan: LaunchPlan) -> None:
     """Attack our own walls if the jailer armed a drill (ipc.drills, imported by the template only then)."""
     drills = sys.modules.get("ipc.drills")
     if drills is not None:
-        drills.run(plan.drills)
+        drills.run(plan.drills, ROLE_VMM)

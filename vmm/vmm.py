@@ -90,6 +90,15 @@ class Vmm(Microvm):
         if console_input is not None:
             self._subscriptions.append(self._events.add_subscriber(console_input))
 
+    def before_exits(self) -> None:
+        """A batch of exits is about to be executed."""
+        self.device_manager.hold_interrupts()
+
+    def after_exits(self) -> None:
+        """A batch of exits was executed: deliver interrupts, then write what the guest has sent to its UART."""
+        self.device_manager.release_interrupts()
+        self.flush_console()
+
     def flush_console(self) -> None:
         """Write what the guest has sent to its UART."""
         if self._console_output is not None:
@@ -157,6 +166,9 @@ class Vmm(Microvm):
             return self._shutdown_exit_code is not None or all(executor.idle for executor in self._executors)
 
         if not self._events.run_until(drained, time.monotonic_ns() + DRAIN_TIMEOUT_NS):
+            for worker, executor in zip(self.vcpus_handles, self._executors, strict=True):
+                if not executor.idle:
+                    worker.breach("it says that it is paused and has exits open")
             raise WorkerError("The exits of the paused vCPUs were not executed in time.")
         self._require_alive()
         self._set_state(STATE_PAUSED)

@@ -8,8 +8,6 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
 
 import zmq
 
@@ -37,6 +35,7 @@ from ipc.messages import (
     Welcome,
 )
 from ipc.plan import LaunchPlan, endpoint
+from ipc.typed import Any, Callable, Sequence, TypeVar
 from vmm import handover
 from vmm.errors import MicrovmEndedError, StateError, SupervisorError, VmmError, WorkerError
 from vmm.event_manager import EventManager, EventOps, Events
@@ -54,6 +53,8 @@ COMMAND_TIMEOUT_NS = 30 * SECOND_NS
 #: How long it may take to end in order, and again to be dead after SIGKILL. The supervisor gives the controller
 #: 0.6 s in all to end.
 FINISH_TIMEOUT_NS = 400_000_000
+#: A process that ends closes its channels some time before its pidfd says so.
+DYING_MS = 100
 KVM_API_VERSION = 12
 
 Reply = TypeVar("Reply")
@@ -244,8 +245,11 @@ class Worker:
             return
         self._vcpu_mmap_size = hello.vcpu_mmap_size
         self._channel.unlink()
-        self._channel.send(Welcome())
         self._move(WorkerEvent.HELLO)
+        try:
+            self._channel.send(Welcome())
+        except IpcError:
+            pass  # it has died since, or will: the supervisor says how
 
     def breach(self, text: str) -> None:
         """The worker broke the protocol: it is not believed any more, and killed."""
@@ -313,7 +317,7 @@ class Worker:
         try:
             sequence = self._channel.send(message, deadline=deadline)
         except IpcError as error:
-            if not self._has_exited():
+            if not self._has_exited(DYING_MS):
                 self.breach(str(error))
                 raise self._error() from None
             # The supervisor is about to say how it ended; that counts, not that it can no longer be asked.
@@ -325,12 +329,12 @@ class Worker:
         self._receive()  # sending may have consumed the edge of the descriptor
         return sequence
 
-    def _has_exited(self) -> bool:
+    def _has_exited(self, patience_ms: int) -> bool:
         if self._pidfd < 0:
             return False
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
-        return bool(poll.poll(0))
+        return bool(poll.poll(patience_ms))
 
     def collect(self, sequence: int, expected: type[Reply]) -> Reply:
         """Wait for a reply. Raises WorkerError when the worker fails, dies, refuses or is too slow."""
@@ -356,8 +360,13 @@ class Worker:
         raise self._error()
 
     def request(self, message: Any, expected: type[Reply]) -> Reply:
-        """Send a command and wait for its reply."""
-        return self.collect(self.submit(message), expected)
+        """Send a command and wait for its reply. Raises as :meth:`collect` does."""
+        try:
+            sequence = self.submit(message)
+        except WorkerError:
+            self._wait_if_exited()
+            raise self._error() from None
+        return self.collect(sequence, expected)
 
     def _arrive(self, event: WorkerEvent) -> None:
         """Note that a command was carried out. The worker may have ended right after it."""
@@ -389,7 +398,7 @@ class Worker:
         self._arrive(WorkerEvent.CONFIGURED)
 
     def _wait_if_exited(self) -> None:
-        if self._has_exited():
+        if self.alive and self._has_exited(DYING_MS):
             self._events.run_until(lambda: not self.alive, time.monotonic_ns() + FINISH_TIMEOUT_NS)
 
     def run_page(self, vcpu: int) -> mmap.mmap | None:
@@ -398,7 +407,8 @@ class Worker:
 
     def resume(self) -> None:
         """Let the vCPUs run. Raises WorkerError."""
-        self.collect_resume(self.submit(Resume()))
+        self.request(Resume(), Resumed)
+        self._arrive(WorkerEvent.RESUMED)
 
     def collect_resume(self, sequence: int) -> None:
         """Wait for a submitted Resume."""
@@ -407,7 +417,8 @@ class Worker:
 
     def pause(self) -> None:
         """Park the vCPUs. Raises WorkerError."""
-        self.collect_pause(self.submit(Pause()))
+        self.request(Pause(), Paused)
+        self._arrive(WorkerEvent.PAUSED)
 
     def collect_pause(self, sequence: int) -> int:
         """Wait for a submitted Pause; return the number of KVM_KVMCLOCK_CTRL failures."""

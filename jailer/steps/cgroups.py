@@ -285,4 +285,3 @@ def _plan_v2(settings: Settings, hierarchies: Hierarchies) -> CgroupPlan:
     operations.extend(WriteValue(os.path.join(directory, item.file), item.value) for item in settings.cgroups)
     operations.append(JoinCgroup(mount, directory, ""))
     return CgroupPlan(tuple(operations), (directory,), (("", f"/{_relative(settings)}"),))
-

@@ -8,6 +8,7 @@ import os
 import posix
 import resource
 
+from ipc.typed import Iterable
 from jailer import syscalls, walls
 from jailer.errors import StepError, errno_text, os_error_text
 from jailer.plan import Operation
@@ -17,6 +18,28 @@ from jailer.settings import Limits
 def close_inherited_descriptors() -> None:
     """Close everything but standard input, output and error. Raises OSError."""
     syscalls.close_range(3, syscalls.CLOSE_RANGE_MAX, syscalls.CLOSE_RANGE_UNSHARE)
+
+
+def keep_only(wanted: Iterable[int]) -> None:
+    """Close every descriptor from 3 up but the wanted ones. Raises OSError."""
+    first = 3
+    for descriptor in sorted({each for each in wanted if each > 2}):
+        syscalls.close_range(first, descriptor - 1)
+        first = descriptor + 1
+    syscalls.close_range(first, syscalls.CLOSE_RANGE_MAX)
+
+
+def inherited_descriptors() -> tuple[int, ...]:
+    """Return what the caller left open beyond the standard descriptors; called before anything is opened."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            os.fstat(int(name))
+        except OSError:
+            continue  # the listing itself
+        if int(name) > 2:
+            found.append(int(name))
+    return tuple(found)
 
 
 def clear_environment() -> None:

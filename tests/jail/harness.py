@@ -26,11 +26,12 @@ UID, GID = 12345, 23456
 PATIENCE_S = 30.0
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_S) -> Any:
+def wait_for(condition: Callable[[], Any], what: str | Callable[[], str], seconds: float = PATIENCE_S) -> Any:
     """Return the first true value of a condition; fails the test when it does not come."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"timed out waiting for {what}"
+        if time.monotonic() > deadline:
+            raise AssertionError(f"timed out waiting for {what if isinstance(what, str) else what()}")
         time.sleep(0.005)
     return value
 
@@ -93,8 +94,8 @@ class JailedMicrovm:
         self.root = self.directory / "root"
         self.pid_file = self.root / f"{exec_file.name}.pid"
         self.api_socket = self.root / "run" / "firecracker.socket"
-        self.wall_log = base / f"{microvm_id}.walls"
-        self.output_file = base / f"{microvm_id}.output"
+        self.wall_log = base.parent / f"{microvm_id}.walls"
+        self.output_file = base.parent / f"{microvm_id}.output"
         # fmt: off
         self.command = [
             *map(str, program), "--id", microvm_id, "--exec-file", str(exec_file), "--uid", str(uid), "--gid", str(gid),
@@ -170,6 +171,10 @@ class JailedMicrovm:
         lines = self.wall_log.read_text().splitlines() if self.wall_log.exists() else []
         return "\n".join(line for line in lines if not line.startswith("{"))
 
+    def describe(self) -> str:
+        """Return all that it said."""
+        return f"\n{self.output()}\n{self.log()}"
+
     def wall_records(self) -> dict[str, dict[str, Any]]:
         """Return the walls' report by cell."""
         lines = self.wall_log.read_text().splitlines() if self.wall_log.exists() else []
@@ -193,7 +198,7 @@ class JailedMicrovm:
             sealed = self.wall_records()
             return cells if all(name in cells and name in sealed for name in names) else None
 
-        found: dict[str, int] = wait_for(there, f"cells {names}: {self.output()} {self.log()}")
+        found: dict[str, int] = wait_for(there, lambda: f"cells {names}: {self.describe()}")
         return found
 
     # ------------------------------------------------------------ end

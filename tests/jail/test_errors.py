@@ -32,8 +32,10 @@ def _run(base: Path, *options: str, **changed: str | None) -> tuple[int, str]:
         (
             {},
             ("--nonsense", "1"),
-            "Arguments parsing error: Found argument 'nonsense' which wasn't expected, "
-            "or isn't valid in this context.",
+            (
+                "Arguments parsing error: Found argument 'nonsense' which wasn't expected, "
+                "or isn't valid in this context."
+            ),
         ),
         ({}, ("--netns",), "Arguments parsing error: The argument 'netns' requires a value, but none was supplied."),
         ({}, ("--id", "x"), "Arguments parsing error: The argument 'id' was provided more than once."),

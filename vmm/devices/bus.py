@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 
-from ipc.device_page import FLAG_READ_LOCAL, FLAG_WRITE_POSTED, DevicePage
+from ipc.device_page import FLAG_READ_LOCAL, FLAG_WRITE_LAZY, FLAG_WRITE_POSTED, DevicePage
 from ipc.errors import LayoutError
 from ipc.messages import Window
 from ipc.typed import Callable, NamedTuple
@@ -55,18 +55,41 @@ class Device:
 
 
 class InterruptLine:
-    """An edge-triggered interrupt: an eventfd that the worker binds to a GSI (irqfd)."""
+    """An edge-triggered interrupt: an eventfd that the worker binds to a GSI (irqfd).
 
-    __slots__ = ("eventfd", "gsi", "triggers")
+    While exits are executed in a batch the line is held: edges of one batch become one, at its end. (A UART whose
+    transmitter is infinitely fast would interrupt for every byte.)
+    """
+
+    __slots__ = ("_due", "_held", "eventfd", "gsi", "triggers")
 
     def __init__(self, gsi: int) -> None:
         self.gsi = gsi
         self.eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.triggers = 0
+        self._held = False
+        self._due = False
+
+    def hold(self) -> None:
+        """Keep edges back until :meth:`release`."""
+        self._held = True
+
+    def release(self) -> None:
+        """Deliver an edge that was kept back."""
+        self._held = False
+        if self._due:
+            self._due = False
+            self._deliver()
 
     def trigger(self) -> None:
         """Raise the interrupt. An event that came while the GSI was masked is delivered when it is unmasked."""
         self.triggers += 1
+        if self._held:
+            self._due = True
+        else:
+            self._deliver()
+
+    def _deliver(self) -> None:
         try:
             os.eventfd_write(self.eventfd, 1)
         except BlockingIOError:
@@ -86,15 +109,25 @@ class PublishedSlot:
         self._page = page
         self._slot = slot
 
-    def publish(self, value: int = 0, *, read_local: bool = False, write_posted: bool = False) -> None:
-        """Publish the value for local reads and what the worker may do without asking."""
-        flags = (FLAG_READ_LOCAL if read_local else 0) | (FLAG_WRITE_POSTED if write_posted else 0)
+    def publish(
+        self, value: int = 0, *, read_local: bool = False, write_posted: bool = False, write_lazy: bool = False
+    ) -> None:
+        """Publish the value for local reads and what the worker may do without asking.
+
+        ``write_lazy``: a posted write that may wait about a millisecond before it is executed.
+        """
+        flags = (
+            (FLAG_READ_LOCAL if read_local else 0)
+            | (FLAG_WRITE_POSTED if write_posted else 0)
+            | (FLAG_WRITE_LAZY if write_lazy else 0)
+        )
         self._page.publish(self._slot, value, flags)
 
 
 class _Range(NamedTuple):
     start: int
     end: int
+    origin: int
     device: Device
     slot: int
 
@@ -108,10 +141,12 @@ class Bus:
         self._ranges: list[_Range] = []
         self._starts: list[int] = []
 
-    def insert(self, device: Device, address: int, length: int) -> list[PublishedSlot]:
+    def insert(self, device: Device, address: int, length: int, offset: int = 0) -> list[PublishedSlot]:
         """Attach a device; return its slots of the device page.
 
-        Raises DeviceError if the window overlaps another one or leaves the address space, or the page is full.
+        ``offset`` is the device's offset at ``address``: registers that the worker treats differently have windows
+        of their own. Raises DeviceError if the window overlaps another one or leaves the address space, or the page
+        is full.
         """
         end = address + length
         if length <= 0 or address < 0 or end > self._limit:
@@ -126,7 +161,7 @@ class Bus:
             first = self._page.allocate(count)
         except LayoutError as error:
             raise DeviceError(f"window {address:#x}+{length:#x} cannot be attached: {error}") from None
-        self._ranges.insert(position, _Range(address, end, device, first))
+        self._ranges.insert(position, _Range(address, end, address - offset, device, first))
         self._starts.insert(position, address)
         return [PublishedSlot(self._page, first + number) for number in range(count)]
 
@@ -149,14 +184,14 @@ class Bus:
         found = self._find(address, size)
         if found is None:
             return ALL_ONES[size]
-        return found.device.read(address - found.start, size) & ALL_ONES[size]
+        return found.device.read(address - found.origin, size) & ALL_ONES[size]
 
     def write(self, address: int, size: int, value: int) -> Deferral | None:
         """Write to whichever device sits there; dropped where none does. ``value`` fits ``size``."""
         found = self._find(address, size)
         if found is None:
             return None
-        return found.device.write(address - found.start, size, value)
+        return found.device.write(address - found.origin, size, value)
 
 
 class PortBus(Bus):
@@ -169,10 +204,10 @@ class PortBus(Bus):
         super().__init__(page, PIO_SPACE)
         self._ports: dict[int, tuple[Device, int]] = {}
 
-    def insert(self, device: Device, address: int, length: int) -> list[PublishedSlot]:
+    def insert(self, device: Device, address: int, length: int, offset: int = 0) -> list[PublishedSlot]:
         """Attach a device; return one slot per port. Raises DeviceError."""
-        slots = super().insert(device, address, length)
-        self._ports.update({address + offset: (device, offset) for offset in range(length)})
+        slots = super().insert(device, address, length, offset)
+        self._ports.update({address + number: (device, offset + number) for number in range(length)})
         return slots
 
     def _slot_count(self, length: int) -> int:

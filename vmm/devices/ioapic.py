@@ -9,7 +9,7 @@ from __future__ import annotations
 from ipc.messages import Route
 from ipc.typed import Callable, Sequence
 from vmm.boot.layout import IOAPIC_PIN_COUNT
-from vmm.devices.bus import Deferral, Device
+from vmm.devices.bus import Deferral, Device, PublishedSlot
 
 IOAPIC_LENGTH = 0x1000
 IOREGSEL = 0x00
@@ -72,6 +72,10 @@ class IoApic(Device):
         if not 0 <= pin < IOAPIC_PIN_COUNT:
             return 0
         return self._entries[pin] >> (32 if high else 0) & 0xFFFF_FFFF
+
+    def attach(self, select: PublishedSlot) -> None:
+        """Take the slot of the window that holds IOREGSEL: selecting a register has no effect that could be seen."""
+        select.publish(write_posted=True, write_lazy=True)
 
     def write(self, offset: int, size: int, value: int) -> Deferral | None:
         """Write IOREGSEL or the selected register; a changed route defers the write until it is in force."""

@@ -24,7 +24,7 @@ from vmm.devices.exerciser import EXERCISER_MMIO, EXERCISER_PORT, MMIO_LENGTH, E
 from vmm.devices.exerciser import PORT_COUNT as EXERCISER_PORT_COUNT
 from vmm.devices.i8042 import I8042
 from vmm.devices.i8042 import PORT_COUNT as I8042_PORT_COUNT
-from vmm.devices.ioapic import IOAPIC_LENGTH, IoApic, SetRoutes
+from vmm.devices.ioapic import IOAPIC_LENGTH, IOWIN, IoApic, SetRoutes
 from vmm.devices.serial import Serial
 
 
@@ -52,7 +52,9 @@ class DeviceManager:
         self.serial = Serial(self.interrupts[1], transmit)
         self.serial.attach(self.ports.insert(self.serial, COM1_PORT, COM1_PORT_COUNT))
         self.ioapic = IoApic([line.gsi for line in self.interrupts], set_routes, log)
-        self.mmio.insert(self.ioapic, IOAPIC_ADDRESS, IOAPIC_LENGTH)
+        (select,) = self.mmio.insert(self.ioapic, IOAPIC_ADDRESS, IOWIN)
+        self.mmio.insert(self.ioapic, IOAPIC_ADDRESS + IOWIN, IOAPIC_LENGTH - IOWIN, IOWIN)
+        self.ioapic.attach(select)
         self.exerciser: Exerciser | None = None
 
     def attach_boot_timer(self, start_us: int, start_cpu_us: int) -> None:
@@ -69,6 +71,16 @@ class DeviceManager:
         (posted,) = self.mmio.insert(page, EXERCISER_MMIO, MMIO_LENGTH)
         posted.publish(write_posted=True)
         self.mmio.insert(page, EXERCISER_MMIO + MMIO_LENGTH, MMIO_LENGTH)
+
+    def hold_interrupts(self) -> None:
+        """A batch of exits begins."""
+        for line in self.interrupts:
+            line.hold()
+
+    def release_interrupts(self) -> None:
+        """The batch is over: deliver the edges of it."""
+        for line in self.interrupts:
+            line.release()
 
     def close(self) -> None:
         """Release shared memory and eventfds."""

@@ -80,13 +80,23 @@ class Serial(Device):
         self._transmits = not self._lcr & LCR_DLAB and not self._mcr & MCR_LOOP
         if not self._slots:
             return
-        self._slots[LSR].publish(self._line_status(), read_local=True)
-        self._slots[MSR].publish(self._modem_status(), read_local=True)
-        # Writes of THR change nothing that a read returns unless they loop back or set the divisor.
-        self._slots[RBR_THR].publish(write_posted=self._transmits)
+        slots = self._slots
+        slots[LSR].publish(self._line_status(), read_local=True)
+        slots[MSR].publish(self._modem_status(), read_local=True)
+        # Writes of these are synchronous, so what is published is what was written last.
+        slots[IER].publish(self._ier_or_divisor(), read_local=True)
+        slots[LCR].publish(self._lcr, read_local=True)
+        slots[MCR].publish(self._mcr, read_local=True)
+        slots[SCR].publish(self._scr, read_local=True)
+        # Writes of THR change nothing that a read returns unless they loop back or set the divisor. Nobody waits for
+        # one to be transmitted unless it is to be told of that by an interrupt.
+        slots[RBR_THR].publish(write_posted=self._transmits, write_lazy=not self._ier & IER_THRI)
 
     def _line_status(self) -> int:
         return LSR_TRANSMITTER_EMPTY | (LSR_DATA_READY if self._receive else 0)
+
+    def _ier_or_divisor(self) -> int:
+        return self._divisor >> 8 if self._lcr & LCR_DLAB else self._ier
 
     def _modem_status(self) -> int:
         if not self._mcr & MCR_LOOP:
@@ -122,7 +132,7 @@ class Serial(Device):
         if offset == RBR_THR:
             return self._divisor & 0xFF if self._lcr & LCR_DLAB else self._take()
         if offset == IER:
-            return self._divisor >> 8 if self._lcr & LCR_DLAB else self._ier
+            return self._ier_or_divisor()
         if offset == IIR_FCR:
             pending = self._pending()
             if pending == IIR_THRI:
@@ -170,6 +180,7 @@ class Serial(Device):
             self._write_mcr(value & MCR_MASK)
         elif offset == SCR:
             self._scr = value
+            self._publish()
         return None
 
     def _write_fcr(self, value: int) -> None:
@@ -212,9 +223,11 @@ class Serial(Device):
     def _write_ier(self, value: int) -> None:
         if self._lcr & LCR_DLAB:
             self._divisor = self._divisor & 0xFF | value << 8
+            self._publish()
             return
         newly_enabled = value & ~self._ier
         self._ier = value & IER_MASK
+        self._publish()
         if newly_enabled & IER_THRI:
             # The transmitter is empty, and enabling the interrupt in that state raises it.
             self._thr_empty_pending = True

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 #: A bound against a hanging suite; nothing is measured with it.
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 60
 
 
 class Child:
@@ -78,6 +78,7 @@ def _run(function: Callable[[], Any], writer: int) -> None:
         status = 0
     except BaseException:
         result = traceback.format_exc().encode()
+        os.write(2, result)
     try:
         os.write(writer, result)
     finally:

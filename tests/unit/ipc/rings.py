@@ -48,10 +48,10 @@ def random_access(chooser: random.Random) -> Access:
     return Access(kind, address, size, data, kind not in WRITES or chooser.random() < 0.2, count)
 
 
-def perform(producer: ExitRingProducer, access: Access) -> int | None:
+def perform(producer: ExitRingProducer, access: Access, lazy: bool = False) -> int | None:
     """Make the access; return the answer of a synchronous one."""
     if not access.synchronous:
-        producer.post(access.kind, access.address, access.size, access.data)
+        producer.post(access.kind, access.address, access.size, access.data, int(lazy))
         return None
     answer = producer.call(access.kind, access.address, access.size, access.data, access.elements)
     producer.applied()

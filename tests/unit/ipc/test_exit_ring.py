@@ -125,9 +125,9 @@ class RingMachine(RuleBasedStateMachine):
         self.operation: threading.Thread | None = None
         self.answers: list[int | None] = []
         self.promised: list[int | None] = []
-        self.asleep = True  # a fresh ring asks for the doorbell
+        self.rest = exit_ring.ASLEEP  # a fresh ring asks for the doorbell
 
-    def run_operation(self, todo: list[Access]) -> None:
+    def run_operation(self, todo: list[Access], lazy: bool = False) -> None:
         """Start the operation, and wait until it is over or can get no further without the consumer."""
         self.ring.rung()
         before = self.executed + len(self.expected)
@@ -137,14 +137,15 @@ class RingMachine(RuleBasedStateMachine):
 
         def work() -> None:
             for access in todo:
-                self.answers.append(perform(self.producer, access))
+                self.answers.append(perform(self.producer, access, lazy))
 
         self.operation = threading.Thread(target=work, daemon=True)
         self.operation.start()
         self.settle()
         posted = self.ring.word(exit_ring.WORD_POSTED)
         assert posted == min(total, self.executed + ENTRY_COUNT)
-        if self.asleep and posted > before:
+        urgent = not lazy or posted - self.executed >= ENTRY_COUNT // 2
+        if posted > before and (self.rest == exit_ring.ASLEEP or (self.rest == exit_ring.NAPPING and urgent)):
             wait_for(lambda: self.ring.rung() or None)
         else:
             assert self.ring.rung() == 0
@@ -178,6 +179,12 @@ class RingMachine(RuleBasedStateMachine):
         first = self.executed + len(self.expected)
         self.run_operation([*(Access(2, n & 0xFFFF, 4, n, False, 1) for n in range(first, first + count)), last])
 
+    @precondition(lambda self: self.operation is None)
+    @rule(count=st.integers(1, 300))
+    def lazy_burst(self, count: int) -> None:
+        first = self.executed + len(self.expected)
+        self.run_operation([Access(4, n, 1, n & 0xFF, False, 1) for n in range(first, first + count)], lazy=True)
+
     @rule(count=st.integers(1, 400))
     def consume(self, count: int) -> None:
         for _ in range(count):
@@ -202,17 +209,18 @@ class RingMachine(RuleBasedStateMachine):
         assert self.consumer.done == self.executed
         self.settle()
 
-    @rule()
-    def sleep(self) -> None:
+    @rule(nap=st.booleans())
+    def sleep(self, nap: bool) -> None:
         empty = self.ring.word(exit_ring.WORD_POSTED) == self.executed
         assert self.consumer.idle == empty
-        self.asleep = self.consumer.sleep()
-        assert self.asleep == empty
+        lies = self.consumer.nap() if nap else self.consumer.sleep()
+        assert lies == empty
+        self.rest = exit_ring.AWAKE if not lies else exit_ring.NAPPING if nap else exit_ring.ASLEEP
 
     @rule()
     def awake(self) -> None:
         self.consumer.awake()
-        self.asleep = False
+        self.rest = exit_ring.AWAKE
 
     @rule()
     def restart_consumer(self) -> None:
@@ -253,7 +261,7 @@ class RingMachine(RuleBasedStateMachine):
 @pytest.mark.soak("ipc")
 def test_ring_behaves_like_a_list(scale):
     run_state_machine_as_test(
-        RingMachine, settings=settings(max_examples=scale(30, 2_000), stateful_step_count=30, deadline=None)
+        RingMachine, settings=settings(max_examples=scale(40, 2_000), stateful_step_count=30, deadline=None)
     )
 
 
@@ -484,6 +492,41 @@ def test_one_wake_up_for_a_full_ring(ring):
     ring.set_word(exit_ring.WORD_WAITING, 1)
     assert consume_from(ring, consumer, ENTRY_COUNT) == ENTRY_COUNT
     assert os.eventfd_read(ring.completion) == 1
+
+
+def rung(ring: Ring) -> bool:
+    """Tell whether the doorbell rang since the last look."""
+    try:
+        return os.eventfd_read(ring.doorbell) > 0
+    except BlockingIOError:
+        return False
+
+
+def test_a_napping_consumer_is_woken_only_for_what_cannot_wait(ring):
+    os.set_blocking(ring.doorbell, False)
+    producer, consumer = ring.producer(), ring.consumer()
+    assert consumer.nap()
+    for number in range(ENTRY_COUNT // 2 - 1):
+        producer.post(exit_ring.KIND_PIO_WRITE, 1, 1, number & 0xFF, 1)
+        assert not rung(ring)
+    producer.post(exit_ring.KIND_PIO_WRITE, 1, 1, 0, 1)
+    assert rung(ring), "half full"
+    assert not consumer.nap(), "an entry is there: taken first"
+    assert consume_from(ring, consumer, ENTRY_COUNT // 2) == ENTRY_COUNT // 2
+    assert consumer.nap()
+    producer.post(exit_ring.KIND_PIO_WRITE, 1, 1, 0)
+    assert rung(ring), "not lazy"
+    assert consume_from(ring, consumer, 1) == 1
+    assert consumer.sleep()
+    producer.post(exit_ring.KIND_PIO_WRITE, 1, 1, 0, 1)
+    assert rung(ring), "asleep: everything rings"
+
+
+def test_lingering_sees_an_entry_that_is_there(ring):
+    producer, consumer = ring.producer(), ring.consumer()
+    assert not consumer.linger()
+    producer.post(exit_ring.KIND_PIO_WRITE, 1, 1, 0, 1)
+    assert consumer.linger() == (exit_ring.SPINS > 0)
 
 
 def test_the_string_area_goes_both_ways(ring):

@@ -6,6 +6,7 @@ in the test's own process (:class:`Controller`).
 
 from __future__ import annotations
 
+import faulthandler
 import fcntl
 import mmap
 import os
@@ -141,7 +142,7 @@ class StandInWorker:
         poll = select.poll()
         poll.register(self.channel.fileno(), select.POLLIN)
         while True:
-            envelope = self.channel.receive()
+            envelope = self.channel.receive(time.monotonic_ns())
             if envelope is not None:
                 return envelope.message, envelope.sequence
             poll.poll(PATIENCE_S * 1000)
@@ -346,6 +347,8 @@ class StandInSupervisor:
 
 def run_process(body: Callable[[], None]) -> None:
     """Run a forked process to its end; a traceback goes to standard error, as the tests show it when they fail."""
+    faulthandler.disable()  # a signal that ends it is part of the test
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
     try:
         body()
     except BaseException:
@@ -447,6 +450,7 @@ class Controller:
         if self._own_context:
             self.context.destroy(linger=0)
         self.events.close()
+        os.kill(self.supervisor_pid, signal.SIGCONT)
         os.waitpid(self.supervisor_pid, 0)
 
 

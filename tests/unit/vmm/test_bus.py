@@ -121,6 +121,16 @@ def test_answers_are_cut_to_the_size_of_the_access(page, size):
         assert bus.read(0, size) == ALL_ONES[size] - 1
 
 
+def test_registers_of_one_device_may_have_windows_of_their_own(page):
+    for bus in (port_bus(page.page), mmio_bus(page.page)):
+        device = Recorder()
+        bus.insert(device, 0x100, 0x10)
+        bus.insert(device, 0x110, 0x10, 0x10)
+        bus.read(0x10F, 1)
+        bus.write(0x110, 1, 2)
+        assert device.accesses == [("read", 0x0F, 1, 0), ("write", 0x10, 1, 2)]
+
+
 def test_a_deferral_is_handed_through(page):
     bus = port_bus(page.page)
     device = Recorder()
@@ -148,6 +158,22 @@ def test_edges_accumulate_in_the_eventfd_until_the_worker_takes_them():
     for _ in range(3):
         line.trigger()
     assert (line.gsi, line.triggers, line.pending(), line.pending()) == (7, 3, 3, 0)
+    line.close()
+
+
+def test_edges_of_a_batch_become_one_at_its_end():
+    line = CountingLine()
+    line.hold()
+    for _ in range(3):
+        line.trigger()
+    assert line.pending() == 0
+    line.release()
+    assert line.pending() == 1
+    line.hold()
+    line.release()
+    assert line.pending() == 0, "nothing was due"
+    line.trigger()
+    assert line.pending() == 1
     line.close()
 
 

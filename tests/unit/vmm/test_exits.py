@@ -9,6 +9,7 @@ import time
 import pytest
 
 from ipc.exit_ring import (
+    ASLEEP,
     COUNTER_COUNT,
     ENTRY_COUNT,
     KIND_MMIO_READ,
@@ -17,8 +18,10 @@ from ipc.exit_ring import (
     KIND_PIO_STRING_READ,
     KIND_PIO_STRING_WRITE,
     KIND_PIO_WRITE,
+    NAPPING,
     RING_SIZE,
     STRING_DATA_SIZE,
+    WORD_ASLEEP,
     WORD_POSTED,
     ExitRingProducer,
 )
@@ -295,7 +298,7 @@ def test_a_breach_ends_the_ring(machine):
     executor = machine.ring()
     producer = machine.producer(executor)
     producer.post(KIND_PIO_WRITE, PORT, 1, 1)
-    producer._publish(77, PORT, 1, 0, 0, 1)
+    producer._publish(77, PORT, 1, 0, 0, 1, 0)
     producer.post(KIND_PIO_WRITE, PORT, 1, 2)
     batches = machine.batches
     machine.serve(lambda: machine.failures)
@@ -366,11 +369,76 @@ def test_the_elements_of_a_string_count_as_accesses(machine):
     executor = machine.ring()
     producer = machine.producer(executor)
     for _ in range(ENTRY_COUNT):
-        producer._publish(KIND_PIO_STRING_WRITE, PORT, 1, 0, 1, STRING_DATA_SIZE)
+        producer._publish(KIND_PIO_STRING_WRITE, PORT, 1, 0, 1, STRING_DATA_SIZE, 0)
     executor.drain()
     assert BATCH <= len(machine.device.accesses) <= BATCH + STRING_DATA_SIZE
     machine.serve(lambda: executor.idle)
     assert len(machine.device.accesses) == ENTRY_COUNT * STRING_DATA_SIZE
+
+
+def test_lazy_entries_need_no_doorbell_while_the_executor_naps(machine):
+    executor = machine.ring()
+    producer = machine.producer(executor)
+    producer.post(KIND_PIO_WRITE, PORT, 1, 1, 1)
+    machine.serve(lambda: len(machine.device.accesses) == 1)
+    assert producer.words[WORD_ASLEEP] == NAPPING
+    for value in range(2, 20):
+        producer.post(KIND_PIO_WRITE, PORT, 1, value, 1)
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(executor.doorbell)
+    machine.serve(lambda: len(machine.device.accesses) == 19)
+    machine.serve(lambda: producer.words[WORD_ASLEEP] == ASLEEP)
+    assert machine.events.run(0) == 0
+    producer.post(KIND_PIO_WRITE, PORT, 1, 20, 1)
+    machine.serve(lambda: len(machine.device.accesses) == 20)
+
+
+def test_a_nap_ends_for_an_entry_that_is_not_lazy(machine):
+    executor = machine.ring()
+    producer = machine.producer(executor)
+    producer.post(KIND_PIO_WRITE, PORT, 1, 1, 1)
+    machine.serve(lambda: len(machine.device.accesses) == 1)
+    producer.post(KIND_PIO_WRITE, PORT, 1, 2, 1)
+    producer.post(KIND_PIO_WRITE, PORT, 1, 3)
+    assert os.eventfd_read(executor.doorbell) == 1
+    executor.drain()
+    assert len(machine.device.accesses) == 3
+
+
+def test_a_parked_ring_does_not_nap_its_way_on(machine):
+    executor = machine.ring()
+    deferring = Deferring()
+    machine.ports.insert(deferring, 0x200, 1)
+    producer = machine.producer(executor)
+    producer.post(KIND_PIO_WRITE, PORT, 1, 1, 1)
+    machine.serve(lambda: len(machine.device.accesses) == 1)
+    producer.post(KIND_PIO_WRITE, 0x200, 1, 1)
+    machine.serve(lambda: len(deferring.deferrals) == 1)
+    producer.post(KIND_PIO_WRITE, PORT, 1, 2, 1)
+    for _ in range(5):
+        machine.events.run(2)
+    assert len(machine.device.accesses) == 1
+    deferring.deferrals[0].complete()
+    machine.serve(lambda: len(machine.device.accesses) == 2)
+
+
+def test_something_runs_around_each_batch_even_if_it_ends_in_a_breach(machine):
+    order: list[str] = []
+    executor = ExitExecutor(
+        machine.ports,
+        machine.mmio,
+        before_batch=lambda: order.append("before"),
+        after_batch=lambda: order.append("after"),
+        failed=lambda text: order.append("failed"),
+    )
+    producer = machine.producer(executor)
+    producer.post(KIND_PIO_WRITE, PORT, 1, 1)
+    executor.drain()
+    producer.words[WORD_POSTED] = 1 << 62
+    executor.drain()
+    executor.drain()
+    assert order == ["before", "after", "before", "failed", "after"]
+    machine.executors.append(executor)
 
 
 def test_full_counters_of_the_eventfds_do_not_block(machine):

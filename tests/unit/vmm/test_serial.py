@@ -152,7 +152,7 @@ def test_fifo_control(uart):
 def test_a_read_of_any_size_is_the_same_from_the_page_and_from_the_device(uart, offset, size):
     uart.device.receive(b"\x81")
     value = worker_read(uart.page, uart.bus, COM1 + offset, size)
-    if offset in (LSR, MSR):
+    if uart.page.read_local(offset):
         assert value == uart.device.read(offset, size) == uart.bus.read(COM1 + offset, size)
 
 
@@ -536,10 +536,10 @@ class UartMachine(RuleBasedStateMachine):
     @invariant()
     def published_is_what_the_device_would_answer(self) -> None:
         device, page = self.uart.device, self.uart.page
-        for offset in (LSR, MSR):
+        for offset in (IER, LCR, MCR, LSR, MSR, SCR):
             assert page.read_local(offset)
             assert page.value(offset) == device.read(offset, 1)
-        for offset in (RBR_THR, IER, IIR_FCR, LCR, MCR, SCR):
+        for offset in (RBR_THR, IIR_FCR):  # reading these has effects
             assert not page.read_local(offset)
         assert page.value(LSR) == LSR_TRANSMITTER_EMPTY | (LSR_DATA_READY if self.received else 0)
         assert [page.write_posted(offset) for offset in range(1, PORT_COUNT)] == [False] * (PORT_COUNT - 1)

@@ -1,0 +1,117 @@
+"""Attacks from inside a cell, after its seal: each succeeds without its walls and is stopped by each wall alone.
+
+The drills are in ipc/drills.py; a worker is forked right at the start of the controller, so no guest is needed.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.jail.harness import JailedMicrovm, microvm, wait_for
+
+#: attack → the walls that stop it, each by itself: (wall, what the attacker sees; None: the cell is ended).
+ATTACKS: dict[str, dict[str, str | None]] = {
+    "execve": {"seccomp": None},
+    "open": {"seccomp": "refused: Permission denied (13)"},
+    "fork": {"seccomp": None, "process-limit": "refused: Resource temporarily unavailable (11)"},
+    "socket": {"seccomp": None},
+    "executable-mapping": {"seccomp": None},
+    "ioctl": {"seccomp": None},
+    "ptrace": {"seccomp": None, "dumpable": "refused: Operation not permitted (1)"},
+}
+CASES = [(attack, wall) for attack, walls in ATTACKS.items() for wall in walls]
+#: System calls as the report names them.
+CALLS = {
+    "execve": "memfd_create",
+    "fork": "clone",
+    "socket": "socket",
+    "executable-mapping": "mmap",
+    "ioctl": "ioctl",
+    "ptrace": "ptrace",
+}
+
+
+def _without(*walls: str) -> list[str]:
+    return [word for wall in walls for word in ("--without", wall)]
+
+
+def _outcome(jailed: JailedMicrovm, attack: str) -> str:
+    """Return what the attacker reported."""
+    pattern = re.compile(rf"^drill {attack}: (.*)$", re.MULTILINE)
+    match = wait_for(lambda: pattern.search(jailed.output()), lambda: f"the drill: {jailed.describe()}")
+    return str(match[1])
+
+
+def _ended_by_seccomp(jailed: JailedMicrovm, cell: str) -> str:
+    """Return the report's line on the end of a cell."""
+    pattern = re.compile(rf"^.*{cell} \(pid \d+\): wall seccomp: .*$", re.MULTILINE)
+    match = wait_for(lambda: pattern.search(jailed.log()), lambda: f"the report: {jailed.describe()}")
+    return str(match[0])
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_attack_succeeds_without_its_walls(base: Path, attack: str) -> None:
+    with microvm(base, "--drill", attack, *_without(*ATTACKS[attack])) as jailed:
+        jailed.start()
+        assert _outcome(jailed, attack).startswith("succeeded")
+        assert "switched off: " in jailed.log()
+
+
+@pytest.mark.parametrize(("attack", "wall"), CASES)
+def test_each_wall_alone_stops_the_attack(base: Path, attack: str, wall: str) -> None:
+    others = [each for each in ATTACKS[attack] if each != wall]
+    with microvm(base, "--drill", attack, *_without(*others)) as jailed:
+        jailed.start()
+        expected = ATTACKS[attack][wall]
+        if expected is not None:
+            assert _outcome(jailed, attack) == expected
+        else:
+            line = _ended_by_seccomp(jailed, "vcpu 0")
+            assert "ended by the filter for a forbidden system call" in line
+            assert f"drill {attack}: succeeded" not in jailed.output()
+
+
+@pytest.mark.parametrize("attack", CALLS)
+def test_report_mode_names_the_system_call(base: Path, attack: str) -> None:
+    with microvm(base, "--drill", attack, "--seccomp-mode", "report") as jailed:
+        jailed.start()
+        line = _ended_by_seccomp(jailed, "vcpu 0")
+        assert re.search(rf"wall seccomp: forbidden system call {CALLS[attack]}\d?\(", line), line
+        assert f"drill {attack}: succeeded" not in jailed.output()
+
+
+def test_root_wall_empties_the_file_system(base: Path) -> None:
+    with microvm(base, "--drill", "open", *_without("seccomp")) as jailed:
+        jailed.start()
+        assert _outcome(jailed, "open") == "succeeded (/ with ['ipc'])"
+    arguments = ("--api-sock", "api.socket")  # relative: without the wall, the host's /run is the cell's
+    options = ("--drill", "open", *_without("seccomp", "root"))
+    with microvm(base, *options, microvm_id="open", arguments=arguments) as jailed:
+        jailed.start()
+        assert _outcome(jailed, "open") == "succeeded (/etc/passwd)"
+
+
+@pytest.mark.parametrize("attack", ["execve", "fork", "executable-mapping", "ptrace"])
+def test_the_controller_cannot_either(base: Path, attack: str) -> None:
+    with microvm(base, "--drill", f"vmm:{attack}") as jailed:
+        assert jailed.run() == 148
+        _ended_by_seccomp(jailed, "vmm")
+        assert jailed.log().splitlines()[-1].endswith("Firecracker exiting with error. exit_code=148")
+    with microvm(base, "--drill", f"vmm:{attack}", "--seccomp-mode", "report", microvm_id="report") as jailed:
+        assert jailed.run() == 148
+        assert "forbidden system call" in _ended_by_seccomp(jailed, "vmm")
+
+
+def test_the_controller_sees_only_its_jail_root(base: Path) -> None:
+    with microvm(base, "--drill", "vmm:open") as jailed:
+        jailed.start()
+        assert _outcome(jailed, "open") == "succeeded (/ with ['dev', 'firecracker.pid', 'run'])"
+
+
+def test_unknown_drill(base: Path) -> None:
+    with microvm(base, "--drill", "nonsense") as jailed:
+        assert jailed.run() == 1
+        assert jailed.output().startswith("--drill nonsense: a drill is one of execve, ")

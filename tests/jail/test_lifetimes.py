@@ -1,0 +1,264 @@
+"""However a part of a microVM ends, the rest ends or reports within a second, and nothing undocumented is left."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from ipc.faults import FAULT_POINTS
+from lab.client import ClientError
+from tests.conftest import NoLeftovers, Scale
+from tests.jail.harness import (
+    JAILER,
+    JailedMicrovm,
+    children,
+    is_alive,
+    microvm,
+    status,
+    wait_for,
+)
+
+ALL = ("supervisor", "vmm", "vcpu 0")
+#: The promise of the documentation: whatever is to end has ended by then.
+PROMISE_S = 1.0
+SUPERVISOR_POINTS = [point for point in FAULT_POINTS if point.startswith("supervisor.")]
+
+
+def _all_gone(pids: list[int]) -> bool:
+    return not any(map(is_alive, pids))
+
+
+def _left(base: Path) -> list[str]:
+    return sorted(str(path.relative_to(base)) for path in base.rglob("*"))
+
+
+def _remove_shared_parents(base: Path) -> None:
+    """Remove the directories that several microVMs may share, and that a test made itself or --purge leaves."""
+    cgroups = Path("/sys/fs/cgroup")
+    wait_for(lambda: not list(cgroups.glob("*/firecracker/jail-test")), "the cgroups to be removed")
+    if (base / "firecracker").exists():
+        (base / "firecracker").rmdir()
+    for directory in cgroups.glob("*/firecracker"):
+        with suppress(OSError):  # somebody else's microVM is in it
+            directory.rmdir()
+
+
+#: What stays without --cleanup (docs/jailer.md).
+DOCUMENTED = [
+    "firecracker",
+    "firecracker/jail-test",
+    "firecracker/jail-test/root",
+    "firecracker/jail-test/root/dev",
+    "firecracker/jail-test/root/dev/kvm",
+    "firecracker/jail-test/root/dev/net",
+    "firecracker/jail-test/root/dev/net/tun",
+    "firecracker/jail-test/root/dev/urandom",
+    "firecracker/jail-test/root/dev/userfaultfd",
+    "firecracker/jail-test/root/firecracker.pid",
+    "firecracker/jail-test/root/kernel",
+    "firecracker/jail-test/root/run",
+    "firecracker/jail-test/root/run/cellblock",
+    "firecracker/jail-test/root/run/firecracker.socket",
+]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signal_to_the_visible_process(base: Path, no_leftovers: NoLeftovers, number: signal.Signals) -> None:
+    with no_leftovers(names=("jail-test",)), microvm(base) as jailed:
+        jailed.boot()
+        cells = jailed.wait_cells(*ALL)
+        os.kill(jailed.pid, number)
+        wait_for(lambda: _all_gone(list(cells.values())), "the end of every cell", PROMISE_S)
+        code = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 156}[number]
+        assert jailed.process.wait() == code
+        assert jailed.output().splitlines()[-1].endswith(f"Firecracker exiting with error. exit_code={code}")
+
+
+def test_supervisor_killed(base: Path, no_leftovers: NoLeftovers) -> None:
+    with no_leftovers(names=("jail-test",)), microvm(base) as jailed:
+        jailed.boot()
+        cells = jailed.wait_cells(*ALL)
+        os.kill(cells["supervisor"], signal.SIGKILL)
+        wait_for(lambda: _all_gone(list(cells.values())), "the end of every cell", PROMISE_S)
+
+
+def test_controller_killed(base: Path, no_leftovers: NoLeftovers) -> None:
+    with no_leftovers(names=("jail-test",)), microvm(base) as jailed:
+        jailed.boot()
+        cells = jailed.wait_cells(*ALL)
+        os.kill(cells["vmm"], signal.SIGKILL)
+        wait_for(lambda: _all_gone(list(cells.values())), "the end of every cell", PROMISE_S)
+        assert jailed.process.wait() == 1
+        lines = jailed.log().splitlines()
+        assert f"vmm (pid {cells['vmm']}) was ended by signal 9 (SIGKILL)" in lines[-2]
+        assert lines[-1].endswith("Firecracker exiting with error. exit_code=1")
+
+
+def test_worker_killed_is_reported(base: Path) -> None:
+    with microvm(base) as jailed:
+        jailed.boot()
+        cells = jailed.wait_cells(*ALL)
+        os.kill(cells["vcpu 0"], signal.SIGKILL)
+        line = f"vcpu 0 (pid {cells['vcpu 0']}) was ended by signal 9 (SIGKILL)"
+        wait_for(lambda: line in jailed.log(), "the report", PROMISE_S)
+        # A guest without its only vCPU is over; the controller decides so.
+        wait_for(lambda: _all_gone(list(cells.values())), "the end of every cell")
+
+
+def test_without_the_death_signal_cells_outlive_their_supervisor(base: Path) -> None:
+    """Shows that the death signal, which cannot be read back, is what ends them."""
+    with microvm(base, "--without", "death-signal") as jailed:
+        jailed.add_guest("spin")
+        jailed.start().wait_up()
+        controller = children(jailed.pid)["vmm"]
+        os.kill(controller, signal.SIGSTOP)  # else it ends by itself when its channel closes
+        os.kill(jailed.pid, signal.SIGKILL)
+        jailed.process.wait()
+        time.sleep(0.2)
+        assert status(controller)["State"].startswith("T")
+        os.kill(controller, signal.SIGKILL)
+    with microvm(base, microvm_id="with") as jailed:
+        jailed.add_guest("spin")
+        jailed.start().wait_up()
+        controller = children(jailed.pid)["vmm"]
+        os.kill(controller, signal.SIGSTOP)
+        os.kill(jailed.pid, signal.SIGKILL)
+        wait_for(lambda: not is_alive(controller), "the end of the controller", PROMISE_S)
+
+
+@pytest.mark.soak("jail")
+def test_kills_at_random_moments(base: Path, no_leftovers: NoLeftovers, scale: Scale, seed: int) -> None:
+    """kill -9 of controller, worker or supervisor at any moment from the launch on; nothing is left with --cleanup."""
+    choice = random.Random(seed)
+    options = ("--cleanup", "--cgroup", "pids.max=50")
+    for round_number in range(scale(12, 150)):
+        victim = ALL[round_number % 3]
+        delay = choice.uniform(0.0, 0.4)
+        with no_leftovers(base, names=("jail-test",)), microvm(base, *options) as jailed:
+            jailed.add_guest("spin")
+            jailed.start()
+            deadline = time.monotonic() + delay
+            while time.monotonic() < deadline:
+                time.sleep(0.001)
+            started = jailed.process.pid
+            pid = {"supervisor": started, **children(started)}.get(victim, started)
+            os.kill(pid, signal.SIGKILL)
+            if victim == "vcpu 0" and pid != started:
+                wait_for(lambda pid=pid: not is_alive(pid), "the worker's end")
+                if is_alive(started):
+                    os.kill(started, signal.SIGTERM)
+            jailed.process.wait(10)
+            wait_for(lambda started=started: not children(started), "the end of every cell", PROMISE_S)
+            _after_the_janitor(jailed)
+
+
+def _after_the_janitor(jailed: JailedMicrovm) -> None:
+    """Wait for the janitor, if there is one; purge what it was not told of because the jailer died too early."""
+    base = jailed.base
+    wait_for(lambda: not _janitors(base), "the janitor")
+    subprocess.run([JAILER, "--purge", jailed.id, "--chroot-base-dir", base], check=True, capture_output=True)
+    _remove_shared_parents(base)
+
+
+@pytest.mark.parametrize("point", SUPERVISOR_POINTS)
+def test_supervisor_killed_at_each_step(base: Path, no_leftovers: NoLeftovers, point: str) -> None:
+    with no_leftovers(base, names=("jail-test",)):
+        with microvm(base, "--cleanup", "--cgroup", "pids.max=50", "--arm-fault", f"{point}=kill") as jailed:
+            jailed.add_guest("spin")
+            jailed.start()
+            if point == "supervisor.memory":
+                jailed.wait_up()
+                jailed.api("PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 64})
+                jailed.api("PUT", "/boot-source", {"kernel_image_path": "/kernel"})
+                with suppress(OSError, ClientError):  # the controller may die before it answers
+                    assert jailed.api("PUT", "/actions", {"action_type": "InstanceStart"}).status == 400
+            assert jailed.process.wait(10) == -signal.SIGKILL
+            wait_for(lambda: not jailed.directory.exists(), "the janitor")
+        _remove_shared_parents(base)
+
+
+def test_what_stays_and_purge(base: Path, no_leftovers: NoLeftovers) -> None:
+    with no_leftovers(base, names=("jail-test",)):
+        with microvm(base, "--cgroup", "pids.max=50") as jailed:
+            jailed.boot()
+            purge = [JAILER, "--purge", "jail-test", "--chroot-base-dir", base]
+            refused = subprocess.run(purge, check=False, capture_output=True, text=True)
+            assert refused.returncode == 1
+            assert refused.stderr == f"the microVM is still running (pid {jailed.pid} as its caller sees it)\n"
+            assert jailed.api("GET", "/").status == 200
+            jailed.stop()
+        assert set(_left(base)) <= set(DOCUMENTED)
+        assert set(DOCUMENTED) - set(_left(base)) <= {
+            "firecracker/jail-test/root/run/firecracker.socket",  # the controller removes it in an orderly end
+            "firecracker/jail-test/root/dev/userfaultfd",  # if the host has it
+        }
+        assert Path("/sys/fs/cgroup/pids/firecracker/jail-test").is_dir()
+        done = subprocess.run(purge, check=True, capture_output=True, text=True)
+        directory = base / "firecracker" / "jail-test"
+        assert done.stdout.splitlines() == [
+            f"removed {directory}",
+            "removed /sys/fs/cgroup/pids/firecracker/jail-test",
+        ]
+        again = subprocess.run(purge, check=True, capture_output=True, text=True)
+        assert again.stdout == f"nothing is left of jail-test ({directory})\n"
+        _remove_shared_parents(base)
+
+
+def test_cleanup_removes_exactly_its_own(base: Path, no_leftovers: NoLeftovers) -> None:
+    precious = base.parent / "precious"
+    precious.mkdir()
+    (precious / "file").write_text("keep me")
+    with no_leftovers(base, names=("first", "second")):
+        with (
+            microvm(base, "--cleanup", "--cgroup", "pids.max=50", microvm_id="first") as first,
+            microvm(base, "--cleanup", "--cgroup", "pids.max=50", microvm_id="second") as second,
+        ):
+            first.boot()
+            second.boot()
+            # Links and mounts inside the jail root must not lead the janitor out.
+            (first.root / "link").symlink_to(precious)
+            (first.root / "mounted").mkdir()
+            subprocess.run(["mount", "--bind", precious, first.root / "mounted"], check=True)
+            first.stop()
+            wait_for(lambda: sorted(os.listdir(first.root)) == ["mounted"], "the janitor")
+            subprocess.run(["umount", first.root / "mounted"], check=True)
+            assert (precious / "file").read_text() == "keep me"
+            assert second.api("GET", "/").status == 200
+            assert Path("/sys/fs/cgroup/pids/firecracker/second").is_dir()
+            subprocess.run([JAILER, "--purge", "first", "--chroot-base-dir", base], check=True, capture_output=True)
+            second.stop()
+            wait_for(lambda: not second.directory.exists(), "the janitor")
+        wait_for(lambda: not list(Path("/sys/fs/cgroup").glob("*/firecracker/second")), "the cgroups to be removed")
+        _remove_shared_parents(base)
+
+
+def test_the_janitor_is_confined(base: Path) -> None:
+    with microvm(base, "--cleanup") as jailed:
+        jailed.boot()
+        jailed.wait_cells(*ALL)
+        janitors = _janitors(base)
+        assert len(janitors) == 1
+        state = wait_for(lambda: (s := status(janitors[0]))["Seccomp"] == "2" and s, "the janitor's filter")
+        assert int(state["CapEff"], 16) == 1 << 1 | 1 << 3  # CAP_DAC_OVERRIDE, CAP_FOWNER
+        assert state["NoNewPrivs"] == "1"
+        assert "pids:/firecracker" not in Path(f"/proc/{janitors[0]}/cgroup").read_text()
+        jailed.stop()
+        wait_for(lambda: not is_alive(janitors[0]), "the janitor's end")
+
+
+def _janitors(base: Path) -> list[int]:
+    """Return the janitors of jails below a base directory."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            named = (process / "comm").read_text() == "cellblock-clean\n"
+            if named and str(base).encode() in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+    return found

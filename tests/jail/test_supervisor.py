@@ -1,0 +1,242 @@
+"""The supervisor with stand-in roles: its protocol, its bounds, the walls' verification, and what ends mean."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from ipc.plan import MAX_MEMORY_BYTES, MAX_WORKERS
+from tests.conftest import NoLeftovers
+from tests.jail.harness import JailedMicrovm, children, stand_in, wait_for
+
+
+def _lines(jailed: JailedMicrovm) -> list[str]:
+    return [line.removeprefix("stand-in: ") for line in jailed.output().splitlines() if line.startswith("stand-in: ")]
+
+
+def _wait_line(jailed: JailedMicrovm, line: str) -> None:
+    wait_for(lambda: line in _lines(jailed), lambda: f"{line!r}: {jailed.describe()}")
+
+
+def test_requests_within_and_beyond_the_plan(base: Path) -> None:
+    jailed = stand_in(base, "greedy")
+    assert jailed.run() == 0, jailed.output()
+    answers = [line for line in _lines(jailed) if "->" in line]
+    assert answers == [
+        "Spawn 0 -> Spawned ",
+        "Spawn 0 -> Failed supervisor.exists",
+        f"Spawn {MAX_WORKERS - 1} -> Spawned ",
+        "SignalCell 0 -> Failed supervisor.signal",
+        "SignalCell 7 -> Failed supervisor.signal",
+        "CreateMemory 4096 -> MemoryCreated",
+        f"CreateMemory {MAX_MEMORY_BYTES} -> MemoryCreated",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "growing"),
+    [((), "Operation not permitted"), (("--resource-limit", "fsize=1048576"), "File too large")],
+)
+def test_memory_is_sealed(base: Path, options: tuple[str, ...], growing: str) -> None:
+    jailed = stand_in(base, "memory", *options)
+    assert jailed.run() == 0, jailed.output()
+    lines = [line for line in _lines(jailed) if "memory" in line or "resize" in line]
+    refused = ["resize refused: Operation not permitted", f"resize refused: {growing}"]
+    assert lines == [*refused, f"memory of {8 << 20}"] * 3
+
+
+def test_signals_to_workers(base: Path) -> None:
+    jailed = stand_in(base, "signals")
+    assert jailed.run() == 0, jailed.output()
+    assert [line for line in _lines(jailed) if "->" in line or "ended" in line] == [
+        "SIGSTOP -> Signalled",
+        "SIGCONT -> Signalled",
+        "SIGKILL -> Signalled",
+        "ended signal=9",
+        "again -> Spawned",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("worker", "ended"),
+    [
+        ("exit-5", "ended 0 status=5 signal=0 wall=''"),
+        ("sigsys", "ended 0 status=0 signal=31 wall='seccomp'"),
+        ("exit-unsealed", "ended 0 status=0 signal=0 wall=''"),
+        ("fail-early", "ended 0 status=7 signal=0 wall=''"),
+    ],
+)
+def test_how_a_worker_ended_is_told(base: Path, worker: str, ended: str) -> None:
+    jailed = stand_in(base, "one-worker", arguments=("one-worker", worker))
+    assert jailed.run() == 0, jailed.output()
+    assert ended in _lines(jailed)
+
+
+def test_worker_whose_walls_differ_is_ended(base: Path) -> None:
+    jailed = stand_in(base, "one-worker", arguments=("one-worker", "lower-limit"))
+    assert jailed.run() == 0, jailed.output()
+    assert "ended 0 status=0 signal=9 wall='verify'" in _lines(jailed)
+    assert "worker 0 sealed" not in _lines(jailed)
+    record = jailed.wall_records()["vcpu 0"]
+    assert not record["verified"]
+    assert record["found"]["limits"]["open files"] == ["100", "2048"]
+    assert "vcpu 0 (pid " in jailed.log()
+    assert "walls differ: limits:" in jailed.log()
+
+
+def test_controller_whose_walls_differ_ends_the_launch(base: Path) -> None:
+    jailed = stand_in(base, "lower-limit")
+    assert jailed.run() == 1
+    assert "sealed" not in _lines(jailed)
+    assert "vmm (pid " in jailed.log()
+    assert "walls differ: limits:" in jailed.log()
+
+
+def test_a_difference_is_only_reported_without_verification(base: Path) -> None:
+    jailed = stand_in(base, "exit-3", "--without", "verify", arguments=("exit-3",))
+    assert jailed.run() == 3
+    jailed = stand_in(base, "", "--without", "verify", arguments=("idle", "lower-limit"), microvm_id="two").start()
+    _wait_line(jailed, "worker 0 sealed")
+    assert jailed.stop() == 143
+    assert not jailed.wall_records()["vcpu 0"]["verified"]
+
+
+def test_walls_report(base: Path) -> None:
+    jailed = stand_in(base, "one-worker", arguments=("one-worker", "exit-5"))
+    assert jailed.run() == 0
+    records = jailed.wall_records()
+    assert set(records) == {"supervisor", "vmm", "vcpu 0"}
+    for name, record in records.items():
+        assert record["verified"], name
+        assert record["differences"] == record["switched_off"] == [], name
+        assert record["seccomp"]["mode"] == "kill", name
+        assert len(record["seccomp"]["sha256"]) == 64, name
+        for wall, asked in record["asked"].items():
+            assert record["found"][wall] == asked, (name, wall)
+    assert records["vcpu 0"]["found"]["seccomp"] == [{"mode": 2, "filters": 2}]
+    assert len({record["seccomp"]["sha256"] for record in records.values()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "code", "text"),
+    [
+        ("exit-3", 3, ""),
+        ("crash", 1, "vmm: RuntimeError: a defect of the controller at stand_in.py:"),
+        ("segfault", 150, ""),
+        ("garbage", 1, ""),
+        ("flood", 1, ""),
+    ],
+)
+def test_exit_code_of_the_controller_is_the_microvms(
+    base: Path, no_leftovers: NoLeftovers, behaviour: str, code: int, text: str
+) -> None:
+    with no_leftovers(names=("jail-test",)):
+        jailed = stand_in(base, behaviour)
+        assert jailed.run() == code, jailed.output() + jailed.log()
+    assert text in jailed.output()
+    assert "Traceback" not in jailed.output()
+
+
+def test_last_log_line_when_the_controller_cannot_write_it(base: Path) -> None:
+    jailed = stand_in(base, "segfault")
+    assert jailed.run() == 150
+    lines = jailed.log().splitlines()
+    assert lines[-2].endswith("was ended by signal 11 (SIGSEGV)")
+    assert lines[-1].endswith("Firecracker exiting with error. exit_code=150")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 143),
+        (signal.SIGINT, 130),
+        (signal.SIGHUP, 156),
+        (signal.SIGSYS, 148),
+        (signal.SIGBUS, 149),
+        (signal.SIGSEGV, 150),
+        (signal.SIGXFSZ, 151),
+        (signal.SIGXCPU, 154),
+        (signal.SIGILL, 157),
+    ],
+)
+def test_signals_to_the_visible_process(base: Path, number: signal.Signals, code: int) -> None:
+    jailed = stand_in(base, "idle").start()
+    try:
+        _wait_line(jailed, "worker 0 sealed")
+        os.kill(jailed.pid, number)
+        assert jailed.process.wait(10) == code
+        assert f"shutdown {code} Shutting down VM after intercepting signal {int(number)}, code 0" in _lines(jailed)
+    finally:
+        jailed.destroy()
+
+
+def test_sigpipe_ends_nothing(base: Path) -> None:
+    jailed = stand_in(base, "idle").start()
+    try:
+        _wait_line(jailed, "worker 0 sealed")
+        os.kill(jailed.pid, signal.SIGPIPE)
+        os.kill(jailed.pid, signal.SIGTERM)
+        assert jailed.process.wait(10) == 143
+    finally:
+        jailed.destroy()
+
+
+@pytest.mark.parametrize("behaviour", ["deaf", "never-seal"])
+def test_a_controller_that_does_not_react_is_ended(base: Path, no_leftovers: NoLeftovers, behaviour: str) -> None:
+    with no_leftovers(names=("jail-test",)):
+        jailed = stand_in(base, behaviour).start()
+        try:
+            wait_for(lambda: jailed.wall_records().get("supervisor"), "the supervisor")
+            if behaviour == "deaf":
+                _wait_line(jailed, "deaf")
+            os.kill(jailed.pid, signal.SIGTERM)
+            assert jailed.process.wait(10) == 143
+        finally:
+            jailed.destroy()
+    assert jailed.log().splitlines()[-1].endswith("Firecracker exiting with error. exit_code=143")
+
+
+@pytest.mark.parametrize("point", ["cell.forked", "cell.confined", "cell.filtered", "cell.sealed"])
+def test_a_worker_that_is_killed_at_a_step_of_its_start_leaves_the_others_alone(base: Path, point: str) -> None:
+    jailed = stand_in(base, "idle", "--arm-fault", f"{point}=kill,after=1").start()
+    try:
+        _wait_line(jailed, "ended 0 status=0 signal=9 wall=''")
+        assert set(children(jailed.pid)) == {"vmm"}
+    finally:
+        assert jailed.stop() == 143
+
+
+@pytest.mark.parametrize("point", ["cell.forked", "cell.confined", "cell.filtered", "cell.sealed"])
+def test_a_controller_that_is_killed_at_a_step_of_its_start_ends_the_launch(
+    base: Path, no_leftovers: NoLeftovers, point: str
+) -> None:
+    with no_leftovers(names=("jail-test",)):
+        assert stand_in(base, "idle", "--arm-fault", f"{point}=kill").run() == 1
+
+
+def test_supervisor_holds_no_more_than_it_needs(base: Path) -> None:
+    jailed = stand_in(base, "idle").start()
+    try:
+        _wait_line(jailed, "worker 0 sealed")
+        kinds: dict[str, int] = {}
+        for each in os.listdir(f"/proc/{jailed.pid}/fd"):
+            target = os.readlink(f"/proc/{jailed.pid}/fd/{each}")
+            kind = target.split(":")[0] if ":" in target else target
+            kinds[kind] = kinds.get(kind, 0) + 1
+        # Standard input and output, standard error, the walls' log, the pid file (locked), /dev/kvm, signals, /proc,
+        # a pidfd per cell and the controller's channel.
+        assert kinds == {
+            "/dev/null": 2,
+            str(jailed.output_file): 1,
+            str(jailed.wall_log): 1,
+            "/firecracker.pid": 1,
+            "/dev/kvm": 1,
+            "anon_inode": 3,
+            "/": 1,
+            "socket": 1,
+        }
+    finally:
+        jailed.stop()

@@ -1,0 +1,177 @@
+"""``firecracker`` started directly: the same cells without a jail, also for an ordinary user."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lab.client import request
+from tests.conftest import NoLeftovers
+from tests.guests.build import build
+from tests.jail.harness import FIRECRACKER, PATIENCE_S, children, is_alive, namespace, status, wait_for
+
+USER = 4321
+
+
+class Direct:
+    """One run of ``firecracker``."""
+
+    def __init__(self, directory: Path, *arguments: str, command: Sequence[str | Path] = (FIRECRACKER,)) -> None:
+        self.socket = directory / "api.socket"
+        self.errors = directory / "errors"
+        with self.errors.open("wb") as errors:
+            self.process = subprocess.Popen(
+                [*command, "--api-sock", str(self.socket), *arguments],
+                stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
+            )  # fmt: skip
+
+    def api(self, method: str, target: str, body: object = None) -> tuple[int, object]:
+        reply = request(self.socket, method, target, body, timeout=PATIENCE_S)
+        return reply.status, reply.body
+
+    def wait_up(self) -> Direct:
+        def up() -> bool:
+            assert self.process.poll() is None, self.errors.read_text()
+            try:
+                return self.api("GET", "/")[0] == 200
+            except OSError:
+                return False
+
+        wait_for(up, lambda: f"the API: {self.errors.read_text()}")
+        return self
+
+    def boot(self, kernel: Path) -> tuple[int, object]:
+        self.wait_up()
+        assert self.api("PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 64})[0] == 204
+        assert self.api("PUT", "/boot-source", {"kernel_image_path": str(kernel), "boot_args": "0"})[0] == 204
+        return self.api("PUT", "/actions", {"action_type": "InstanceStart"})
+
+    def cells(self) -> dict[str, int]:
+        return {"supervisor": self.process.pid, **children(self.process.pid)}
+
+
+@contextmanager
+def direct(directory: Path, *arguments: str, command: Sequence[str | Path] = (FIRECRACKER,)) -> Iterator[Direct]:
+    running = Direct(directory, *arguments, command=command)
+    try:
+        yield running
+    finally:
+        if running.process.poll() is None:
+            running.process.kill()
+        running.process.wait()
+
+
+@pytest.fixture
+def directory(base: Path) -> Path:
+    """Return a directory that every user may write to, with a tiny kernel in it."""
+    base.chmod(0o777)
+    shutil.copy(build("spin"), base / "kernel")
+    (base / "kernel").chmod(0o644)
+    return base
+
+
+def as_user(*prefix: str) -> list[str | Path]:
+    """Return the command that runs firecracker as an ordinary user."""
+    return [*prefix, "setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", FIRECRACKER]
+
+
+def ipc_directories() -> set[Path]:
+    return {*Path("/run").glob("cellblock-*"), *Path("/tmp").glob("cellblock-*")}
+
+
+def test_as_root(directory: Path, no_leftovers: NoLeftovers) -> None:
+    before = ipc_directories()
+    with no_leftovers(), direct(directory) as running:
+        assert running.boot(directory / "kernel")[0] == 204
+        cells = running.cells()
+        assert set(cells) == {"supervisor", "vmm", "vcpu 0"}
+        for name, pid in cells.items():
+            assert status(pid)["NoNewPrivs"] == "1", name
+            assert status(pid)["Seccomp"] == "2", name
+            assert namespace(pid, "mnt") == namespace("self", "mnt"), name
+            if name != "vmm":
+                assert int(status(pid)["CapEff"], 16) == 0, name
+        assert len(ipc_directories() - before) == 1
+        running.process.terminate()
+        assert running.process.wait(10) == 143
+    wait_for(lambda: ipc_directories() <= before, "the janitor")
+
+
+def test_as_an_ordinary_user(directory: Path) -> None:
+    """With a /dev/kvm of its own, since the host's belongs to root."""
+    node = directory.parent / "kvm"
+    os.mknod(node, 0o20666, os.makedev(10, 232))
+    node.chmod(0o666)
+    mount = ("unshare", "--mount", "sh", "-c", f'mount --bind {node} /dev/kvm && exec "$@"', "sh")
+    before = ipc_directories()
+    with direct(directory, command=as_user(*mount)) as running:
+        assert running.boot(directory / "kernel")[0] == 204, running.errors.read_text()
+        cells = running.cells()
+        assert set(cells) == {"supervisor", "vmm", "vcpu 0"}
+        for name, pid in cells.items():
+            assert status(pid)["Uid"].split() == [str(USER)] * 4, name
+            assert status(pid)["Seccomp"] == "2", name
+        running.process.send_signal(signal.SIGKILL)
+        wait_for(lambda: not any(map(is_alive, cells.values())), "the end of every cell", 1.0)
+    wait_for(lambda: ipc_directories() <= before, "the janitor")
+
+
+def test_without_kvm_it_can_still_be_configured(directory: Path) -> None:
+    with direct(directory, command=as_user()) as running:
+        code, body = running.boot(directory / "kernel")
+        assert (code, body) == (
+            400,
+            {"fault_message": "Start microvm error: Error creating KVM object: Permission denied (os error 13)"},
+        )
+        assert running.api("GET", "/version")[0] == 200
+
+
+def test_no_seccomp(directory: Path) -> None:
+    with direct(directory, "--no-seccomp") as running:
+        assert running.boot(directory / "kernel")[0] == 204
+        for name, pid in running.cells().items():
+            assert status(pid)["Seccomp"] == "0", name
+        assert "seccomp is off in every cell" in running.errors.read_text()
+
+
+def test_descriptors_of_the_caller_reach_the_controller_only(directory: Path) -> None:
+    """``--config-file <(…)`` of a shell works; supervisor and workers hold nothing of the caller."""
+    read_end, write_end = os.pipe()
+    os.set_inheritable(read_end, True)
+    try:
+        running = subprocess.Popen(
+            [FIRECRACKER, "--api-sock", directory / "api.socket"], pass_fds=(read_end,),
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            wait_for((directory / "api.socket").exists, "the API")
+            cells = wait_for(lambda: "vcpu 0" in (found := children(running.pid)) and found, "the cells")
+            pipe = os.readlink(f"/proc/self/fd/{read_end}")
+            assert pipe in _links(cells["vmm"])
+            assert pipe not in _links(cells["vcpu 0"])
+            assert pipe not in _links(running.pid)
+        finally:
+            running.kill()
+            running.wait()
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+def _links(pid: int) -> list[str]:
+    return [os.readlink(f"/proc/{pid}/fd/{each}") for each in os.listdir(f"/proc/{pid}/fd")]
+
+
+def test_bad_arguments(directory: Path) -> None:
+    result = subprocess.run([FIRECRACKER, "--nonsense"], check=False, capture_output=True, text=True)
+    assert result.returncode == 153
+    assert result.stderr.startswith("Arguments parsing error: ")
+    version = subprocess.run([FIRECRACKER, "--version"], check=True, capture_output=True)
+    assert version.stdout.startswith(b"Firecracker v")

@@ -1,0 +1,108 @@
+"""The jail on another kernel, with pure cgroup v2 and every capability: what the host of the jail tests lacks."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.jail.conftest import base  # noqa: F401  the fixture
+from tests.jail.harness import is_alive, limits, microvm, namespace, status, wait_for
+
+ALL = ("supervisor", "vmm", "vcpu 0")
+CGROUPS = Path("/sys/fs/cgroup")
+NO_CAPABILITIES = "0" * 16
+#: Python is slow in the emulated machine.
+PATIENCE_S = 60.0
+
+
+@pytest.fixture(autouse=True)
+def pure_v2() -> None:
+    """These tests are about cgroup v2: fail, not skip, where it is not there."""
+    assert (CGROUPS / "cgroup.controllers").exists(), "cgroup v2 is not mounted at /sys/fs/cgroup"
+
+
+def test_cgroup_v2(base: Path) -> None:  # noqa: F811
+    # fmt: off
+    options = [
+        "--cgroup-version", "2", "--parent-cgroup", "jail-lab/nested", "--cgroup", "pids.max=55",
+        "--cgroup", "memory.max=1073741824", "--cgroup", "cpu.weight=200", "--cleanup", "--new-pid-ns",
+    ]
+    # fmt: on
+    directory = CGROUPS / "jail-lab" / "nested" / "jail-test"
+    with microvm(base, *options) as jailed:
+        jailed.boot()
+        cells = jailed.wait_cells(*ALL)
+        for file, value in (("pids.max", "55"), ("memory.max", "1073741824"), ("cpu.weight", "200")):
+            assert (directory / file).read_text().strip() == value
+        for level in (CGROUPS, CGROUPS / "jail-lab", CGROUPS / "jail-lab" / "nested"):
+            enabled = (level / "cgroup.subtree_control").read_text().split()
+            assert {"pids", "memory", "cpu"} <= set(enabled), level
+        # KVM's kernel thread for huge pages (kvm-nx-lpage-recovery) joins the cgroup of the VM's maker.
+        assert set(map(int, (directory / "cgroup.procs").read_text().split())) >= set(cells.values())
+        for name, pid in cells.items():
+            assert Path(f"/proc/{pid}/cgroup").read_text() == "0::/jail-lab/nested/jail-test\n", name
+            assert jailed.wall_records()[name]["verified"], name
+        os.kill(jailed.pid, signal.SIGKILL)
+        wait_for(lambda: not any(map(is_alive, cells.values())), "the end of every cell", PATIENCE_S)
+        # The directories that the launch made go, and so do their parents that it made.
+        wait_for(lambda: not (CGROUPS / "jail-lab").exists(), "the janitor", PATIENCE_S)
+        wait_for(lambda: not jailed.directory.exists(), "the janitor", PATIENCE_S)
+
+
+def test_parent_with_domain_controllers_is_busy(base: Path) -> None:  # noqa: F811
+    parent = CGROUPS / "jail-lab-busy"
+    parent.mkdir()
+    try:
+        enabled = CGROUPS / "cgroup.subtree_control"
+        if "memory" not in enabled.read_text().split():
+            enabled.write_text("+memory")
+        (parent / "child").mkdir()
+        (parent / "cgroup.subtree_control").write_text("+memory")
+        with microvm(base, "--cgroup-version", "2", "--parent-cgroup", parent.name) as jailed:
+            assert jailed.run() == 1
+            expected = f"Failed to move process to cgroup ({parent}): Resource busy (os error 16)\n"
+            assert jailed.output() == expected
+            assert not jailed.directory.exists()
+    finally:
+        (parent / "child").rmdir()
+        parent.rmdir()
+
+
+def test_unknown_controller_is_refused(base: Path) -> None:  # noqa: F811
+    with microvm(base, "--cgroup-version", "2", "--cgroup", "nonsense.max=1") as jailed:
+        assert jailed.run() == 1
+        assert jailed.output() == "Controller nonsense is unavailable\n"
+    assert not (CGROUPS / "firecracker").exists()
+    assert os.listdir(base) == []
+
+
+def test_walls_on_this_kernel(base: Path) -> None:  # noqa: F811
+    with microvm(base, "--resource-limit", "no-file=500") as jailed:
+        jailed.boot()
+        cells = jailed.wait_cells(*ALL)
+        for name, pid in cells.items():
+            state = status(pid)
+            assert [state[each] for each in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")] == [NO_CAPABILITIES] * 5
+            assert (state["NoNewPrivs"], state["Seccomp"]) == ("1", "2"), name
+            assert limits(pid)["Max open files"] == ["500", "500"], name
+            assert namespace(pid, "mnt") != namespace("self", "mnt"), name
+            assert Path(f"/proc/{pid}/status").stat().st_uid == 0, name
+        assert os.listdir(f"/proc/{cells['vcpu 0']}/root") == ["ipc"]
+        assert jailed.stop() == 143
+
+
+@pytest.mark.parametrize("attack", ["execve", "open"])
+def test_attacks_on_this_kernel(base: Path, attack: str) -> None:  # noqa: F811
+    with microvm(base, "--drill", attack) as jailed:
+        jailed.start()
+        if attack == "open":
+            text = "drill open: refused: Permission denied (13)"
+            wait_for(lambda: text in jailed.output(), jailed.describe, PATIENCE_S)
+        else:
+            text = "wall seccomp: ended by the filter for a forbidden system call"
+            wait_for(lambda: text in jailed.log(), jailed.describe, PATIENCE_S)
+            assert "vcpu 0 (pid " in jailed.log()
+        assert f"drill {attack}: succeeded" not in jailed.output()

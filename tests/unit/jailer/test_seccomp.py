@@ -1,0 +1,305 @@
+"""The policies: the language, and that each compiled filter does exactly what its text says."""
+
+from __future__ import annotations
+
+import errno
+import re
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jailer.errors import PolicyError
+from jailer.seccomp import install, notification
+from jailer.seccomp.compile import ROLES, cache_key, compile_policy, pack, sha256, unpack
+from jailer.seccomp.names import SYSCALL_NAMES
+from jailer.seccomp.policy import ALLOWED, Condition, Policy, Rule, full_text, parse, read_text
+from tests.unit.jailer import bpf
+
+NUMBERS = {name: number for number, name in SYSCALL_NAMES.items()}
+X32_BIT = 0x40000000
+
+
+def _parse(text: str, **others: str) -> Policy:
+    return parse("main", lambda role: {"main": text, **others}[role])
+
+
+def _meaning(policy: Policy, name: str, arguments: tuple[int, ...], default: int) -> set[int]:
+    """Return what the text says about a call, straight from the rules: every answer that a rule gives."""
+    answers = set()
+    for rule in policy.rules:
+        if rule.syscall == name and all(
+            arguments[condition.argument] & condition.mask == condition.value for condition in rule.conditions
+        ):
+            answers.add(bpf.RET_ALLOW if rule.answer == ALLOWED else bpf.RET_ERRNO | rule.answer)
+    return answers or {default}
+
+
+# ---------------------------------------------------------------- language
+
+
+def test_statements() -> None:
+    policy = _parse(
+        """
+        define TWO 0x2          # a comment
+        define FOUR 4
+        allow read write
+        allow ioctl if arg1:32 == TWO
+        allow ioctl if arg1 == TWO|FOUR and arg2 lacks FOUR
+        refuse EACCES open
+        refuse ENOSYS stat if arg0 == 1
+        pretend sched_setscheduler
+        """
+    )
+    assert policy.rules == (
+        Rule("read", ALLOWED, ()),
+        Rule("write", ALLOWED, ()),
+        Rule("ioctl", ALLOWED, (Condition(1, 0xFFFFFFFF, 2),)),
+        Rule("ioctl", ALLOWED, (Condition(1, (1 << 64) - 1, 6), Condition(2, 4, 0))),
+        Rule("open", errno.EACCES, ()),
+        Rule("stat", errno.ENOSYS, (Condition(0, (1 << 64) - 1, 1),)),
+        Rule("sched_setscheduler", 0, ()),
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "permit read",
+        "allow",
+        "refuse read",
+        "refuse ENONSENSE read",
+        "refuse EACCES",
+        "define X",
+        "define X y",
+        "allow read write if arg0 == 1",
+        "allow read if",
+        "allow read if arg6 == 1",
+        "allow read if arg0:64 == 1",
+        "allow read if arg0 < 1",
+        "allow read if arg0 == UNDEFINED",
+        "allow read if arg0 == 1 and",
+        "allow read if arg0 == 1 or arg1 == 1",
+        "include main",
+    ],
+)
+def test_mistakes_name_the_line(line: str) -> None:
+    with pytest.raises(PolicyError, match=r"line 2|includes itself"):
+        _parse(f"allow close\n{line}\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "allow read\nrefuse EACCES read",
+        "refuse EPERM read\nrefuse EACCES read",
+        "allow read\nrefuse EPERM read if arg0 == 1",
+    ],
+)
+def test_contradictions_are_refused(text: str) -> None:
+    with pytest.raises(PolicyError, match="read"):
+        _parse(text)
+
+
+def test_an_allowed_call_overrides_an_included_refusal() -> None:
+    policy = _parse("include other\nallow openat", other="refuse EACCES openat open\nrefuse EACCES stat if arg0 == 1")
+    assert {(rule.syscall, rule.answer) for rule in policy.rules} == {
+        ("openat", ALLOWED),
+        ("open", errno.EACCES),
+        ("stat", errno.EACCES),
+    }
+
+
+def test_a_rule_that_an_unconditional_one_covers_is_dropped() -> None:
+    policy = _parse("include other\nallow ioctl", other="allow ioctl if arg1 == 1")
+    assert policy.rules == (Rule("ioctl", ALLOWED, ()),)
+
+
+def test_missing_policy() -> None:
+    with pytest.raises(PolicyError, match="nonsense"):
+        read_text("nonsense")
+
+
+@given(st.text(alphabet="abcdefinlowuse \n#=:|0x19_ERMargX", max_size=200))
+def test_any_text_is_parsed_or_refused(text: str) -> None:
+    try:
+        _parse(text, a="", b="")
+    except (PolicyError, KeyError):  # KeyError: the reader of this test, for a file that does not exist
+        pass
+
+
+# ---------------------------------------------------------------- compiled filters
+
+
+@pytest.fixture(scope="module", params=ROLES)
+def compiled(request: pytest.FixtureRequest) -> tuple[Policy, bytes]:
+    policy = parse(request.param)
+    return policy, install.with_default(compile_policy(policy)[0], bpf.RET_KILL_PROCESS)
+
+
+def test_every_call_without_arguments(compiled: tuple[Policy, bytes]) -> None:
+    policy, program = compiled
+    for number, name in SYSCALL_NAMES.items():
+        expected = _meaning(policy, name, (0,) * 6, bpf.RET_KILL_PROCESS)
+        assert bpf.evaluate(program, number) in expected, name
+
+
+def test_every_rule_with_good_and_bad_arguments(compiled: tuple[Policy, bytes]) -> None:
+    policy, program = compiled
+    for rule in policy.rules:
+        for bad in (None, *rule.conditions):
+            arguments = [0] * 6
+            for condition in rule.conditions:
+                # Bits outside the mask must not matter: set them all.
+                arguments[condition.argument] |= condition.value | ~condition.mask & (1 << 64) - 1
+            if bad is not None:
+                arguments[bad.argument] ^= bad.mask & -bad.mask  # the lowest bit that matters
+            expected = _meaning(policy, rule.syscall, tuple(arguments), bpf.RET_KILL_PROCESS)
+            assert bpf.evaluate(program, NUMBERS[rule.syscall], tuple(arguments)) in expected, (rule, bad)
+
+
+@given(data=st.data())
+def test_any_call(compiled: tuple[Policy, bytes], data: st.DataObject) -> None:
+    policy, program = compiled
+    interesting = sorted({condition.value for rule in policy.rules for condition in rule.conditions})
+    argument = st.one_of(st.sampled_from([0, 1, *interesting]), st.integers(0, (1 << 64) - 1))
+    number = data.draw(st.integers(0, max(SYSCALL_NAMES) + 10))
+    arguments = tuple(data.draw(st.lists(argument, min_size=6, max_size=6)))
+    expected = _meaning(policy, SYSCALL_NAMES.get(number, ""), arguments, bpf.RET_KILL_PROCESS)
+    assert bpf.evaluate(program, number, arguments) in expected
+
+
+def test_other_architectures_end_the_process(compiled: tuple[Policy, bytes]) -> None:
+    _, program = compiled
+    assert bpf.evaluate(program, NUMBERS["read"], arch=bpf.ARCH_I386) == bpf.RET_KILL_PROCESS
+    assert bpf.evaluate(program, NUMBERS["read"] | X32_BIT) == bpf.RET_KILL_PROCESS
+    assert bpf.evaluate(program, NUMBERS["read"]) == bpf.RET_ALLOW
+
+
+def test_what_no_role_may_ever_do() -> None:
+    forbidden = (
+        "execve execveat ptrace mount pivot_root unshare setns setuid setresuid bpf chroot mknod mknodat reboot "
+        "process_vm_readv process_vm_writev init_module kexec_load keyctl add_key io_uring_setup userfaultfd "
+        "perf_event_open open_by_handle_at memfd_secret"
+    ).split()
+    for role in ("supervisor", "vmm", "vcpu"):
+        program = install.with_default(compile_policy(parse(role))[0], bpf.RET_KILL_PROCESS)
+        for name in forbidden:
+            assert bpf.evaluate(program, NUMBERS[name]) == bpf.RET_KILL_PROCESS, (role, name)
+
+
+def test_what_only_the_supervisor_may_do() -> None:
+    fork = 0x01200011
+    new_namespace = fork | 0x20000000
+    for role, verdict in (("supervisor", bpf.RET_ALLOW), ("vmm", bpf.RET_KILL_PROCESS), ("vcpu", bpf.RET_KILL_PROCESS)):
+        program = install.with_default(compile_policy(parse(role))[0], bpf.RET_KILL_PROCESS)
+        assert bpf.evaluate(program, NUMBERS["clone"], (fork,)) == verdict, role
+        assert bpf.evaluate(program, NUMBERS["clone"], (new_namespace,)) == bpf.RET_KILL_PROCESS, role
+        kill = (0, 9)
+        assert bpf.evaluate(program, NUMBERS["kill"], kill) == bpf.RET_KILL_PROCESS, role
+
+
+def test_workers_reach_no_file_and_make_no_socket() -> None:
+    program = install.with_default(compile_policy(parse("vcpu"))[0], bpf.RET_KILL_PROCESS)
+    denied = bpf.RET_ERRNO | errno.EACCES
+    for name in ("open", "openat", "openat2", "creat", "stat", "lstat", "access", "readlink", "getcwd", "newfstatat"):
+        assert bpf.evaluate(program, NUMBERS[name]) == denied, name
+    for name in "socket connect bind accept4 memfd_create unlink rename pidfd_send_signal dup".split():
+        assert bpf.evaluate(program, NUMBERS[name], (1, 9)) == bpf.RET_KILL_PROCESS, name
+    assert bpf.evaluate(program, NUMBERS["tgkill"], (1, 1, 34)) == bpf.RET_ALLOW
+    assert bpf.evaluate(program, NUMBERS["tgkill"], (1, 1, 9)) == bpf.RET_KILL_PROCESS
+    for protection, verdict in ((3, bpf.RET_ALLOW), (7, bpf.RET_KILL_PROCESS), (4, bpf.RET_KILL_PROCESS)):
+        for name in ("mmap", "mprotect"):
+            assert bpf.evaluate(program, NUMBERS[name], (0, 4096, protection)) == verdict, (name, protection)
+
+
+def test_a_code_of_ioctl_is_compared_in_32_bits() -> None:
+    """ctypes and fcntl may sign-extend a code above 0x80000000."""
+    program = install.with_default(compile_policy(parse("vcpu"))[0], bpf.RET_KILL_PROCESS)
+    for code in (0x8090AE81, 0xFFFFFFFF8090AE81):
+        assert bpf.evaluate(program, NUMBERS["ioctl"], (5, code)) == bpf.RET_ALLOW
+    assert bpf.evaluate(program, NUMBERS["ioctl"], (5, 0xAE01)) == bpf.RET_KILL_PROCESS  # KVM_CREATE_VM
+
+
+# ---------------------------------------------------------------- modes, files
+
+
+def test_modes_differ_in_the_default_only() -> None:
+    kill = install.load(("supervisor", "vmm", "vcpu"), "kill").filters
+    report = install.load(("supervisor", "vmm", "vcpu"), "report").filters
+    ptrace = NUMBERS["ptrace"]
+    assert {bpf.evaluate(kill[role].program, ptrace) for role in kill} == {bpf.RET_KILL_PROCESS}
+    assert bpf.evaluate(report["vmm"].program, ptrace) == bpf.RET_USER_NOTIF
+    assert bpf.evaluate(report["vcpu"].program, ptrace) == bpf.RET_USER_NOTIF
+    # Nothing that a worker's filter reports may be pre-empted by the supervisor's, which the worker inherits.
+    assert bpf.evaluate(report["supervisor"].program, ptrace) == bpf.RET_LOG
+    assert kill["vcpu"].digest == sha256(kill["vcpu"].program).hex() != report["vcpu"].digest
+    with pytest.raises(PolicyError, match="nonsense"):
+        install.load(("vcpu",), "nonsense")
+
+
+def test_supervisor_allows_what_workers_are_allowed() -> None:
+    """Filters are inherited: a worker can do only what both allow."""
+    supervisor = install.load(("supervisor",), "kill").filters["supervisor"].program
+    for rule in parse("vcpu").rules:
+        if rule.answer != ALLOWED:
+            continue
+        arguments = [0] * 6
+        for condition in rule.conditions:
+            arguments[condition.argument] |= condition.value
+        assert bpf.evaluate(supervisor, NUMBERS[rule.syscall], tuple(arguments)) == bpf.RET_ALLOW, rule
+
+
+def test_variant_for_armed_faults() -> None:
+    kill = NUMBERS["kill"]
+    with_faults = install.load(("vcpu", "janitor"), "kill", "-faults").filters
+    assert bpf.evaluate(with_faults["vcpu"].program, kill, (1, 9)) == bpf.RET_ALLOW
+    assert bpf.evaluate(with_faults["vcpu"].program, kill, (1, 15)) == bpf.RET_KILL_PROCESS
+    assert bpf.evaluate(with_faults["janitor"].program, kill, (1, 9)) == bpf.RET_KILL_PROCESS
+
+
+def test_missing_filter_is_compiled_with_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    monkeypatch.setattr(install, "compiled_path", lambda role, key: f"{tmp_path}/{role}")
+    loaded = install.load(("janitor",), "kill")
+    assert "./dev setup" in loaded.warning
+    assert loaded.filters == install.load(("janitor",), "kill").filters
+
+
+def test_file_format() -> None:
+    key = cache_key("text")
+    program = struct.pack("<HBBI", 6, 0, 0, bpf.RET_ALLOW)
+    content = pack(key, "2.5.4", program)
+    assert unpack(content, key) == ("2.5.4", program)
+    for damaged in (b"", content[:-1], content + b"\0", content[:50], b"X" + content[1:]):
+        with pytest.raises(PolicyError):
+            unpack(damaged, key)
+    with pytest.raises(PolicyError):
+        unpack(content, cache_key("other text"))
+
+
+@given(st.binary(max_size=100))
+def test_any_file_is_read_or_refused(content: bytes) -> None:
+    try:
+        unpack(content, cache_key("text"))
+    except PolicyError:
+        pass
+
+
+def test_key_covers_included_files() -> None:
+    text = full_text("supervisor")
+    for role in ("supervisor", "vcpu", "common"):
+        assert read_text(role) in text
+
+
+def test_every_name_in_the_policies_exists() -> None:
+    for role in ROLES:
+        unknown = {rule.syscall for rule in parse(role).rules} - set(NUMBERS)
+        assert not unknown, role
+
+
+def test_description_of_a_forbidden_call() -> None:
+    call = notification.ForbiddenCall(7, NUMBERS["openat"], (1, 0x7F0000000000, 2, 0, 0, 0))
+    text = notification.describe(call)
+    assert re.fullmatch(r"forbidden system call openat\(1, 0x7f0000000000, 2, 0, 0, 0\) in thread 7", text)
+    assert "system call 9999(" in notification.describe(call._replace(number=9999))
