@@ -52,7 +52,7 @@ class FakeVmm(Microvm):
 class Api:
     """Sends requests straight to the handler; ``start_error`` makes starts fail."""
 
-    def __init__(self, log_path: str) -> None:
+    def __init__(self, log_path: str, resources: VmResources | None = None) -> None:
         self.log_path = log_path
         self.logger = Logger("test")
         self.configure_log()
@@ -64,7 +64,7 @@ class Api:
         self.metrics.instance_id = "test"
         self.metrics.sources.append(lambda: read_logger(self.metrics, self.logger))
         self.controller = Controller(
-            VmResources(), "test", self._build, self.logger, self.started.append, metrics=self.metrics
+            resources or VmResources(), "test", self._build, self.logger, self.started.append, metrics=self.metrics
         )
         self.handler = ApiHandler(self.controller, self.logger, self.metrics)
 
