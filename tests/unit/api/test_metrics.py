@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 
 from vmm.event_manager import EventManager
 from vmm.logger import Logger
@@ -292,6 +293,10 @@ def parse_exposition(text: str) -> dict[str, dict[str, int]]:
             assert (match[2] or "") not in family
             family[match[2] or ""] = int(match[3])
     assert all(families.values())
+    # And as Prometheus' own library reads it.
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    assert len(samples) == sum(map(len, families.values()))
+    assert {sample.name for sample in samples} == families.keys()
     return families
 
 
