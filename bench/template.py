@@ -1,9 +1,9 @@
 """A warm template: a process that has made every import of the product and warmed up, and waits to become a microVM.
 
 This is the product's own path (jailer.main or jailer.firecracker, unchanged) with the interpreter's start and the
-imports already behind it. Each template is used for one microVM, as a parked template will be (DESIGN: cells of one
-template share their address space layout), and becomes its visible process; it runs isolated (`python -IS`), as the
-programs do. What it does not do ahead: anything that needs the command line.
+imports already behind it, and the filters loaded. Each template is used for one microVM, as a parked template will be
+(DESIGN: cells of one template share their address space layout), and becomes its visible process; it runs isolated
+(`python -IS`), as the programs do. What it does not do ahead: anything that needs the command line.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ def serve(requests: int, ready: int) -> None:
     from ipc import zmq_core
 
     zmq_core.install()
+    from ipc.plan import SECCOMP_KILL
     from jailer import direct, firecracker, launch, main, settings, template  # noqa: F401
     from vmm import cli  # noqa: F401
 
+    launch.load_filters(SECCOMP_KILL, janitor=True)
     template.load_roles()
     template.warm()
     os.write(ready, _READY)

@@ -7,12 +7,12 @@ ZeroMQ contexts are made after the fork only. docs/formats/messages.md describes
 from __future__ import annotations
 
 import os
-import socket
 
 import zmq
 
 from ipc import descriptors, faults
 from ipc.errors import ChannelError, MessageError
+from ipc.plain import socket
 from ipc.schema import MAX_FRAME_SIZE, Envelope, Schema, decode, encode
 from ipc.typed import Any
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import array
 import os
-import socket
 
 from ipc.errors import DescriptorError
+from ipc.plain import socket
 from ipc.schema import MAX_FRAME_SIZE
 from ipc.typed import Sequence
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import socket
 import struct
 
+from ipc.plain import socket
 from ipc.plan import ROLE_VCPU, ROLE_VMM
 from ipc.typed import Callable
 

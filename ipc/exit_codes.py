@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+from ipc.plain import signal
 
 OK = 0
 GENERIC_ERROR = 1

@@ -12,11 +12,11 @@ Only the jailer arms (in the template, before any fork): :func:`arm` works until
 from __future__ import annotations
 
 import os
-import signal
 import time
 
 from ipc import timeline
 from ipc.errors import FaultSpecError
+from ipc.plain import signal
 
 #: Every fault point of the product and what is about to happen when it is visited.
 FAULT_POINTS: dict[str, str] = {

@@ -1,9 +1,9 @@
 # ruff: noqa: ANN001, ANN201  (nobody checks the types of the half that runs)
-"""The names of ``typing`` and ``collections.abc`` that the cells use, without importing either.
+"""The names of ``typing``, ``collections.abc`` and ``enum`` that the cells use, without importing them.
 
 A cold start imports a hundred modules of ours. ``typing`` costs it as much as a fifth of them, and each class made by
 ``typing.NamedTuple`` as much as half a module (it compiles source text); annotations are never evaluated here. A type
-checker sees the real names. At run time :data:`NamedTuple` makes classes that behave the same (docs/adr/0003), the
+checker sees the real names. At run time :data:`NamedTuple` and :data:`Enum` make classes that behave the same, the
 other names only have to exist.
 """
 
@@ -13,6 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from collections.abc import Set as AbstractSet
+    from enum import Enum
     from typing import Any, Final, Generic, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 else:
     from _collections import _tuplegetter as field_getter
@@ -33,6 +34,41 @@ else:
     def TypeVar(name, *_, **__):
         """A type parameter means nothing at run time."""
         return name
+
+    class _EnumMaker(type):
+        """Turns the values of a class body into its members."""
+
+        def __new__(mcs, name, bases, body):
+            cls = type.__new__(mcs, name, bases, body)
+            cls._members = []
+            for key, value in body.items() if bases else ():
+                if not key.startswith("_") and not callable(value):
+                    member = object.__new__(cls)
+                    member.name, member.value = key, value
+                    setattr(cls, key, member)
+                    cls._members.append(member)
+            return cls
+
+        def __iter__(cls):
+            return iter(cls._members)
+
+        def __len__(cls):
+            return len(cls._members)
+
+        def __call__(cls, value):
+            for member in cls._members:
+                if member.value == value:
+                    return member
+            raise ValueError(f"{value!r} is not a valid {cls.__name__}")
+
+    class Enum(metaclass=_EnumMaker):
+        """Named values that are only themselves: what the cells need of ``enum.Enum``."""
+
+        def __repr__(self):
+            return f"<{type(self).__name__}.{self.name}: {self.value!r}>"
+
+        def __str__(self):
+            return f"{type(self).__name__}.{self.name}"
 
     class Record(tuple):
         """Base of the classes that NamedTuple makes; their methods are those of ``collections.namedtuple``."""
@@ -108,6 +144,6 @@ else:
 
 
 __all__ = [
-    "TYPE_CHECKING", "AbstractSet", "Any", "Callable", "Final", "Generic", "Iterable", "Iterator", "Mapping",
+    "TYPE_CHECKING", "AbstractSet", "Any", "Callable", "Enum", "Final", "Generic", "Iterable", "Iterator", "Mapping",
     "NamedTuple", "NoReturn", "Protocol", "Sequence", "TypeAlias", "TypeVar",
 ]  # fmt: skip

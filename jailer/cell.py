@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
-import socket
 import sys
 
 from ipc import descriptors, faults
 from ipc.errors import IpcError
+from ipc.plain import signal, socket
 from ipc.plan import ROLE_VMM, LaunchPlan, cell_name
 from ipc.typed import Callable, NamedTuple, NoReturn
 from jailer import walls

@@ -9,10 +9,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import signal
 import stat
 import time
 
+from ipc.plain import signal
 from ipc.typed import NamedTuple
 from jailer import syscalls
 from jailer.errors import CleanupError, JailerError, os_error_text

@@ -6,13 +6,12 @@ The order of effects is Firecracker's where a client can observe it (docs/jailer
 from __future__ import annotations
 
 import os
-import signal
-import socket
 import time
 from itertools import pairwise
 
 from ipc import descriptors, faults, timeline
 from ipc.errors import FaultSpecError, IpcError
+from ipc.plain import signal, socket
 from ipc.plan import (
     MAX_MEMORY_BYTES,
     MAX_WORKERS,

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import select
-import signal
-import socket
 import struct
 import sys
 import time
@@ -28,6 +26,7 @@ from ipc.messages import (
     Spawn,
     Spawned,
 )
+from ipc.plain import signal, signal_name, socket
 from ipc.plan import ROLE_VCPU, SECCOMP_OFF, LaunchPlan, cell_name
 from ipc.typed import Any, Callable, NamedTuple
 from jailer import cell, syscalls, verify, walls
@@ -137,6 +136,7 @@ class Supervisor:
         self._exit_code: int | None = None
         self._end_deadline = 0.0
         self._ended = False
+        self._reported = False
         self._log_end = False
         self._handlers: dict[type[Any], Callable[[Any, int], None]] = {
             Spawn: self._spawn,
@@ -149,7 +149,6 @@ class Supervisor:
     def run(self) -> int:
         """Serve until the controller and every worker have ended; return the exit code of the microVM."""
         faults.visit("supervisor.start")
-        self._report_self()
         if self._plan.drills:
             sys.modules["ipc.drills"].__dict__["controller_pid"] = self._controller.pid
         while not self._ended:
@@ -168,13 +167,15 @@ class Supervisor:
         ready = self._poll()
         if self._signals in ready:
             self._read_signals()
+        if self._channel is not None and self._channel.fileno() in ready:
+            self._serve()  # first: a worker's way to its guest is the longest
         for record in list(self._cells.values()):
             if record.listener in ready:
                 self._notified(record)
             if record.seal is not None and record.seal.fileno() in ready:
                 self._seal_message(record)
-        if self._channel is not None and self._channel.fileno() in ready:
-            self._serve()
+        if not ready and not self._reported:
+            self._report_self()
         self._check_deadlines()
 
     def _poll(self) -> set[int]:
@@ -190,6 +191,8 @@ class Supervisor:
         return {descriptor for descriptor, _ in poll.poll(self._timeout_ms())}
 
     def _timeout_ms(self) -> int | None:
+        if not self._reported:
+            return 0  # there is something to do when nobody wants anything
         deadlines = [record.deadline for record in self._cells.values() if record.seal is not None]
         if self._end_deadline:
             deadlines.append(self._end_deadline)
@@ -257,8 +260,9 @@ class Supervisor:
             self._log.error(
                 f"{record.name} (pid {record.pid}): wall seccomp: ended by the filter for a forbidden system call"
             )
-        elif number and not record.wall and not self._ended:  # in the end we kill the workers ourselves
-            self._log.error(f"{record.name} (pid {record.pid}) was ended by signal {number} ({_signal_name(number)})")
+        elif number and not record.wall and (record is self._controller or self._exit_code is None):
+            # When the microVM is ending, workers are killed by the controller or by ourselves.
+            self._log.error(f"{record.name} (pid {record.pid}) was ended by signal {number} ({signal_name(number)})")
         if record is self._controller:
             self._controller_ended(record, number, code)
         else:
@@ -518,6 +522,8 @@ class Supervisor:
         if wanted and verify.is_dumpable(record.pid, self._plan.uid, self._setup.proc):
             self._refuse(record, f"{record.name} (pid {record.pid}): walls differ: dumpable: asked False, found True")
             return
+        if record is not self._controller and not self._reported and self._report_self():
+            return  # no guest starts under a supervisor that is not what it should be
         self._answer_seal(record, cell.GO)
         if record.seal is not None:
             record.seal.close()
@@ -531,10 +537,12 @@ class Supervisor:
             record.seal.close()  # the cell ended meanwhile
             record.seal = None
 
-    def _report_self(self) -> None:
+    def _report_self(self) -> bool:
+        """Verify our own walls, when nobody waits for us or before the first worker goes on; True if one differs."""
+        self._reported = True
         if self._plan.seccomp == SECCOMP_OFF:
             self._log.warning("seccomp is off in every cell")
-        self._differences("supervisor", self._pid, None)
+        return self._differences("supervisor", self._pid, None)
 
     def _notified(self, record: Cell) -> None:
         """Report mode: a cell waits inside a forbidden system call; say which, and end it."""
@@ -553,10 +561,3 @@ def _ended(pidfd: int) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(DYING_MS))
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return "real-time signal"

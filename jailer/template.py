@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
-import socket
 import sys
 import time
 
+from ipc.plain import socket
 from ipc.plan import LaunchPlan
 from ipc.typed import Callable, NamedTuple
 
@@ -38,3 +38,5 @@ def warm() -> None:
     sys.stderr.flush() if sys.stderr else None
     gc.collect(1)
     gc.freeze()
+    # Its entries hold names: each one that a cell replaces would cost it a page, for the count of the old name.
+    sys._clear_type_cache()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import select
-import socket
 import sys
 import time
 
@@ -14,6 +13,7 @@ from ipc import faults
 from ipc.channel import Channel, PairChannel
 from ipc.errors import ChannelError, IpcError
 from ipc.messages import DESCRIPTORS, WORKER, Hello, Welcome
+from ipc.plain import socket
 from ipc.plan import LaunchPlan, endpoint
 from ipc.typed import Callable
 from vcpu_worker.commands import EXIT_ERROR, Control

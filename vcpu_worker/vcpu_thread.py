@@ -12,10 +12,10 @@ from __future__ import annotations
 import _thread
 import ctypes
 import os
-import signal
 from _queue import SimpleQueue
 from collections import deque
 
+from ipc.plain import signal
 from ipc.typed import Any, Callable
 
 KICK_SIGNAL = signal.SIGRTMIN

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import enum
-
+from ipc.typed import Enum
 from vmm.errors import StateError
 
 
-class WorkerState(enum.Enum):
+class WorkerState(Enum):
     """Where a worker is in its life, as the controller knows it."""
 
     ABSENT = "absent"
@@ -21,7 +20,7 @@ class WorkerState(enum.Enum):
     ENDED = "ended"
 
 
-class WorkerEvent(enum.Enum):
+class WorkerEvent(Enum):
     """What can happen to a worker."""
 
     SPAWN = "spawn"

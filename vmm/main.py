@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
 
 from ipc import exit_codes, faults
 from ipc.errors import IpcError
 from ipc.messages import Shutdown
+from ipc.plain import socket
 from ipc.plan import ROLE_VMM, LaunchPlan
 from ipc.typed import Callable
 from vmm import config_file, metadata_file

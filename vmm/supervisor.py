@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import select
-import socket
 import time
 
 from ipc.channel import PairChannel
@@ -20,6 +19,7 @@ from ipc.messages import (
     Spawn,
     Spawned,
 )
+from ipc.plain import socket
 from ipc.typed import Any, Callable, TypeVar
 from vmm.errors import SupervisorError
 from vmm.event_manager import EventManager, EventOps, Events

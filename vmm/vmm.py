@@ -6,6 +6,7 @@ import time
 
 from ipc import exit_codes
 from ipc.messages import CellEnded, DumpCpuConfig, DumpedCpuConfig, Pause, Resume, SavedState, SaveState, VcpuExited
+from ipc.plain import signal_name
 from ipc.typed import Sequence
 from vmm.black_box import describe_run_page
 from vmm.console import ConsoleInput, ConsoleOutput
@@ -20,7 +21,7 @@ from vmm.metrics import METRICS
 from vmm.metrics_sources import read_devices, read_exits
 from vmm.microvm import InstanceInfo, Microvm
 from vmm.version import APP_NAME, FIRECRACKER_VERSION
-from vmm.workers import SECOND_NS, Worker, signal_name
+from vmm.workers import SECOND_NS, Worker
 
 STATE_NOT_STARTED = "Not started"
 STATE_RUNNING = "Running"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 import select
-import signal
-import socket
 import time
 
 import zmq
@@ -34,6 +32,7 @@ from ipc.messages import (
     VcpuExited,
     Welcome,
 )
+from ipc.plain import signal, signal_name, socket
 from ipc.plan import LaunchPlan, endpoint
 from ipc.typed import Any, Callable, Sequence, TypeVar
 from vmm import handover
@@ -44,7 +43,7 @@ from vmm.handover import WorkerDescriptors
 from vmm.lifecycle import ALIVE, WorkerEvent, WorkerState, next_state
 from vmm.supervisor import SupervisorClient
 
-__all__ = ["SECOND_NS", "Worker", "WorkerDescriptors", "signal_name"]
+__all__ = ["SECOND_NS", "Worker", "WorkerDescriptors"]
 
 SECOND_NS = 1_000_000_000
 #: How long a worker may take to say HELLO, or to answer a command, before the operation fails.
@@ -537,11 +536,3 @@ class Worker:
     def close(self) -> None:
         """Release everything; the process must have ended or be about to."""
         self._release()
-
-
-def signal_name(number: int) -> str:
-    """Return SIGKILL for 9 and so on."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return str(number)

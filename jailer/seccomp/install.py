@@ -35,6 +35,10 @@ class Loaded(NamedTuple):
     warning: str
 
 
+#: Filters that were loaded already: a template that was made ahead has them ready.
+_ready: dict[tuple[str, str, str], Filter] = {}
+
+
 def load(roles: tuple[str, ...], mode: str, variant: str = "") -> Loaded:
     """Load the filters of some roles for a mode (``kill`` or ``report``). Raises PolicyError.
 
@@ -47,6 +51,10 @@ def load(roles: tuple[str, ...], mode: str, variant: str = "") -> Loaded:
     filters = {}
     warning = ""
     for role in roles:
+        ready = _ready.get((role, mode, variant))
+        if ready is not None:
+            filters[role] = ready
+            continue
         policy = role + variant if role + variant in ROLES else role
         text = full_text(policy)
         key = cache_key(text)
@@ -62,7 +70,7 @@ def load(roles: tuple[str, ...], mode: str, variant: str = "") -> Loaded:
         elif mode != SECCOMP_KILL:
             raise PolicyError(f"unknown seccomp mode {mode!r}")
         program = with_default(program, action)
-        filters[role] = Filter(role, mode, program, sha256(program).hex())
+        _ready[role, mode, variant] = filters[role] = Filter(role, mode, program, sha256(program).hex())
     return Loaded(filters, warning)
 
 

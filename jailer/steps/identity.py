@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import signal
 
 import prctl
 
+from ipc.plain import signal
 from jailer import syscalls
 from jailer.errors import CellError
 

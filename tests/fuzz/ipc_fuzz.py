@@ -38,7 +38,7 @@ from ipc.schema import (
 SCHEMAS = (WORKER, SUPERVISOR, DESCRIPTORS)
 ADDRESS_SPACE = 512 << 20
 #: What parsing may keep at its peak; one frame is at most 256 KiB.
-MEMORY_GROWTH = 48 << 20
+MEMORY_GROWTH = 32 << 20
 CPU_SECONDS_PER_FRAME = 1.0
 U64 = (1 << 64) - 1
 
@@ -150,7 +150,7 @@ def nested(chooser: random.Random) -> bytes:
             b"\x9f",
             b"\xdc\x04\x00",
             b"\xdc\xff\xff",
-            b"\xdd\x00\x03\xff\x00",
+            b"\xdd\x00\x01\xff\x00",
             b"\xdd" + b"\xff" * 4,
             b"\x81\x01",
         )

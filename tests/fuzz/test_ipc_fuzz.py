@@ -15,9 +15,9 @@ from ipc.schema import MAX_FRAME_SIZE, U64, decode
 from tests.fuzz.ipc_fuzz import SCHEMAS, check
 
 
-@pytest.mark.soak("ipc")
+@pytest.mark.soak("fuzz", "ipc")
 def test_hostile_frames_under_limits(scale, seed, tmp_path):
-    count = scale(2_500, 200_000)
+    count = scale(1_200, 200_000)
     path = tmp_path / "frame"
     done = subprocess.run(
         [str(PYTHON), "-m", "tests.fuzz.ipc_fuzz", str(count), str(seed), str(path)],
@@ -46,9 +46,9 @@ plain = st.recursive(
 )
 
 
-@pytest.mark.soak("ipc")
+@pytest.mark.soak("fuzz", "ipc")
 def test_any_bytes(scale):
-    @settings(max_examples=scale(400, 20_000))
+    @settings(max_examples=scale(150, 20_000))
     @given(st.binary(max_size=400))
     def any_bytes(frame) -> None:
         check(frame, ())
@@ -56,9 +56,9 @@ def test_any_bytes(scale):
     any_bytes()
 
 
-@pytest.mark.soak("ipc")
+@pytest.mark.soak("fuzz", "ipc")
 def test_any_values_in_an_envelope(scale):
-    @settings(max_examples=scale(400, 20_000))
+    @settings(max_examples=scale(150, 20_000))
     @given(st.integers(0, 22), plain, st.lists(plain, max_size=12))
     def any_values(kind, sequence, values) -> None:
         for parts in ([1, 7, sequence, 0, 0, kind, values], [1, 7, 1, 0, 0, kind, values], values):

@@ -15,7 +15,9 @@ from tests.jail.harness import (
     FIRECRACKER,
     GID,
     JAILER,
+    PROMISE_S,
     UID,
+    descriptors,
     is_alive,
     limits,
     microvm,
@@ -106,12 +108,12 @@ def test_descriptors_and_environment_of_the_caller_are_gone(base: Path) -> None:
             jailed.start(close_fds=False, env={**os.environ, "SECRET_OF_THE_CALLER": "hunter2-hunter2"})
             jailed.boot()
             for name, pid in jailed.wait_cells(*ALL).items():
-                links = [os.readlink(f"/proc/{pid}/fd/{each}") for each in os.listdir(f"/proc/{pid}/fd")]
+                links = descriptors(pid).values()
                 assert "/etc/hostname" not in links, name
                 assert b"hunter2-hunter2" not in Path(f"/proc/{pid}/environ").read_bytes(), name
                 assert not any(link.endswith(".pid") for link in links) or name == "supervisor", (name, links)
-            worker = [os.readlink(f"/proc/{jailed.cells()['vcpu 0']}/fd/{each}") for each in ("0", "1")]
-            assert worker == ["/dev/null", "/dev/null"]
+            worker = descriptors(jailed.cells()["vcpu 0"])
+            assert worker[0] == worker[1] == "/dev/null"
     finally:
         os.close(leak)
 
@@ -121,12 +123,14 @@ def test_worker_holds_no_kvm_device_and_no_directory(base: Path) -> None:
         jailed.boot()
         cells = jailed.wait_cells(*ALL)
         for name, pid in cells.items():
-            for each in os.listdir(f"/proc/{pid}/fd"):
-                target = os.readlink(f"/proc/{pid}/fd/{each}")
+            for each, target in descriptors(pid).items():
                 if name != "supervisor":
                     assert target != "/dev/kvm", name
                 # A descriptor of a directory would be a way out of the root. The supervisor's /proc has no "..".
-                is_directory = stat.S_ISDIR(os.stat(f"/proc/{pid}/fd/{each}").st_mode)
+                try:
+                    is_directory = stat.S_ISDIR(os.stat(f"/proc/{pid}/fd/{each}").st_mode)
+                except FileNotFoundError:
+                    continue  # closed meanwhile
                 assert not is_directory or (name == "supervisor" and target == "/"), (name, target)
 
 
@@ -156,7 +160,7 @@ def test_new_pid_ns(base: Path, no_leftovers: NoLeftovers) -> None:
             assert len(status(pid)["NSpid"].split()) == 2
         assert status(cells["supervisor"])["NSpid"].split()[1] == "1"
         os.kill(jailed.pid, signal.SIGKILL)
-        wait_for(lambda: not any(map(is_alive, cells.values())), "the end of every cell", seconds=1.0)
+        wait_for(lambda: not any(map(is_alive, cells.values())), "the end of every cell", seconds=PROMISE_S)
 
 
 def test_signals_reach_process_one_of_a_namespace(base: Path) -> None:
@@ -164,7 +168,7 @@ def test_signals_reach_process_one_of_a_namespace(base: Path) -> None:
         jailed.boot()
         cells = jailed.wait_cells(*ALL)
         os.kill(jailed.pid, signal.SIGTERM)
-        wait_for(lambda: not any(map(is_alive, cells.values())), "the end of every cell", seconds=1.0)
+        wait_for(lambda: not any(map(is_alive, cells.values())), "the end of every cell", seconds=PROMISE_S)
         assert "Firecracker exiting with error. exit_code=143" in jailed.output()
 
 

@@ -17,6 +17,7 @@ from lab.client import ClientError
 from tests.conftest import NoLeftovers, Scale
 from tests.jail.harness import (
     JAILER,
+    PROMISE_S,
     JailedMicrovm,
     children,
     is_alive,
@@ -26,8 +27,6 @@ from tests.jail.harness import (
 )
 
 ALL = ("supervisor", "vmm", "vcpu 0")
-#: The promise of the documentation: whatever is to end has ended by then.
-PROMISE_S = 1.0
 SUPERVISOR_POINTS = [point for point in FAULT_POINTS if point.startswith("supervisor.")]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from ipc.plan import MAX_MEMORY_BYTES, MAX_WORKERS
 from tests.conftest import NoLeftovers
-from tests.jail.harness import JailedMicrovm, children, stand_in, wait_for
+from tests.jail.harness import JailedMicrovm, children, descriptors, stand_in, wait_for
 
 
 def _lines(jailed: JailedMicrovm) -> list[str]:
@@ -222,8 +222,7 @@ def test_supervisor_holds_no_more_than_it_needs(base: Path) -> None:
     try:
         _wait_line(jailed, "worker 0 sealed")
         kinds: dict[str, int] = {}
-        for each in os.listdir(f"/proc/{jailed.pid}/fd"):
-            target = os.readlink(f"/proc/{jailed.pid}/fd/{each}")
+        for target in descriptors(jailed.pid).values():
             kind = target.split(":")[0] if ":" in target else target
             kinds[kind] = kinds.get(kind, 0) + 1
         # Standard input and output, standard error, the walls' log, the pid file (locked), /dev/kvm, signals, /proc,

@@ -15,7 +15,17 @@ import pytest
 from lab.client import request
 from tests.conftest import NoLeftovers
 from tests.guests.build import build
-from tests.jail.harness import FIRECRACKER, PATIENCE_S, children, is_alive, namespace, status, wait_for
+from tests.jail.harness import (
+    FIRECRACKER,
+    PATIENCE_S,
+    PROMISE_S,
+    children,
+    descriptors,
+    is_alive,
+    namespace,
+    status,
+    wait_for,
+)
 
 USER = 4321
 
@@ -119,7 +129,7 @@ def test_as_an_ordinary_user(directory: Path) -> None:
             assert status(pid)["Uid"].split() == [str(USER)] * 4, name
             assert status(pid)["Seccomp"] == "2", name
         running.process.send_signal(signal.SIGKILL)
-        wait_for(lambda: not any(map(is_alive, cells.values())), "the end of every cell", 1.0)
+        wait_for(lambda: not any(map(is_alive, cells.values())), "the end of every cell", PROMISE_S)
     wait_for(lambda: ipc_directories() <= before, "the janitor")
 
 
@@ -154,19 +164,15 @@ def test_descriptors_of_the_caller_reach_the_controller_only(directory: Path) ->
             wait_for((directory / "api.socket").exists, "the API")
             cells = wait_for(lambda: "vcpu 0" in (found := children(running.pid)) and found, "the cells")
             pipe = os.readlink(f"/proc/self/fd/{read_end}")
-            assert pipe in _links(cells["vmm"])
-            assert pipe not in _links(cells["vcpu 0"])
-            assert pipe not in _links(running.pid)
+            assert pipe in descriptors(cells["vmm"]).values()
+            assert pipe not in descriptors(cells["vcpu 0"]).values()
+            assert pipe not in descriptors(running.pid).values()
         finally:
             running.kill()
             running.wait()
     finally:
         os.close(read_end)
         os.close(write_end)
-
-
-def _links(pid: int) -> list[str]:
-    return [os.readlink(f"/proc/{pid}/fd/{each}") for each in os.listdir(f"/proc/{pid}/fd")]
 
 
 def test_bad_arguments(directory: Path) -> None:

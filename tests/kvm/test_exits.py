@@ -22,8 +22,9 @@ def finish(microvm: Microvm) -> tuple[int, str]:
     return status, microvm.console.decode(errors="replace")
 
 
+@pytest.mark.soak("exits")
 def test_every_exit_kind_arrives_once_and_in_order(tmp_path, scale, no_leftovers):
-    rounds = scale(300, 20_000)
+    rounds = scale(300, 5_000)
     with (
         no_leftovers(tmp_path),
         launch_config(tmp_path, build("exerciser"), "--exerciser", boot_args=str(rounds)) as vm,
@@ -35,6 +36,7 @@ def test_every_exit_kind_arrives_once_and_in_order(tmp_path, scale, no_leftovers
     assert "Firecracker exiting successfully. exit_code=0" in output
 
 
+@pytest.mark.soak("exits")
 def test_exits_survive_pauses(tmp_path, scale, seed):
     """Pause and resume in a tight loop while the guest exits all the time: no exit is lost or repeated."""
     pauses = scale(100, 1_000)

@@ -8,10 +8,10 @@ bounded: at most one response out, and in what one read brings beyond a request,
 from __future__ import annotations
 
 import errno
-import socket
 import time
 from collections import deque
 
+from ipc.plain import socket
 from ipc.typed import TYPE_CHECKING, Final
 from vmm.api.http import (
     SERVER_FULL,

@@ -442,7 +442,7 @@ def test_the_socket_follows_the_umask_and_is_not_inherited(host):
     host.client()
     host.pump()
     assert not os.get_inheritable(host.server._listener.fileno())
-    assert not any(connection.socket.get_inheritable() for connection in host.server._connections.values())
+    assert not any(os.get_inheritable(connection.socket.fileno()) for connection in host.server._connections.values())
 
 
 def test_a_path_that_is_taken_is_refused(host):

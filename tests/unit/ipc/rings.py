@@ -7,10 +7,13 @@ import os
 import random
 from typing import NamedTuple
 
+from hypothesis import strategies as st
+
 from ipc import exit_ring
-from ipc.exit_ring import RING_SIZE, Entry, ExitRingConsumer, ExitRingProducer
+from ipc.exit_ring import RING_SIZE, STRING_DATA_SIZE, Entry, ExitRingConsumer, ExitRingProducer
 from ipc.layout import create_shared, map_shared
 
+U64 = (1 << 64) - 1
 READS = (exit_ring.KIND_PIO_READ, exit_ring.KIND_MMIO_READ, exit_ring.KIND_PIO_STRING_READ)
 STRINGS = (exit_ring.KIND_PIO_STRING_READ, exit_ring.KIND_PIO_STRING_WRITE)
 PORTS = (exit_ring.KIND_PIO_READ, exit_ring.KIND_PIO_WRITE, *STRINGS)
@@ -46,6 +49,17 @@ def random_access(chooser: random.Random) -> Access:
     data = 0 if kind in READS or kind in STRINGS else chooser.getrandbits(8 * size)
     count = chooser.randint(1, exit_ring.STRING_DATA_SIZE // size) if kind in STRINGS else 1
     return Access(kind, address, size, data, kind not in WRITES or chooser.random() < 0.2, count)
+
+
+@st.composite
+def accesses(draw) -> Access:
+    """Legal accesses."""
+    kind = draw(st.integers(1, 6))
+    size = draw(st.sampled_from((1, 2, 4) if kind in PORTS else (1, 2, 4, 8)))
+    address = draw(st.integers(0, 0xFFFF if kind in PORTS else U64))
+    data = draw(st.integers(0, (1 << 8 * size) - 1)) if kind in WRITES else 0
+    count = draw(st.integers(1, STRING_DATA_SIZE // size)) if kind in STRINGS else 1
+    return Access(kind, address, size, data, kind not in WRITES or draw(st.booleans()), count)
 
 
 def perform(producer: ExitRingProducer, access: Access, lazy: bool = False) -> int | None:
@@ -95,3 +109,32 @@ class Ring:
         """Close what was opened."""
         for descriptor in (self.descriptor, self.doorbell, self.completion):
             os.close(descriptor)
+
+
+def check_bounds(access: Access) -> None:
+    """What the consumer promises to its caller, whoever the producer is."""
+    assert access.kind in range(1, 7)
+    if access.kind in PORTS:
+        assert access.size in (1, 2, 4)
+        assert access.address <= 0xFFFF
+    else:
+        assert access.size in (1, 2, 4, 8)
+        assert access.address <= U64
+    assert access.data < 1 << 8 * access.size
+    assert access.synchronous or access.kind in WRITES
+    if access.kind in STRINGS:
+        assert 1 <= access.length <= STRING_DATA_SIZE
+    else:
+        assert access.elements == 1
+
+
+def consume_from(ring: Ring, consumer: ExitRingConsumer, limit: int) -> int:
+    """Execute entries until there is none; return their number."""
+    for executed in range(limit):
+        entry = consumer.take()
+        if entry is None:
+            return executed
+        check_bounds(seen(entry))
+        assert entry.sequence == consumer.done + 1
+        consumer.complete(0)
+    return limit

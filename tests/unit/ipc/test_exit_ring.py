@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
@@ -19,35 +19,7 @@ from ipc import exit_ring
 from ipc.errors import RingError
 from ipc.exit_ring import ENTRY_COUNT, ENTRY_SIZE, RING_SIZE, STRING_DATA_SIZE, ExitRingConsumer, ExitRingProducer
 from tests.unit.ipc.processes import PATIENCE_SECONDS, Child
-from tests.unit.ipc.rings import PORTS, READS, STRINGS, WRITES, Access, Ring, perform, seen
-
-U64 = (1 << 64) - 1
-HEADER_WORDS = (
-    exit_ring.WORD_POSTED,
-    exit_ring.WORD_WAITING,
-    exit_ring.WORD_CONSUMED,
-    exit_ring.WORD_DONE,
-    exit_ring.WORD_ASLEEP,
-    exit_ring.WORD_ANSWER,
-)
-
-
-@pytest.fixture
-def ring():
-    made = Ring()
-    yield made
-    made.close()
-
-
-@st.composite
-def accesses(draw) -> Access:
-    kind = draw(st.integers(1, 6))
-    size = draw(st.sampled_from((1, 2, 4) if kind in PORTS else (1, 2, 4, 8)))
-    address = draw(st.integers(0, 0xFFFF if kind in PORTS else U64))
-    data = draw(st.integers(0, (1 << 8 * size) - 1)) if kind in WRITES else 0
-    count = draw(st.integers(1, STRING_DATA_SIZE // size)) if kind in STRINGS else 1
-    return Access(kind, address, size, data, kind not in WRITES or draw(st.booleans()), count)
-
+from tests.unit.ipc.rings import READS, U64, Access, Ring, accesses, consume_from, perform, seen
 
 # ---------------------------------------------------------------- layout
 
@@ -265,192 +237,6 @@ def test_ring_behaves_like_a_list(scale):
     )
 
 
-# ---------------------------------------------------------------- hostile producer
-
-
-def check_bounds(access: Access) -> None:
-    """What the consumer promises to its caller, whoever the producer is."""
-    assert access.kind in range(1, 7)
-    if access.kind in PORTS:
-        assert access.size in (1, 2, 4)
-        assert access.address <= 0xFFFF
-    else:
-        assert access.size in (1, 2, 4, 8)
-        assert access.address <= U64
-    assert access.data < 1 << 8 * access.size
-    assert access.synchronous or access.kind in WRITES
-    if access.kind in STRINGS:
-        assert 1 <= access.length <= STRING_DATA_SIZE
-    else:
-        assert access.elements == 1
-
-
-def consume_from(ring: Ring, consumer: ExitRingConsumer, limit: int) -> int:
-    """Execute entries until there is none; return their number."""
-    for executed in range(limit):
-        entry = consumer.take()
-        if entry is None:
-            return executed
-        check_bounds(seen(entry))
-        assert entry.sequence == consumer.done + 1
-        consumer.complete(0)
-    return limit
-
-
-words64 = st.one_of(
-    st.integers(0, 600), st.integers(U64 - 600, U64), st.integers(0, U64), st.sampled_from([1 << 63, 1 << 32])
-)
-raw_entries = st.tuples(
-    words64,
-    words64,
-    words64,
-    st.integers(0, 255),
-    st.one_of(st.sampled_from([1, 2, 4, 8]), st.integers(0, 255)),
-    st.integers(0, 2),
-    st.one_of(st.integers(0, 5000), st.integers(0, (1 << 32) - 1)),
-)
-scribbles = st.lists(
-    st.one_of(
-        st.tuples(st.just("word"), st.sampled_from(HEADER_WORDS), words64),
-        st.tuples(st.just("entry"), st.integers(0, ENTRY_COUNT - 1), raw_entries),
-        st.tuples(st.just("bytes"), st.integers(0, RING_SIZE - 1), st.binary(min_size=1, max_size=64)),
-    ),
-    max_size=8,
-)
-
-
-def scribble(ring: Ring, what: tuple) -> None:
-    kind, place, value = what
-    if kind == "word":
-        ring.set_word(place, value)
-    elif kind == "entry":
-        ring.buffer[4096 + place * 32 : 4096 + place * 32 + 32] = struct.pack("<QQQBBBxI", *value)
-    else:
-        end = min(RING_SIZE, place + len(value))
-        ring.buffer[place:end] = value[: end - place]
-
-
-@pytest.mark.soak("ipc")
-def test_scribbling_gives_ring_error_or_bounded_entries(scale):
-    examples = scale(300, 20_000)
-    outcomes = {"error": 0, "entries": 0}
-
-    @settings(max_examples=examples, deadline=None)
-    @given(st.lists(st.tuples(accesses(), scribbles), min_size=1, max_size=5))
-    def run(rounds) -> None:
-        ring = Ring()
-        try:
-            producer, consumer = ring.producer(), ring.consumer()
-            for access, damage in rounds:
-                if not access.synchronous:  # a call would wait for the answer
-                    producer.post(access.kind, access.address, access.size, access.data)
-                for what in damage:
-                    scribble(ring, what)
-                outcomes["entries"] += consume_from(ring, consumer, 2 * ENTRY_COUNT)
-                consumer.awake()
-                consumer.sleep()
-                assert consumer.idle in (True, False)
-        except RingError:
-            outcomes["error"] += 1
-        finally:
-            ring.close()
-
-    run()
-    assert min(outcomes.values()) > examples // 10, f"the test sees one side only: {outcomes}"
-
-
-@pytest.mark.soak("ipc")
-def test_each_field_of_an_entry_is_checked(scale):
-    """Entries with the right sequence number: what is delivered is bounded, what is legal is delivered."""
-    delivered = 0
-
-    @settings(max_examples=scale(300, 20_000), deadline=None)
-    @given(raw_entries, st.booleans())
-    def run(raw, repair) -> None:
-        nonlocal delivered
-        _, address, data, kind, size, flags, count = raw
-        if repair:  # otherwise random fields are hardly ever all legal
-            kind = kind % 6 + 1
-            size = size if size in (1, 2, 4) else 4
-            address &= 0xFFFF
-            data &= (1 << 8 * size) - 1
-            count = count % 1024 + 1 if kind in STRINGS else 1
-            flags = 1 if kind not in WRITES else flags & 1
-        ring = Ring()
-        consumer = ring.consumer()
-        scribble(ring, ("entry", 1, (1, address, data, kind, size, flags, count)))
-        ring.set_word(exit_ring.WORD_POSTED, 1)
-        try:
-            entry = consumer.take()
-        except RingError:
-            assert not repair
-        else:
-            assert entry is not None
-            check_bounds(seen(entry))
-            assert seen(entry) == Access(kind, address, size, data, bool(flags), count)
-            delivered += 1
-        finally:
-            ring.close()
-
-    run()
-    assert delivered
-
-
-@pytest.mark.parametrize("posted", [ENTRY_COUNT + 1, U64, 1 << 63, 1 << 32])
-def test_posted_number_out_of_range(ring, posted):
-    consumer = ring.consumer()
-    ring.set_word(exit_ring.WORD_POSTED, posted)
-    with pytest.raises(RingError, match="out of range"):
-        consumer.take()
-
-
-def test_posted_number_must_not_go_back(ring):
-    producer, consumer = ring.producer(), ring.consumer()
-    producer.post(exit_ring.KIND_PIO_WRITE, 1, 1, 1)
-    assert consume_from(ring, consumer, 2) == 1
-    ring.set_word(exit_ring.WORD_POSTED, 0)
-    with pytest.raises(RingError, match="out of range"):
-        consumer.take()
-
-
-def test_repeated_entry_is_refused(ring):
-    producer, consumer = ring.producer(), ring.consumer()
-    producer.post(exit_ring.KIND_PIO_WRITE, 1, 1, 1)
-    consume_from(ring, consumer, 1)
-    ring.set_word(exit_ring.WORD_POSTED, 1 + ENTRY_COUNT)  # as if 256 more had come: the slot holds number 1 still
-    with pytest.raises(RingError, match="sequence"):
-        consume_from(ring, consumer, ENTRY_COUNT)
-
-
-def test_an_entry_changed_after_it_was_taken_stays_as_it_was(ring):
-    producer, consumer = ring.producer(), ring.consumer()
-    producer.post(exit_ring.KIND_PIO_WRITE, 0x3F8, 1, 0x41)
-    entry = consumer.take()
-    ring.buffer[4096 : 4096 + ENTRY_COUNT * ENTRY_SIZE] = b"\xff" * (ENTRY_COUNT * ENTRY_SIZE)
-    assert entry is not None
-    assert seen(entry) == Access(exit_ring.KIND_PIO_WRITE, 0x3F8, 1, 0x41, False, 1)
-
-
-@pytest.mark.parametrize("flags", [os.EFD_NONBLOCK, 0])
-def test_a_full_completion_counter_does_not_stop_the_consumer(flags):
-    """A hostile worker fills the eventfd; with a blocking write the controller would hang for ever."""
-
-    def consume() -> int:
-        ring = Ring()
-        completion = os.eventfd(0, os.EFD_CLOEXEC | flags)
-        producer = ring.producer()
-        consumer = ExitRingConsumer(ring.buffer, completion)
-        os.eventfd_write(completion, U64 - 1)
-        for number in range(5):
-            producer.post(exit_ring.KIND_PIO_WRITE, 1, 1, number)
-            ring.set_word(exit_ring.WORD_WAITING, number + 1)
-            consume_from(ring, consumer, 2)
-        return consumer.done
-
-    with Child(consume) as child:
-        assert child.join() == 5
-
-
 # ---------------------------------------------------------------- rules of the consumer's caller
 
 
@@ -494,32 +280,23 @@ def test_one_wake_up_for_a_full_ring(ring):
     assert os.eventfd_read(ring.completion) == 1
 
 
-def rung(ring: Ring) -> bool:
-    """Tell whether the doorbell rang since the last look."""
-    try:
-        return os.eventfd_read(ring.doorbell) > 0
-    except BlockingIOError:
-        return False
-
-
 def test_a_napping_consumer_is_woken_only_for_what_cannot_wait(ring):
-    os.set_blocking(ring.doorbell, False)
     producer, consumer = ring.producer(), ring.consumer()
     assert consumer.nap()
     for number in range(ENTRY_COUNT // 2 - 1):
         producer.post(exit_ring.KIND_PIO_WRITE, 1, 1, number & 0xFF, 1)
-        assert not rung(ring)
+        assert not ring.rung()
     producer.post(exit_ring.KIND_PIO_WRITE, 1, 1, 0, 1)
-    assert rung(ring), "half full"
+    assert ring.rung(), "half full"
     assert not consumer.nap(), "an entry is there: taken first"
     assert consume_from(ring, consumer, ENTRY_COUNT // 2) == ENTRY_COUNT // 2
     assert consumer.nap()
     producer.post(exit_ring.KIND_PIO_WRITE, 1, 1, 0)
-    assert rung(ring), "not lazy"
+    assert ring.rung(), "not lazy"
     assert consume_from(ring, consumer, 1) == 1
     assert consumer.sleep()
     producer.post(exit_ring.KIND_PIO_WRITE, 1, 1, 0, 1)
-    assert rung(ring), "asleep: everything rings"
+    assert ring.rung(), "asleep: everything rings"
 
 
 def test_lingering_sees_an_entry_that_is_there(ring):

@@ -21,13 +21,6 @@ from tests.unit.ipc.rings import STRINGS, Access, Ring, perform, random_access, 
 U64 = (1 << 64) - 1
 
 
-@pytest.fixture
-def ring():
-    made = Ring()
-    yield made
-    made.close()
-
-
 def pattern(number: int, length: int) -> bytes:
     """Return the content of the string area for entry ``number``."""
     return bytes([number & 0xFF, number >> 8 & 0xFF, 0x5A, length & 0xFF] * (length // 4 + 1))[:length]

@@ -6,6 +6,7 @@ import mmap
 import os
 import random
 import signal
+import threading
 
 import pytest
 
@@ -68,6 +69,26 @@ def test_fence_orders_store_before_load(scale, record_property):
     record_property("both_stale_without_fence", without)
     print(f"both sides stale in {rounds} rounds: {with_fence} with fence(), {without} without")
     assert with_fence == 0
+
+
+def test_fence_takes_and_releases_the_lock(monkeypatch):
+    """The litmus test alone would not notice an empty function: a call lasts longer than a store here."""
+    lock = threading.Lock()
+    events: list[str] = []
+
+    class Watched:
+        def __enter__(self) -> None:
+            events.append("taken" if lock.acquire(blocking=False) else "busy")
+
+        def __exit__(self, *_: object) -> None:
+            lock.release()
+            events.append("released")
+
+    assert type(layout._fence_lock) is type(lock)
+    monkeypatch.setattr(layout, "_fence_lock", Watched())
+    layout.fence()
+    layout.fence()
+    assert events == ["taken", "released"] * 2
 
 
 def test_fence_may_be_used_in_a_signal_handler():

@@ -14,7 +14,19 @@ from ipc.device_page import SLOT_COUNT
 from ipc.errors import MessageError
 from ipc.messages import DESCRIPTORS, SUPERVISOR, WORKER, Configure, Pong, Resumed, SignalCell, Spawn
 from ipc.plan import MAX_WORKERS
-from ipc.schema import MAX_FRAME_SIZE, PROTOCOL_VERSION, U64, Envelope, Int, ListOf, RecordOf, decode, encode, pack
+from ipc.schema import (
+    MAX_FRAME_SIZE,
+    PROTOCOL_VERSION,
+    U64,
+    Envelope,
+    Int,
+    ListOf,
+    RecordOf,
+    decode,
+    encode,
+    pack,
+    unpack,
+)
 from tests.unit.ipc.schemas import largest, messages_of, plain, records_of, smallest, wrong_values
 
 SCHEMAS = {"worker": WORKER, "supervisor": SUPERVISOR, "descriptors": DESCRIPTORS}
@@ -193,6 +205,12 @@ def test_frames_are_bounded_when_sent():
     pack(bytes(MAX_FRAME_SIZE - 5))
     with pytest.raises(MessageError, match="exceeds"):
         pack(bytes(MAX_FRAME_SIZE))
+
+
+def test_frames_are_bounded_when_received():
+    assert unpack(msgpack.packb(bytes(MAX_FRAME_SIZE - 5))) == bytes(MAX_FRAME_SIZE - 5)
+    with pytest.raises(MessageError, match="exceeds"):
+        unpack(msgpack.packb(bytes(MAX_FRAME_SIZE - 4)))
 
 
 def test_bounds_fit_the_layouts():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import pickle
 import typing
 from typing import Any
@@ -42,7 +43,7 @@ def make(base: Any) -> Any:
         def both(self) -> tuple[int, int]:
             return self.x, self.y
 
-        def moved(self, by: int) -> Point:
+        def moved(self, by: int) -> Any:
             return self._replace(x=self.x + by)
 
     return Point
@@ -110,7 +111,7 @@ def test_a_default_before_a_field_without_one_is_refused():
 
         class Wrong(typed.NamedTuple):
             x: int = 1
-            y: int
+            y: int  # type: ignore[misc]
 
 
 def test_a_record_can_be_copied_by_pickle():
@@ -122,3 +123,39 @@ class Global(typed.NamedTuple):
 
     number: int
     text: str
+
+
+def colours(base: Any) -> Any:
+    class Colour(base):
+        """Values with names."""
+
+        RED = "red"
+        BLUE = "blue"
+
+        def loud(self):
+            return self.name + "!"
+
+    return Colour
+
+
+ENUM_ACTIONS = {
+    "value": lambda e: e.RED.value,
+    "name": lambda e: e.BLUE.name,
+    "members": lambda e: [each.name for each in e],
+    "number": len,
+    "by value": lambda e: e("red") is e.RED,
+    "by wrong value": lambda e: e("green"),
+    "identity": lambda e: e.RED is e.RED and e.RED is not e.BLUE,
+    "equality": lambda e: (e.RED == e.RED, e.RED == e.BLUE, e.RED == "red"),
+    "hash": lambda e: len({e.RED, e.BLUE, e.RED}),
+    "text": lambda e: (str(e.RED), repr(e.RED), f"{e.RED}"),
+    "method": lambda e: e.RED.loud(),
+    "instance": lambda e: isinstance(e.RED, e),
+    "doc": lambda e: e.__doc__,
+}
+
+
+@pytest.mark.parametrize("name", ENUM_ACTIONS)
+def test_an_enumeration_behaves_as_the_one_of_enum(name):
+    ours, theirs = (outcome(ENUM_ACTIONS[name], colours(base)) for base in (typed.Enum, enum.Enum))
+    assert ours == theirs

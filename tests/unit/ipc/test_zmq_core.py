@@ -11,18 +11,20 @@ import zmq
 from devtool.project import PYTHON, ROOT
 from ipc import zmq_core
 
+TESTS = [f"tests/unit/ipc/test_channel{part}.py" for part in ("", "_hostile", "_faults")]
 INSTALLED = "from ipc import zmq_core; assert zmq_core.install(); import zmq; "
 
 
 def run(code: str) -> str:
-    command = [PYTHON, "-c", code]
-    return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, timeout=60).stdout
+    command = [str(PYTHON), "-c", code]
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, timeout=60)
+    return str(done.stdout)
 
 
 def test_the_channel_is_the_same_on_it():
-    options = ["-p", "tests.unit.ipc.with_zmq_core", "-p", "no:xdist", "-q", "tests/unit/ipc/test_channel.py"]
+    options = ["-p", "tests.unit.ipc.with_zmq_core", "-p", "no:xdist", "-q", *TESTS]
     done = subprocess.run(
-        [PYTHON, "-m", "pytest", *options], cwd=ROOT, check=False, capture_output=True, text=True, timeout=250
+        [str(PYTHON), "-m", "pytest", *options], cwd=ROOT, check=False, capture_output=True, text=True, timeout=250
     )
     assert done.returncode == 0, done.stdout[-4000:]
 

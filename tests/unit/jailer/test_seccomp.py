@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import struct
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -303,3 +304,14 @@ def test_description_of_a_forbidden_call() -> None:
     text = notification.describe(call)
     assert re.fullmatch(r"forbidden system call openat\(1, 0x7f0000000000, 2, 0, 0, 0\) in thread 7", text)
     assert "system call 9999(" in notification.describe(call._replace(number=9999))
+
+
+def test_ioctl_codes_of_workers_are_the_documented_ones() -> None:
+    """docs/seccomp-worker.md is made from a trace of real workers; FIONBIO is Python's socket.setblocking."""
+    page = (Path(__file__).resolve().parents[3] / "docs" / "seccomp-worker.md").read_text()
+    documented = {int(code, 16) for code in re.findall(r"\bKVM_\w+ (0x[0-9A-F]+)", page.partition("## ioctl")[2])}
+    fionbio = 0x5421
+    allowed = {
+        condition.value for rule in parse("vcpu").rules if rule.syscall == "ioctl" for condition in rule.conditions
+    }
+    assert allowed == documented | {fionbio}

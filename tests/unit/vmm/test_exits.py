@@ -68,6 +68,7 @@ class Machine:
         self.failures: list[str] = []
         self.executors: list[ExitExecutor] = []
         self._mappings: list = []
+        self._children: list[Child] = []
 
     def _batch(self) -> None:
         self.batches += 1
@@ -85,6 +86,11 @@ class Machine:
         self._mappings += [producer, buffer]
         return producer
 
+    def child(self, function) -> Child:
+        """Run a function in another process, which does not outlive the test."""
+        self._children.append(Child(function))
+        return self._children[-1]
+
     def serve(self, done) -> None:
         assert self.events.run_until(done, time.monotonic_ns() + PATIENCE_NS), "did not happen"
 
@@ -101,6 +107,8 @@ class Machine:
         return result
 
     def close(self) -> None:
+        for child in self._children:
+            child.kill()
         self.events.close()
         for each in self._mappings:
             each.close()
@@ -146,7 +154,7 @@ def test_entries_of_every_kind_reach_the_right_device(machine):
         return machine_answers
 
     machine.device.answer = 0xAAAA_BBBB_CCCC_DDDD
-    answers = machine.serve_child(Child(produce))
+    answers = machine.serve_child(machine.child(produce))
     assert answers == [0xCCCC_DDDD, 0xAAAA_BBBB_CCCC_DDDD, 0xFFFF, 0xFFFF_FFFF]
     assert machine.device.accesses == [
         ("write", 0, 1, 0x11),
@@ -182,7 +190,7 @@ def test_order_is_kept_between_posted_and_synchronous_entries(machine, scale, se
                 assert producer.call(KIND_MMIO_READ, 0x2000 + MMIO_LAST, 4, 0) == count
         return total
 
-    assert machine.serve_child(Child(produce)) == total
+    assert machine.serve_child(machine.child(produce)) == total
     assert (machine.exerciser.count, machine.exerciser.errors, machine.failures) == (total, 0, [])
 
 
@@ -201,7 +209,7 @@ def test_string_entries(machine, size, count):
         producer.call(KIND_PIO_STRING_READ, PORT + 4, size, 0, count)
         return bytes(producer.string[:length]).hex()
 
-    got = bytes.fromhex(machine.serve_child(Child(produce)))
+    got = bytes.fromhex(machine.serve_child(machine.child(produce)))
     assert got == (0x1234_5678 & (1 << 8 * size) - 1).to_bytes(size, "little") * count
     data = bytes(index * 7 & 0xFF for index in range(size * count))
     values = [int.from_bytes(data[start : start + size], "little") for start in range(0, len(data), size)]
@@ -220,7 +228,7 @@ def test_string_bytes_continue_what_was_written_one_by_one(machine):
         producer.call(KIND_PIO_STRING_WRITE, EXERCISER_PORT + STRING, 1, 0, 100)
         return producer.call(KIND_PIO_READ, EXERCISER_PORT + STRING, 1, 0)
 
-    assert machine.serve_child(Child(produce)) == 0
+    assert machine.serve_child(machine.child(produce)) == 0
     assert machine.exerciser.errors == 0
 
 
@@ -256,10 +264,10 @@ def test_a_deferral_parks_its_own_ring_and_no_other(machine):
         producer = machine.producer(second)
         return [producer.call(KIND_PIO_READ, PORT, 1, 0) for _ in range(100)]
 
-    parked = Child(wait_for_both)
+    parked = machine.child(wait_for_both)
     machine.serve(lambda: len(deferring.deferrals) == 1)
     machine.device.answer = 7
-    pidfd_child = Child(go_on)
+    pidfd_child = machine.child(go_on)
     pidfd = os.pidfd_open(pidfd_child.pid)
     ended = Watch(pidfd)
     number = machine.events.add_subscriber(ended)

@@ -1,0 +1,153 @@
+"""InstanceStart → Debian's init → reset, next to QEMU microvm's whole run with the same kernel and initramfs.
+
+Runs in the lab (or on a host with hardware paging). Both get one vCPU, 256 MiB, the same ELF kernel, initramfs and
+command line; the guest reports its uptime when init starts and reboots at once. Cold start and the unpacking of the
+bzImage are shown beside it. Ratios of medians of interleaved rounds; absolute times of the lab mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from devtool.project import PYTHON, ROOT, say
+from devtool.testing import has_hardware_paging
+from lab.client import Jail, Microvm
+from lab.guest_image import GuestImage, command_line, ensure
+
+#: InstanceStart → reset, as a share of QEMU's whole run.
+AIM = 0.4
+MEM_SIZE_MIB = 256
+TIMEOUT_S = 240.0
+_UPTIME = re.compile(rb"CELLBLOCK-INIT uptime=([\d.]+)")
+_UNPACK = re.compile(r"Kernel loading took: (.*)")
+
+
+class Run(NamedTuple):
+    """One boot. Seconds; ``start`` is what came before InstanceStart, ``uptime`` the guest's own clock at init."""
+
+    start: float
+    to_init: float
+    to_reset: float
+    uptime: float
+
+
+def boot_args(reboot: str) -> str:
+    """Return the same command line for both but for the way to reboot that each machine has."""
+    return f"console=ttyS0 reboot={reboot} panic=-1 quiet {command_line('true', end='reboot')}"
+
+
+def cellblock(image: GuestImage, kernel: Path, number: int) -> tuple[Run, str]:
+    """Boot jailed, driven by the API; return the times and the log."""
+    jail = Jail(f"bench-boot-{number}")
+    try:
+        source = {
+            "kernel_image_path": jail.add(kernel, "kernel"),
+            "initrd_path": jail.add(image.initramfs, "initramfs"),
+            "boot_args": boot_args("k"),
+        }
+        version = "2" if Path("/sys/fs/cgroup/cgroup.controllers").exists() else "1"
+        begin = time.monotonic()
+        options = ("--cleanup", "--cgroup-version", version, "--wall-log", "/dev/null")
+        with jail.launch(options, ("--level", "Debug")) as vm:
+            vm.wait_for_api()
+            vm.must("PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": MEM_SIZE_MIB})
+            vm.must("PUT", "/boot-source", source)
+            started = time.monotonic()
+            vm.must("PUT", "/actions", {"action_type": "InstanceStart"})
+            vm.expect("CELLBLOCK-INIT", TIMEOUT_S)
+            to_init = time.monotonic() - started
+            status = vm.wait(TIMEOUT_S)
+            to_reset = time.monotonic() - started
+            if status != 0:
+                raise SystemExit(f"the microVM ended with {status}:\n{vm.tail()}")
+            return Run(started - begin, to_init, to_reset, _uptime(bytes(vm.console))), _loading(vm)
+    finally:
+        jail.remove()
+
+
+def _loading(vm: Microvm) -> str:
+    found = _UNPACK.search(vm.console.decode(errors="replace"))
+    return found.group(1) if found else "not logged"
+
+
+def _uptime(console: bytes) -> float:
+    found = _UPTIME.search(console)
+    if found is None:
+        raise SystemExit(f"the guest's init did not report:\n{console.decode(errors='replace')[-2000:]}")
+    return float(found.group(1))
+
+
+def qemu(image: GuestImage) -> Run:
+    """Boot under QEMU's microvm machine with KVM."""
+    # fmt: off
+    command = [
+        "qemu-system-x86_64", "-M", "microvm", "-enable-kvm", "-cpu", "host", "-m", str(MEM_SIZE_MIB), "-nodefaults",
+        "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio", "-kernel", str(image.vmlinux),
+        "-initrd", str(image.initramfs), "-append", boot_args("t"),
+    ]
+    # fmt: on
+    begin = time.monotonic()
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors) as process,
+    ):
+        assert process.stdout is not None
+        console = b""
+        to_init = 0.0
+        while part := os.read(process.stdout.fileno(), 65536):
+            console += part
+            if not to_init and b"CELLBLOCK-INIT" in console:
+                to_init = time.monotonic() - begin
+        process.wait(TIMEOUT_S)
+    return Run(0.0, to_init, time.monotonic() - begin, _uptime(console))
+
+
+def _median(runs: list[Run]) -> Run:
+    return Run(*(statistics.median(values) for values in zip(*runs, strict=True)))
+
+
+def _measure(rounds: int) -> int:
+    image = ensure()
+    ours: list[Run] = []
+    theirs: list[Run] = []
+    for number in range(rounds):
+        run, loading = cellblock(image, Path(image.vmlinux), number)
+        ours.append(run)
+        theirs.append(qemu(image))
+        say(f"round {number + 1} of {rounds}: Cellblock {ours[-1].to_reset:.1f} s, QEMU {theirs[-1].to_reset:.1f} s")
+    packed, unpacking = cellblock(image, Path(image.vmlinuz), rounds)
+    a, b = _median(ours), _median(theirs)
+    print(f"{'seconds, medians':44} {'to init':>8} {'to reset':>9} {'guest uptime at init':>21}")
+    print(f"{'Cellblock, jailed, from InstanceStart, vmlinux':44} {a.to_init:8.2f} {a.to_reset:9.2f} {a.uptime:21.2f}")
+    print(f"{'QEMU microvm, whole run, vmlinux':44} {b.to_init:8.2f} {b.to_reset:9.2f} {b.uptime:21.2f}")
+    print(f"{'Cellblock / QEMU':44} {a.to_init / b.to_init:8.2f} {a.to_reset / b.to_reset:9.2f}")
+    print(f"beside it: jailer start until InstanceStart {a.start:.2f} s; loading of vmlinux: {loading}")
+    print(f"from the bzImage: to reset {packed.to_reset:.2f} s (one run); loading: {unpacking}")
+    ratio = a.to_reset / b.to_reset
+    print(f"{'reached' if ratio <= AIM else 'MISSED '}  InstanceStart → reset / QEMU's run: {ratio:.2f}, aim {AIM}")
+    return 0
+
+
+def main() -> int:
+    """Measure here if Linux guests can run here, else inside the lab."""
+    parser = argparse.ArgumentParser(prog="./dev bench boot", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    if os.environ.get("CELLBLOCK_LAB") == "1" or has_hardware_paging():
+        return _measure(options.rounds)
+    ensure()  # outside, where the cache is kept
+    command = [str(PYTHON), "-m", "lab", "--timeout", "1500", "--", str(PYTHON), "-m", "bench.boot"]
+    return subprocess.run([*command, "--rounds", str(options.rounds)], check=False, cwd=ROOT).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""Fixtures of the ipc tests."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+from tests.unit.ipc.channels import Place
+from tests.unit.ipc.rings import Ring
+
+
+@pytest.fixture
+def ring() -> Iterator[Ring]:
+    """Return a fresh exit ring."""
+    made = Ring()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    """Return a private directory for an endpoint."""
+    made = Place(tempfile.mkdtemp(prefix="cb-", dir="/tmp"))  # a socket's path has at most 107 bytes
+    yield made
+    made.close()
