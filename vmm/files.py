@@ -24,9 +24,9 @@ class FileOpenError(VmmError):
     code = "vmm.file"
 
 
-def open_input(path: str) -> int:
-    """Open a regular file for reading and return the descriptor. Raises FileOpenError."""
-    fd = _open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+def open_input(path: str, *, writable: bool = False) -> int:
+    """Open a regular file or block device, for reading or both, and return the descriptor. Raises FileOpenError."""
+    fd = _open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
         return fd

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 from ipc import exit_codes, faults
 from ipc.errors import IpcError
@@ -11,17 +12,22 @@ from ipc.messages import Shutdown
 from ipc.plain import socket
 from ipc.plan import ROLE_VMM, LaunchPlan
 from ipc.typed import Callable
-from vmm import config_file
+from vmm import config_file, metadata_file
 from vmm.actions import StartMicrovm
 from vmm.api.handler import ApiHandler
 from vmm.api.server import ApiServer, bind
+from vmm.api.streams import EventStreams
 from vmm.boot import loader
 from vmm.builder import MicrovmBuilder
 from vmm.cli import CommandLine, CommandLineError, parse
 from vmm.controller import Controller
 from vmm.errors import VmmError
 from vmm.event_manager import EventManager
+from vmm.events import EVENTS
 from vmm.logger import LOG, LoggerConfig
+from vmm.metrics import METRICS, SIGNAL_KEYS, MetricsConfig
+from vmm.metrics_sources import read_logger
+from vmm.microvm import Microvm
 from vmm.resources import StartOptions, VmResources
 from vmm.supervisor import SupervisorClient
 from vmm.version import FIRECRACKER_VERSION
@@ -67,11 +73,16 @@ class Program:
         self._supervisor.on_closed = self._supervisor_closed
         LOG.instance_id = command_line.id
         LOG.configure(LoggerConfig.of(command_line))
+        METRICS.instance_id = command_line.id
+        METRICS.sources.append(lambda: read_logger(METRICS, LOG))
+        if command_line.metrics_path is not None:
+            METRICS.configure(MetricsConfig(command_line.metrics_path))
         self._resources = VmResources(_start_options(command_line))
         self._builder = MicrovmBuilder(plan, self._events, self._supervisor)
         self._vmm: Vmm | None = None
-        self._controller = Controller(self._resources, command_line.id, self._build, LOG)
+        self._controller = Controller(self._resources, command_line.id, self._build, LOG, self._started)
         self._server: ApiServer | None = None
+        self._streams = EventStreams(EVENTS)
 
     def run(self, seal: Callable[[], None]) -> int:
         """Serve until the end; return the exit code."""
@@ -86,17 +97,39 @@ class Program:
             faults.visit("vmm.start")
             if listener is not None:
                 LOG.info(f"Listening on API socket ({self._command_line.api_sock}).")
-                handler = ApiHandler(self._controller, LOG)
+                self._events.add_subscriber(self._streams)
+                handler = ApiHandler(self._controller, LOG, METRICS, self._streams)
                 self._server = ApiServer(listener, handler, LOG, self._command_line.http_api_max_payload_size)
+                self._note_startup_time()
+            metadata_file.load(self._command_line.metadata, self._resources.mmds, LOG)
             # Clients can connect already; they are served when the start has succeeded or failed.
             self._start_from_config_file()
             if self._server is not None:
                 self._events.add_subscriber(self._server)
             while (code := self._end()) is None:
                 self._events.run()
-        finally:
-            self._clean_up(listener)
+        except BaseException as error:
+            if not isinstance(error, (VmmError, IpcError)):
+                METRICS["vmm"].store("panic_count", 1)
+            self._clean_up(listener, exit_codes.UNEXPECTED_ERROR)
+            raise
+        self._clean_up(listener, code)
         return _log_end(code)
+
+    def _note_startup_time(self) -> None:
+        """Store how long it took from the start of the program to the API, if we were told when it was started."""
+        group = METRICS["api_server"]
+        if self._plan.start_time_us:
+            group.store("process_startup_time_us", max(0, time.monotonic_ns() // 1000 - self._plan.start_time_us))
+        cpu_us = time.process_time_ns() // 1000 - self._plan.start_time_cpu_us + self._plan.parent_cpu_time_us
+        group.store("process_startup_time_cpu_us", max(0, cpu_us))
+
+    def _started(self, _vmm: Microvm) -> None:
+        """The microVM runs: write the first line of metrics, and one a minute from now on."""
+        assert self._vmm is not None
+        METRICS.sources.append(self._vmm.read_metrics)
+        METRICS.try_flush()
+        self._events.add_subscriber(METRICS)
 
     def _build(self, resources: VmResources) -> Vmm:
         self._vmm = self._builder.build(resources)
@@ -107,7 +140,7 @@ class Program:
         if path is None:
             return
         try:
-            config_file.load(path, self._resources, LOG)
+            config_file.load(path, self._resources, LOG, METRICS)
             self._controller.execute(StartMicrovm())
         except config_file.ConfigFileError as error:
             LOG.error(f"Failed to build MicroVM from Json: {error}")
@@ -127,6 +160,8 @@ class Program:
     def _shutdown(self, notice: Shutdown) -> None:
         """The supervisor was told to end (a signal): obey."""
         LOG.error(notice.text)
+        if notice.code in SIGNAL_KEYS:
+            METRICS["signals"].store(SIGNAL_KEYS[notice.code], 1)
         self._exit_code = notice.code
 
     def _supervisor_closed(self) -> None:
@@ -135,13 +170,22 @@ class Program:
             LOG.error("The supervisor is gone.")
             self._exit_code = exit_codes.GENERIC_ERROR
 
-    def _clean_up(self, listener: socket.socket | None) -> None:
+    def _clean_up(self, listener: socket.socket | None, code: int) -> None:
+        """Release everything; what was counted until then goes into the last line of metrics."""
+        try:
+            self._release(listener, code)
+        finally:
+            METRICS.try_flush()
+
+    def _release(self, listener: socket.socket | None, code: int) -> None:
         if self._server is not None:
             self._server.close()
         elif listener is not None:
             listener.close()
         if self._vmm is not None:
             self._vmm.close()
+        EVENTS.emit("ended", exit_code=code)
+        self._streams.close()
         self._builder.close()
         self._resources.close()
         self._supervisor.close()
@@ -150,7 +194,7 @@ class Program:
 
 def _start_options(line: CommandLine) -> StartOptions:
     """Return what the command line adds to the configuration. Raises CommandLineError for what is not built yet."""
-    for flag in ("metadata", "metrics_path", "seccomp_filter", "enable_pci"):
+    for flag in ("seccomp_filter", "enable_pci"):
         if getattr(line, flag):
             raise CommandLineError(f"--{flag.replace('_', '-')} is not supported yet: start without it.")
     cache = -1

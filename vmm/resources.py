@@ -11,14 +11,26 @@ from ipc.typed import TYPE_CHECKING, NamedTuple
 from vmm import placement
 from vmm.boot.cmdline import DEFAULT_COMMAND_LINE, Cmdline
 from vmm.boot.errors import CmdlineError
-from vmm.cli import CONSOLES, KERNEL_ENTRIES
+from vmm.cli import CONSOLES, DEFAULT_PAYLOAD_LIMIT, KERNEL_ENTRIES
+from vmm.config.balloon import BalloonConfig, BalloonError
+from vmm.config.drives import DriveConfig, Drives
+from vmm.config.entropy import EntropyConfig
+from vmm.config.memory_hotplug import MemoryHotplugConfig
+from vmm.config.mmds import MmdsConfig
+from vmm.config.network import NetworkInterfaces
+from vmm.config.pmem import PmemConfig, PmemDevices
+from vmm.config.rate_limiter import TokenBucketConfig
+from vmm.config.vsock import VsockConfig
 from vmm.errors import VmmError
 from vmm.files import FileOpenError, open_input, open_output
+from vmm.mmds.store import DataStore
 from vmm.placement import PlacementError
 
 if TYPE_CHECKING:
+    from ipc.typed import Iterator
     from vmm.api.text import JsonValue
     from vmm.cli import CommandLine
+    from vmm.cpu_config.template import CustomCpuTemplate
 
 MAX_SUPPORTED_VCPUS = 32
 DEFAULT_MEM_SIZE_MIB = 128
@@ -195,14 +207,6 @@ def checked_command_line(boot_args: str | None) -> str:
     return DEFAULT_COMMAND_LINE if boot_args is None else boot_args
 
 
-class TokenBucketConfig(NamedTuple):
-    """``size`` tokens that refill in ``refill_time`` ms, and a burst that is used first and never refilled."""
-
-    size: int
-    one_time_burst: int | None
-    refill_time: int
-
-
 class SerialConfig(NamedTuple):
     """Body of PUT /serial: where the guest's console goes, and how fast it may write (tokens are bytes)."""
 
@@ -222,29 +226,100 @@ class StartOptions(NamedTuple):
     kernel_entry: str = KERNEL_ENTRIES[0]
     console: str = CONSOLES[0]
     exerciser: bool = False
+    #: Bytes of the metadata service's content.
+    mmds_size_limit: int = DEFAULT_PAYLOAD_LIMIT
 
     @staticmethod
     def of(line: CommandLine, kernel_cache_fd: int) -> StartOptions:
         """Return what a command line asks for."""
         return StartOptions(
-            line.boot_timer, line.unpack_kernel, kernel_cache_fd, line.kernel_entry, line.console, line.exerciser
+            line.boot_timer,
+            line.unpack_kernel,
+            kernel_cache_fd,
+            line.kernel_entry,
+            line.console,
+            line.exerciser,
+            line.mmds_size_limit,
         )
 
 
 class VmResources:
     """Everything that is configured before the start. One per process; survives starts that fail."""
 
-    __slots__ = ("machine_config", "boot_source", "serial", "options")
-
     def __init__(self, options: StartOptions | None = None) -> None:
+        self.options = options or StartOptions()
         self.machine_config = MachineConfig()
         self.boot_source: BootSource | None = None
         self.serial = SerialConfig()
-        self.options = options or StartOptions()
+        self.drives = Drives()
+        self.pmem = PmemDevices()
+        self.network_interfaces = NetworkInterfaces()
+        self.vsock: VsockConfig | None = None
+        self.balloon: BalloonConfig | None = None
+        self.entropy: EntropyConfig | None = None
+        self.memory_hotplug: MemoryHotplugConfig | None = None
+        self.mmds_config: MmdsConfig | None = None
+        #: Content of the metadata service.
+        self.mmds = DataStore(self.options.mmds_size_limit)
+        #: Of a custom and a static CPU template (in ``machine_config``) the one that was set last counts.
+        self.cpu_template: CustomCpuTemplate | None = None
 
     def update_machine_config(self, update: MachineConfigUpdate) -> None:
         """Change the machine configuration. Raises MachineConfigError."""
-        self.machine_config = self.machine_config.updated(update)
+        updated = self.machine_config.updated(update)
+        if self.balloon is not None and updated.mem_size_mib < self.balloon.amount_mib:
+            raise MachineConfigError(
+                "The memory size (MiB) is smaller than the previously set balloon device target size."
+            )
+        if update.cpu_template is not None:
+            self.cpu_template = None
+        self.machine_config = updated
+
+    def set_cpu_template(self, template: CustomCpuTemplate) -> None:
+        """Set a custom CPU template, which replaces a static one."""
+        self.cpu_template = template
+        self.machine_config = self.machine_config._replace(cpu_template=None)
+
+    def insert_drive(self, config: DriveConfig) -> None:
+        """Add or replace a block device. Raises DriveError."""
+        self.drives.insert(config, pmem_root=self.pmem.has_root)
+
+    def insert_pmem(self, config: PmemConfig) -> None:
+        """Add or replace a pmem device. Raises PmemError."""
+        self.pmem.insert(config, block_root=self.drives.has_root)
+
+    def set_vsock(self, config: VsockConfig) -> None:
+        """Set or replace the vsock device. Raises VsockError."""
+        config.check()
+        self.vsock = config
+
+    def set_entropy(self, config: EntropyConfig) -> None:
+        """Set or replace the entropy device."""
+        self.entropy = config
+
+    def set_balloon(self, config: BalloonConfig) -> None:
+        """Set or replace the balloon. Raises BalloonError."""
+        config.check(self.machine_config.mem_size_mib)
+        self.balloon = config
+
+    def require_balloon(self) -> BalloonConfig:
+        """Return the balloon's configuration. Raises BalloonError if there is none."""
+        if self.balloon is None:
+            raise BalloonError("No balloon device found.")
+        return self.balloon
+
+    def set_memory_hotplug(self, config: MemoryHotplugConfig) -> None:
+        """Set or replace the memory hot-plug device. Raises MemoryHotplugError."""
+        config.check()
+        self.memory_hotplug = config
+
+    def set_mmds_config(self, config: MmdsConfig) -> None:
+        """Configure the metadata service. Raises MmdsConfigError."""
+        config.check(self._interface_ids())
+        self.mmds_config = config
+
+    def _interface_ids(self) -> list[str]:
+        return [interface.iface_id for interface in self.network_interfaces.configs]
 
     def set_boot_source(self, config: BootSourceConfig) -> None:
         """Replace the boot source. Raises BootSourceError, and then the one before stays."""
@@ -280,24 +355,46 @@ class VmResources:
             raise StartError(f"CPU templates are not yet supported: cpu_template is {machine.cpu_template}.")
         if machine.huge_pages != HUGE_PAGES_NONE:
             raise StartError(f"Huge pages are not yet supported: huge_pages is {machine.huge_pages}.")
+        for feature in self._unsupported():
+            raise StartError(f"{feature} is not yet supported.")
+
+    def _unsupported(self) -> Iterator[str]:
+        """Name what is configured and cannot be started yet."""
+        if self.cpu_template is not None:
+            yield "A custom CPU template"
+        for drive in self.drives.configs:
+            yield f"The block device {drive.drive_id}"
+        for pmem in self.pmem.configs:
+            yield f"The pmem device {pmem.id}"
+        for interface in self.network_interfaces.configs:
+            yield f"The network interface {interface.iface_id}"
+        for config, name in (
+            (self.vsock, "The vsock device"),
+            (self.balloon, "The balloon device"),
+            (self.entropy, "The entropy device"),
+            (self.memory_hotplug, "The memory hot-plug device"),
+        ):
+            if config is not None:
+                yield name
 
     def to_json(self) -> dict[str, JsonValue]:
         """Return what GET /vm/config shows: every section, whatever is configured."""
         boot_source = BootSourceConfig("") if self.boot_source is None else self.boot_source.config
+        interfaces = self.network_interfaces.configs
         return {
-            "balloon": None,
-            "drives": [],
+            "balloon": None if self.balloon is None else self.balloon.to_json(),
+            "drives": [drive.to_json() for drive in self.drives.configs],
             "boot-source": boot_source.to_json(),
             "cpu-config": None,
             "logger": None,
             "machine-config": self.machine_config.to_json(),
             "metrics": None,
-            "mmds-config": None,
-            "network-interfaces": [],
-            "vsock": None,
-            "entropy": None,
-            "pmem": [],
-            "memory-hotplug": None,
+            "mmds-config": None if self.mmds_config is None else self.mmds_config.to_json(self._interface_ids()),
+            "network-interfaces": [interface.to_json() for interface in interfaces],
+            "vsock": None if self.vsock is None else self.vsock.to_json(),
+            "entropy": None if self.entropy is None else self.entropy.to_json(),
+            "pmem": [pmem.to_json() for pmem in self.pmem.configs],
+            "memory-hotplug": None if self.memory_hotplug is None else self.memory_hotplug.to_json(),
         }
 
     def close(self) -> None:

@@ -20,16 +20,20 @@ from ipc.messages import (
     VcpuExited,
 )
 from ipc.plain import signal_name
-from ipc.typed import TYPE_CHECKING, Any, NamedTuple, Sequence
+from ipc.typed import TYPE_CHECKING, Any, Sequence
 from vmm.black_box import describe_run_page
 from vmm.console import ConsoleInput, ConsoleOutput
 from vmm.devices.manager import DeviceManager
 from vmm.errors import DeviceError, StateError, VmmError, WorkerError
 from vmm.event_manager import EventManager, EventOps, Events
+from vmm.events import EVENTS
 from vmm.exits import ExitExecutor
 from vmm.ghosts import GhostForwarder
 from vmm.logger import LOG
 from vmm.memory import GuestMemory
+from vmm.metrics import METRICS
+from vmm.metrics_sources import read_devices, read_exits
+from vmm.microvm import InstanceInfo, Microvm
 from vmm.placement import Placement
 from vmm.version import APP_NAME, FIRECRACKER_VERSION
 from vmm.workers import SECOND_NS, Worker
@@ -50,16 +54,7 @@ DRAIN_TIMEOUT_NS = 5 * SECOND_NS
 REPORT_TIMEOUT_NS = 1 * SECOND_NS
 
 
-class InstanceInfo(NamedTuple):
-    """What GET / reports."""
-
-    id: str
-    state: str
-    vmm_version: str
-    app_name: str
-
-
-class Vmm:
+class Vmm(Microvm):
     """One microVM that was built. Made by ``vmm.builder``; closed once.
 
     ``vcpus_handles`` are the workers, ``device_manager`` the devices, ``memory`` the guest memory. Operations that need
@@ -90,7 +85,6 @@ class Vmm:
         self._last_pong: dict[int, int] = {}
         self._last_beat = 0
         self._stalled: set[int] = set()
-        self._kvmclock_ctrl_failures = 0
         self._closed = False
 
     def __repr__(self) -> str:
@@ -205,11 +199,25 @@ class Vmm:
         self._events.run_until(lambda: len(counters) >= wanted, time.monotonic_ns() + REPORT_TIMEOUT_NS)
         return dict(counters)  # an answer that comes too late changes nothing any more
 
+    def read_metrics(self) -> None:
+        """Bring the metrics up to date with what the parts of this microVM have counted."""
+        if not self._closed:
+            self._read_metrics()
+
+    def _read_metrics(self) -> None:
+        read_exits(METRICS, tuple(self.exit_counters().values()))
+        read_devices(METRICS, self.device_manager.i8042, self.device_manager.serial, self._console_output)
+
     # ------------------------------------------------------------ operations
+
+    def _set_state(self, state: str) -> None:
+        if state != self._state:
+            self._state = state
+            EVENTS.emit("microvm-state", state=state)
 
     def start_vcpus(self) -> None:
         """Begin with every vCPU parked, as InstanceStart does before it resumes. The state becomes Paused."""
-        self._state = STATE_PAUSED
+        self._set_state(STATE_PAUSED)
         self._subscriptions.append(self._events.add_subscriber(self))
 
     def resume_vm(self) -> None:
@@ -218,14 +226,14 @@ class Vmm:
         pending = [(worker, worker.submit(Resume())) for worker in self.vcpus_handles]
         for worker, sequence in pending:
             worker.collect_resume(sequence)
-        self._state = STATE_RUNNING
+        self._set_state(STATE_RUNNING)
 
     def pause_vm(self) -> None:
         """Park all vCPUs at an instruction boundary, their exits executed (PATCH /vm Paused). Idempotent."""
         self._require_alive()
         pending = [(worker, worker.submit(Pause())) for worker in self.vcpus_handles]
         for worker, sequence in pending:
-            self._kvmclock_ctrl_failures += worker.collect_pause(sequence)
+            METRICS["vcpu"].add("kvmclock_ctrl_fails", worker.collect_pause(sequence))
 
         def drained() -> bool:
             return self._shutdown_exit_code is not None or all(executor.idle for executor in self._executors.values())
@@ -237,7 +245,7 @@ class Vmm:
             raise WorkerError("The exits of the paused vCPUs were not executed in time.")
         self._park_ghosts()
         self._require_alive()
-        self._state = STATE_PAUSED
+        self._set_state(STATE_PAUSED)
 
     def _park_ghosts(self) -> None:
         """Let what is on its way between workers arrive; afterwards the LAPICs of the real vCPUs hold all of it.
@@ -270,6 +278,7 @@ class Vmm:
         """End the microVM: the main loop returns with this code. The first code counts, but 0 yields to an error."""
         if self._shutdown_exit_code is None:
             LOG.info("Vmm is stopping.")
+            EVENTS.emit("microvm-stopping", exit_code=exit_code)
         if not self._shutdown_exit_code:
             self._shutdown_exit_code = exit_code
 
@@ -293,7 +302,9 @@ class Vmm:
             # A guest that was reset runs on until its worker ends, into a triple fault: that is no news.
             LOG.debug(text)
             return
+        EVENTS.emit("vcpu-exited", vcpu=event.vcpu, reason=event.reason, exit_code=event.code)
         if event.code:
+            METRICS["vcpu"].add("failures")
             LOG.error(text)
             self._report_black_box(worker)
         else:
@@ -315,6 +326,8 @@ class Vmm:
             how = f"exited with status {notice.status}"
             code = notice.status or exit_codes.GENERIC_ERROR
         wall = f", by its {notice.wall} wall" if notice.wall else ""
+        if notice.wall == "seccomp":
+            METRICS["seccomp"].add("num_faults")
         LOG.error(f"Worker vcpu {worker.index} (pid {notice.pid}) {how}{wall}.")
         self._report_black_box(worker)
         self.stop(code)
@@ -364,6 +377,7 @@ class Vmm:
         if silent >= STALL_AFTER_NS:
             if index not in self._stalled:
                 self._stalled.add(index)
+                EVENTS.emit("worker-stalled", worker=index)
                 text = (
                     f"Worker vcpu {index} (pid {worker.pid}) is alive but has not answered for {silent // SECOND_NS} s."
                 )
@@ -378,6 +392,7 @@ class Vmm:
         self._last_pong[index] = time.monotonic_ns()
         if index in self._stalled:
             self._stalled.discard(index)
+            EVENTS.emit("worker-answers", worker=index)
             LOG.info(f"Worker vcpu {index} answers again.")
 
     # ------------------------------------------------------------ end
@@ -392,6 +407,7 @@ class Vmm:
             for executor in self._executors.values():
                 executor.drain()
             self.flush_console()
+            self._read_metrics()
         finally:
             self._release()
 

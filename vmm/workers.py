@@ -42,6 +42,7 @@ from ipc.typed import Any, Callable, Sequence, TypeVar
 from vmm import handover
 from vmm.errors import MicrovmEndedError, StateError, SupervisorError, VmmError, WorkerError
 from vmm.event_manager import EventManager, EventOps, Events
+from vmm.events import EVENTS
 from vmm.handover import WorkerDescriptors
 from vmm.lifecycle import ALIVE, WorkerEvent, WorkerState, next_state
 from vmm.supervisor import SupervisorClient
@@ -114,7 +115,9 @@ class Worker:
         return self.state in ALIVE
 
     def _move(self, event: WorkerEvent) -> None:
-        self.state = next_state(self.state, event)
+        before, self.state = self.state, next_state(self.state, event)
+        if self.state is not before:
+            EVENTS.emit("worker-state", worker=self.index, pid=self.pid, state=self.state.value)
 
     def _forget_owner(self) -> None:
         self.on_vcpu_exited = lambda worker, event: None

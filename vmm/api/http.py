@@ -80,7 +80,20 @@ class ProtocolError:
         return f"ProtocolError({self.text!r})"
 
 
+class TakeOver:
+    """Instead of a response: ``adopt`` gets the connection's socket and whatever is to be sent on it."""
+
+    __slots__ = ("adopt",)
+
+    def __init__(self, adopt: Callable[[socket], None]) -> None:
+        self.adopt = adopt
+
+
 if TYPE_CHECKING:
+    from socket import socket
+
+    from ipc.typed import Callable
+
     Event: TypeAlias = Request | Continue | ProtocolError
 
 
@@ -362,6 +375,7 @@ def render_response(
     deprecation: bool = False,
     allow: tuple[str, ...] = (),
     version: str = HTTP_1_1,
+    content_type: str = "application/json",
 ) -> bytes:
     """Return a response. 100 and 204 have no body headers; every other status has Content-Length, if only 0."""
     head = [f"{version} {status} \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n"]
@@ -370,7 +384,7 @@ def render_response(
     if allow:
         head.append(f"Allow: {', '.join(allow)}\r\n")
     if body is not None or status not in (100, 204):
-        head.append(f"Content-Type: application/json\r\nContent-Length: {len(body or b'')}\r\n")
+        head.append(f"Content-Type: {content_type}\r\nContent-Length: {len(body or b'')}\r\n")
     head.append("\r\n")
     return "".join(head).encode() + (body or b"")
 

@@ -1,18 +1,30 @@
 """From a request to a typed action: paths, body rules, and the shape of every body.
 
-Paths that Firecracker has and this version does not are known and refused by name, so that a client learns that the
-feature is missing and not that it mistyped a path.
+Those of devices, snapshots and the metadata service are in vmm.api.device_routes.
 """
 
 from __future__ import annotations
 
-from ipc.typed import TYPE_CHECKING, NamedTuple, NoReturn
+from ipc.typed import TYPE_CHECKING
 from vmm import actions
-from vmm.api import schema
-from vmm.api.json_decoder import JsonError
-from vmm.api.schema import BOOLEAN, PATH, STRING, U8, U64, USIZE, Converted, Field, Object, Option, Variant
-from vmm.errors import VmmError
+from vmm.api import device_routes
+from vmm.api.request import ParsedRequest, RequestError, decode_body, invalid_path
+from vmm.api.schema import (
+    BOOLEAN,
+    PATH,
+    STRING,
+    STRING_MAP,
+    U8,
+    USIZE,
+    Converted,
+    Field,
+    Object,
+    Option,
+    Variant,
+)
+from vmm.config.rate_limiter import TOKEN_BUCKET
 from vmm.logger import LoggerConfig, level_by_name
+from vmm.metrics import MetricsConfig
 from vmm.resources import (
     CPU_TEMPLATES,
     HUGE_PAGES,
@@ -20,30 +32,12 @@ from vmm.resources import (
     BootSourceConfig,
     MachineConfigUpdate,
     SerialConfig,
-    TokenBucketConfig,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import TypeVar
-
     from vmm.actions import Action
+    from vmm.api.device_routes import WithBody, WithoutBody
     from vmm.api.http import Request
-
-    T = TypeVar("T")
-
-
-class RequestError(VmmError):
-    """A request that is understood as HTTP, but is not one of the API; its text becomes the fault message."""
-
-    code = "vmm.request"
-
-
-class ParsedRequest(NamedTuple):
-    """An action, and what is deprecated about the way it was asked for (None: nothing)."""
-
-    action: Action
-    deprecation: str | None = None
 
 
 # -- bodies -----------------------------------------------------------------------------------------------------------
@@ -89,19 +83,19 @@ LOGGER = Object(
     Field("show_log_origin", Option(BOOLEAN)),
     Field("module", Option(STRING)),
 )
-_TOKEN_BUCKET = Object(
-    "TokenBucketConfig",
-    TokenBucketConfig,
-    Field("size", U64),
-    Field("one_time_burst", Option(U64)),
-    Field("refill_time", U64),
+METRICS = Object(
+    "MetricsConfig",
+    MetricsConfig,
+    Field("metrics_path", PATH),
+    Field("emit_id", BOOLEAN, False),
+    Field("properties", Option(STRING_MAP)),
     ignore_unknown=True,
 )
 _SERIAL = Object(
     "SerialConfig",
     SerialConfig,
     Field("serial_out_path", Option(PATH)),
-    Field("rate_limiter", Option(_TOKEN_BUCKET)),
+    Field("rate_limiter", Option(TOKEN_BUCKET)),
 )
 _ACTIONS: dict[str, Action] = {
     "FlushMetrics": actions.FlushMetrics(),
@@ -113,13 +107,6 @@ _VM_STATES: dict[str, Action] = {"Paused": actions.Pause(), "Resumed": actions.R
 _VM = Object("Vm", _VM_STATES.__getitem__, Field("state", Variant(*_VM_STATES)))
 
 
-def _decode(type_: schema.Type[T], body: bytes) -> T:
-    try:
-        return schema.decode(type_, body)
-    except JsonError as error:
-        raise RequestError(f"An error occurred when deserializing the json body of a request: {error}.") from error
-
-
 # -- what each path does with its body and the rest of its tokens -----------------------------------------------------
 
 
@@ -128,12 +115,12 @@ def _get_vm(rest: list[str]) -> ParsedRequest | None:
 
 
 def _put_machine_config(body: bytes, _rest: list[str]) -> ParsedRequest:
-    update = _decode(MACHINE_CONFIG, body)
+    update = decode_body(MACHINE_CONFIG, body)
     return ParsedRequest(actions.UpdateMachineConfig(update), _template_deprecation("PUT", update))
 
 
 def _patch_machine_config(body: bytes, _rest: list[str]) -> ParsedRequest:
-    update = _decode(_MACHINE_CONFIG_UPDATE, body)
+    update = decode_body(_MACHINE_CONFIG_UPDATE, body)
     if update == MachineConfigUpdate():
         raise RequestError("Empty PATCH request.")
     return ParsedRequest(actions.UpdateMachineConfig(update), _template_deprecation("PATCH", update))
@@ -144,54 +131,53 @@ def _template_deprecation(method: str, update: MachineConfigUpdate) -> str | Non
 
 
 def _put_boot_source(body: bytes, _rest: list[str]) -> ParsedRequest:
-    return ParsedRequest(actions.ConfigureBootSource(_decode(BOOT_SOURCE, body)))
+    return ParsedRequest(actions.ConfigureBootSource(decode_body(BOOT_SOURCE, body)))
 
 
 def _put_logger(body: bytes, _rest: list[str]) -> ParsedRequest:
-    return ParsedRequest(actions.ConfigureLogger(_decode(LOGGER, body)))
+    return ParsedRequest(actions.ConfigureLogger(decode_body(LOGGER, body)))
 
 
 def _put_serial(body: bytes, _rest: list[str]) -> ParsedRequest:
-    return ParsedRequest(actions.ConfigureSerial(_decode(_SERIAL, body)))
+    return ParsedRequest(actions.ConfigureSerial(decode_body(_SERIAL, body)))
 
 
 def _put_actions(body: bytes, _rest: list[str]) -> ParsedRequest:
-    return ParsedRequest(_decode(_ACTION_BODY, body))
+    return ParsedRequest(decode_body(_ACTION_BODY, body))
 
 
 def _patch_vm(body: bytes, _rest: list[str]) -> ParsedRequest:
-    return ParsedRequest(_decode(_VM, body))
+    return ParsedRequest(decode_body(_VM, body))
 
 
-_WITHOUT_BODY: dict[tuple[str, str], Callable[[list[str]], ParsedRequest | None]] = {
+def _get_metrics(rest: list[str]) -> ParsedRequest | None:
+    return ParsedRequest(actions.GetPrometheusMetrics()) if rest[:1] == ["prometheus"] else None
+
+
+def _put_metrics(body: bytes, _rest: list[str]) -> ParsedRequest:
+    return ParsedRequest(actions.ConfigureMetrics(decode_body(METRICS, body)))
+
+
+_WITHOUT_BODY: dict[tuple[str, str], WithoutBody] = {
     ("GET", ""): lambda _rest: ParsedRequest(actions.GetInstanceInfo()),
+    ("GET", "events"): lambda _rest: ParsedRequest(actions.StreamEvents()),
     ("GET", "version"): lambda _rest: ParsedRequest(actions.GetVersion()),
     ("GET", "machine-config"): lambda _rest: ParsedRequest(actions.GetMachineConfig()),
+    ("GET", "metrics"): _get_metrics,
     ("GET", "vm"): _get_vm,
     ("GET", "vcpus"): lambda rest: None if rest else ParsedRequest(actions.GetVcpus()),
+    **device_routes.WITHOUT_BODY,
 }
-_WITH_BODY: dict[tuple[str, str], Callable[[bytes, list[str]], ParsedRequest]] = {
+_WITH_BODY: dict[tuple[str, str], WithBody] = {
     ("PUT", "actions"): _put_actions,
     ("PUT", "boot-source"): _put_boot_source,
     ("PUT", "logger"): _put_logger,
     ("PUT", "machine-config"): _put_machine_config,
+    ("PUT", "metrics"): _put_metrics,
     ("PUT", "serial"): _put_serial,
     ("PATCH", "machine-config"): _patch_machine_config,
     ("PATCH", "vm"): _patch_vm,
-}
-#: First token of the paths of features that are still to come, with the methods that they have and their names.
-_NOT_YET: dict[str, tuple[tuple[str, ...], str]] = {
-    "balloon": (("GET", "PUT", "PATCH"), "balloon device"),
-    "cpu-config": (("PUT",), "custom CPU configuration"),
-    "drives": (("PUT", "PATCH", "DELETE"), "block device"),
-    "entropy": (("PUT",), "entropy device"),
-    "hotplug": (("GET", "PUT", "PATCH"), "memory hot-plug device"),
-    "metrics": (("PUT",), "metrics system"),
-    "mmds": (("GET", "PUT", "PATCH"), "microVM metadata service"),
-    "network-interfaces": (("PUT", "PATCH", "DELETE"), "network device"),
-    "pmem": (("PUT", "PATCH", "DELETE"), "pmem device"),
-    "snapshot": (("PUT",), "snapshot"),
-    "vsock": (("PUT",), "vsock device"),
+    **device_routes.WITH_BODY,
 }
 _EMPTY_BODY = {"PUT": "Empty PUT request.", "PATCH": "Empty PATCH request."}
 _UNWANTED_BODY = {"GET": "GET request cannot have a body.", "DELETE": "Empty Delete request."}
@@ -215,7 +201,7 @@ def parse(request: Request) -> ParsedRequest:
         body_handler = _WITH_BODY.get((method, first))
         if body_handler is not None:
             return body_handler(body, tokens[1:])
-    return _refuse(method, first, tokens[1:])
+    return invalid_path(method, first)
 
 
 def path_tokens(path: str) -> list[str]:
@@ -227,8 +213,6 @@ def path_tokens(path: str) -> list[str]:
     return tokens[:-1] if not tokens[-1] else tokens
 
 
-def _refuse(method: str, first: str, rest: list[str]) -> NoReturn:
-    methods, feature = _NOT_YET.get(first, ((), ""))
-    if method in methods and (first != "hotplug" or rest[:1] == ["memory"]):
-        raise RequestError(f"The requested operation is not supported: the {feature} is not yet supported.")
-    raise RequestError(f"Invalid request method and/or path: {method} {first}.")
+def routes() -> set[tuple[str, str]]:
+    """Return method and first token of every path that exists."""
+    return {*_WITHOUT_BODY, *_WITH_BODY}

@@ -178,6 +178,26 @@ class List(Generic[T]):
         return items
 
 
+class StringMap:
+    """An object with any keys whose values are strings. The last of several equal keys wins."""
+
+    __slots__ = ()
+
+    def decode(self, reader: Reader) -> dict[str, str]:
+        """Consume an object."""
+        if reader.peek_value() != _OPEN_OBJECT:
+            reader.invalid_type("a map")
+        reader.enter()
+        values: dict[str, str] = {}
+        first = True
+        while (key := reader.next_key(first)) is not None:
+            first = False
+            reader.colon()
+            values[key] = STRING.decode(reader)
+        reader.leave_object()
+        return values
+
+
 class Anything:
     """Any JSON value."""
 
@@ -295,10 +315,12 @@ def decode(type_: Type[T], data: bytes) -> T:
 
 
 U8: Final = Unsigned("u8", 8)
+U16: Final = Unsigned("u16", 16)
 U32: Final = Unsigned("u32", 32)
 U64: Final = Unsigned("u64", 64)
 USIZE: Final = Unsigned("usize", 64)
 BOOLEAN: Final = Boolean()
 STRING: Final = String("a string")
 PATH: Final = String("path string")
+STRING_MAP: Final = StringMap()
 ANYTHING: Final = Anything()

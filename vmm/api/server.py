@@ -19,6 +19,7 @@ from vmm.api.http import (
     ProtocolError,
     Request,
     RequestParser,
+    TakeOver,
     render_protocol_error,
     render_response,
 )
@@ -82,7 +83,8 @@ def bind(path: str) -> socket.socket:
 class ApiServer:
     """Serves requests on a listening socket; an EventSubscriber.
 
-    ``handle`` turns a request into response bytes; ``payload_limit`` bounds request bodies, in bytes.
+    ``handle`` turns a request into response bytes, or has the connection taken over; ``payload_limit`` bounds request
+    bodies, in bytes.
     """
 
     _ops: EventOps
@@ -90,7 +92,7 @@ class ApiServer:
     def __init__(
         self,
         listener: socket.socket,
-        handle: Callable[[Request], bytes],
+        handle: Callable[[Request], bytes | TakeOver],
         logger: Logger,
         payload_limit: int,
     ) -> None:
@@ -226,14 +228,25 @@ class ApiServer:
         event = connection.parser.next_event()
         if event is not None:
             self._stop_timer(connection)  # the response, and the request after it, have their own time
-            connection.output = self._answer(event)
+            answer = self._answer(event)
+            if isinstance(answer, TakeOver):
+                self._hand_over(connection, answer)
+                return
+            connection.output = answer
             self._flush(connection)
         elif connection.end_of_input or connection.parser.closed:
             self._close(connection)
         else:
             self._wait(connection)
 
-    def _answer(self, event: Request | Continue | ProtocolError) -> bytes:
+    def _hand_over(self, connection: _Connection, answer: TakeOver) -> None:
+        """Give a connection away; it counts no longer, and what else the client has sent is dropped."""
+        self._watch(connection, 0)
+        self._stop_timer(connection)
+        del self._connections[connection.fd]
+        answer.adopt(connection.socket)
+
+    def _answer(self, event: Request | Continue | ProtocolError) -> bytes | TakeOver:
         if isinstance(event, Continue):
             return render_response(100, version=event.version)
         self.requests += 1

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import json
-from typing import Any, NamedTuple
+from typing import Any
 
 from vmm.api.handler import ApiHandler
 from vmm.api.http import Request, RequestParser
 from vmm.controller import Controller
 from vmm.errors import VmmError
 from vmm.logger import Logger
+from vmm.metrics import Metrics
+from vmm.metrics_sources import read_logger
+from vmm.microvm import InstanceInfo, Microvm
 from vmm.resources import VmResources
 from vmm.version import APP_NAME, FIRECRACKER_VERSION
 
 
-class Info(NamedTuple):
-    """Like vmm.vmm.InstanceInfo."""
-
-    id: str
-    state: str
-    vmm_version: str
-    app_name: str
-
-
-class FakeVmm:
+class FakeVmm(Microvm):
     """Has the operations that the controller uses; ``fail`` makes the next one raise."""
 
     def __init__(self) -> None:
@@ -40,8 +34,8 @@ class FakeVmm:
     def version(self) -> str:
         return FIRECRACKER_VERSION
 
-    def instance_info(self) -> Info:
-        return Info("test", self.state, FIRECRACKER_VERSION, APP_NAME)
+    def instance_info(self) -> InstanceInfo:
+        return InstanceInfo("test", self.state, FIRECRACKER_VERSION, APP_NAME)
 
     def pause_vm(self) -> None:
         self._call("pause")
@@ -62,7 +56,7 @@ class FakeVmm:
 class Api:
     """Sends requests straight to the handler; ``start_error`` makes starts fail."""
 
-    def __init__(self, log_path: str) -> None:
+    def __init__(self, log_path: str, resources: VmResources | None = None) -> None:
         self.log_path = log_path
         self.logger = Logger("test")
         self.configure_log()
@@ -70,8 +64,13 @@ class Api:
         self.start_error: Exception | None = None
         self.built: list[VmResources] = []
         self.started: list[Any] = []
-        self.controller = Controller(VmResources(), "test", self._build, self.logger, self.started.append)
-        self.handler = ApiHandler(self.controller, self.logger)
+        self.metrics = Metrics()
+        self.metrics.instance_id = "test"
+        self.metrics.sources.append(lambda: read_logger(self.metrics, self.logger))
+        self.controller = Controller(
+            resources or VmResources(), "test", self._build, self.logger, self.started.append, metrics=self.metrics
+        )
+        self.handler = ApiHandler(self.controller, self.logger, self.metrics)
 
     def configure_log(self) -> None:
         from vmm.logger import DEBUG, LoggerConfig
@@ -89,7 +88,9 @@ class Api:
         return self.vmm
 
     def raw(self, method: str, path: str, body: bytes | None = None) -> bytes:
-        return self.handler(Request(method, path, "HTTP/1.1", body))
+        answer = self.handler(Request(method, path, "HTTP/1.1", body))
+        assert isinstance(answer, bytes)
+        return answer
 
     def send(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         """Return status and decoded body."""
@@ -105,7 +106,20 @@ class Api:
         assert isinstance(message, str)
         return message
 
+    def config(self) -> dict[str, Any]:
+        """Return what GET /vm/config shows."""
+        status, shown = self.send("GET", "/vm/config")
+        assert status == 200
+        assert isinstance(shown, dict)
+        return shown
+
+    def deprecated(self, method: str, path: str, body: Any) -> bool:
+        """Tell whether the response has the header Deprecation."""
+        headers = parse_response(self.raw(method, path, json.dumps(body).encode()))[2]
+        return headers.get("Deprecation") == "true"
+
     def close(self) -> None:
+        self.metrics.close()
         self.logger.close()
         self.controller.resources.close()
 
@@ -120,7 +134,8 @@ def parse_response(data: bytes) -> tuple[int, Any, dict[str, str]]:
     assert reason == ""
     headers = dict(line.split(": ", 1) for line in lines)
     assert int(headers.get("Content-Length", "0")) == len(body)
-    return int(status), json.loads(body) if body else None, headers
+    is_json = headers.get("Content-Type") == "application/json"
+    return int(status), json.loads(body) if is_json else body.decode() or None, headers
 
 
 class BuilderError(VmmError):
@@ -129,4 +144,4 @@ class BuilderError(VmmError):
     code = "test"
 
 
-__all__ = ["Api", "BuilderError", "FakeVmm", "Info", "RequestParser", "parse_response"]
+__all__ = ["Api", "BuilderError", "FakeVmm", "RequestParser", "parse_response"]

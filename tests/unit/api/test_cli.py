@@ -48,7 +48,7 @@ def test_every_flag():
         "kernel_cache": "c", "kernel_entry": "pvh", "console": "pty", "exerciser": True,
     }  # fmt: skip
     assert {name: getattr(line, name) for name in CommandLine.__slots__} == expected
-    assert StartOptions.of(line, 7) == StartOptions(True, False, 7, "pvh", "pty", True)
+    assert StartOptions.of(line, 7) == StartOptions(True, False, 7, "pvh", "pty", True, 20)
 
 
 def test_what_follows_a_separator_is_not_ours():

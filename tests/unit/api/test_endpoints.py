@@ -177,35 +177,6 @@ def test_the_body_is_looked_at_before_the_state(running, kernel, case):
     assert running.fault(method, path, body.replace(b"KERNEL", kernel.encode())) == expected
 
 
-NOT_YET = [
-    ("GET", "/balloon", "balloon device"),
-    ("PUT", "/balloon", "balloon device"),
-    ("PATCH", "/balloon/statistics", "balloon device"),
-    ("PUT", "/cpu-config", "custom CPU configuration"),
-    ("PUT", "/drives/a", "block device"),
-    ("PATCH", "/drives/a", "block device"),
-    ("DELETE", "/drives/a", "block device"),
-    ("PUT", "/pmem/a", "pmem device"),
-    ("PUT", "/network-interfaces/a", "network device"),
-    ("PUT", "/vsock", "vsock device"),
-    ("PUT", "/entropy", "entropy device"),
-    ("PUT", "/hotplug/memory", "memory hot-plug device"),
-    ("GET", "/hotplug/memory", "memory hot-plug device"),
-    ("PUT", "/metrics", "metrics system"),
-    ("GET", "/mmds", "microVM metadata service"),
-    ("PUT", "/mmds/config", "microVM metadata service"),
-    ("PUT", "/snapshot/create", "snapshot"),
-    ("PUT", "/snapshot/load", "snapshot"),
-]
-
-
-@pytest.mark.parametrize(("method", "path", "feature"), NOT_YET)
-def test_features_to_come_are_refused_by_name(api, method, path, feature):
-    body: dict[str, Any] | None = {} if method in ("PUT", "PATCH") else None
-    message = f"The requested operation is not supported: the {feature} is not yet supported."
-    assert api.fault(method, path, body) == message
-
-
 @pytest.mark.parametrize(
     ("method", "path", "body", "message"),
     [

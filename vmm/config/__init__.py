@@ -1,0 +1,1 @@
+"""What clients configure before the start, a module per family of devices: record, shape of the body, rules, store."""

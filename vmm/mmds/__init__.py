@@ -1,0 +1,1 @@
+"""The microVM metadata service: content (store), session tokens, and an HTTP front without I/O."""
