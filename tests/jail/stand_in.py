@@ -30,7 +30,7 @@ from ipc.messages import (  # noqa: E402
     Spawn,
 )
 from ipc.plan import LaunchPlan  # noqa: E402
-from jailer import cli, launch, main, settings, template  # noqa: E402
+from jailer import cli, launch, main, settings, start, template  # noqa: E402
 from jailer.errors import JailerError  # noqa: E402
 
 
@@ -238,7 +238,7 @@ def run() -> int:
     try:
         options = cli.parse(sys.argv[1:])
         resolved = settings.resolve(options)
-        return launch.JailedLaunch(options, resolved, launch.started_now()).run(lambda: template.Roles(vmm, vcpu))
+        return launch.JailedLaunch(options, resolved, start.started_now()).run(lambda: template.Roles(vmm, vcpu))
     except JailerError as error:
         cli.print_error(str(error))
         return 1
