@@ -196,9 +196,16 @@ CONTROLLERS: dict[str, Callable[[LaunchPlan, Client], int]] = {
 WORKERS: dict[str, Callable[[socket.socket], int]] = {
     name.replace("_", "-"): function for name, function in (("wait", wait), ("exit-5", exit_5), ("sigsys", sigsys))
 }
+
+
+def fail_early() -> int:
+    say("failing early")
+    return 7
+
+
 #: What happens instead of, or before, the seal.
 BEFORE_SEAL: dict[str, Callable[[], int | None]] = {
-    "fail-early": lambda: say("failing early") or 7,
+    "fail-early": fail_early,
     "exit-unsealed": lambda: 0,
     "never-seal": lambda: time.sleep(60),
     "lower-limit": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (100, 2048)),

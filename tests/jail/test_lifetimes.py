@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,14 @@ SUPERVISOR_POINTS = [point for point in FAULT_POINTS if point.startswith("superv
 
 def _all_gone(pids: list[int]) -> bool:
     return not any(map(is_alive, pids))
+
+
+def _childless(pid: int) -> bool:
+    return not children(pid)
+
+
+def _all_in(states: str, pids: list[int]) -> bool:
+    return all(status(pid)["State"][0] in states for pid in pids)
 
 
 def _left(base: Path) -> list[str]:
@@ -152,11 +161,11 @@ def test_kills_at_random_moments(base: Path, no_leftovers: NoLeftovers, scale: S
             pid = {"supervisor": started, **children(started)}.get(victim, started)
             os.kill(pid, signal.SIGKILL)
             if victim == "vcpu 0" and pid != started:
-                wait_for(lambda pid=pid: not is_alive(pid), "the worker's end")
+                wait_for(partial(_all_gone, [pid]), "the worker's end")
                 if is_alive(started):
                     os.kill(started, signal.SIGTERM)
             jailed.process.wait(10)
-            wait_for(lambda started=started: not children(started), "the end of every cell", PROMISE_S)
+            wait_for(partial(_childless, started), "the end of every cell", PROMISE_S)
             _after_the_janitor(jailed)
 
 
@@ -255,7 +264,7 @@ def test_stopped_and_continued(base: Path) -> None:
                 for pid in cells.values():
                     os.kill(pid, number)
                 state = "T" if number == signal.SIGSTOP else "RSD"
-                wait_for(lambda s=state: all(status(pid)["State"][0] in s for pid in cells.values()), "the signal")
+                wait_for(partial(_all_in, state, list(cells.values())), "the signal")
         assert jailed.api("PATCH", "/vm", {"state": "Paused"}).status == 204
         assert jailed.api("PATCH", "/vm", {"state": "Resumed"}).status == 204
         assert jailed.stop() == 143
@@ -266,7 +275,7 @@ def test_what_stays_and_purge(base: Path, no_leftovers: NoLeftovers) -> None:
     with no_leftovers(base, names=("jail-test",)):
         with microvm(base, "--cgroup", "pids.max=50") as jailed:
             jailed.boot()
-            purge = [JAILER, "--purge", "jail-test", "--chroot-base-dir", base]
+            purge = [str(JAILER), "--purge", "jail-test", "--chroot-base-dir", str(base)]
             refused = subprocess.run(purge, check=False, capture_output=True, text=True)
             assert refused.returncode == 1
             assert refused.stderr == f"the microVM is still running (pid {jailed.pid} as its caller sees it)\n"
