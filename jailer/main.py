@@ -105,8 +105,8 @@ def _launch(options: cli.Options) -> int:
     from ipc import zmq_core
 
     zmq_core.install()
-    from jailer import launch, template
+    from jailer import launch, start, template
 
-    started = launch.started_now()
+    started = start.started_now()
     kernel_cache = bool(options.value("kernel-cache")) or line.kernel_cache is not None
     return launch.JailedLaunch(options, resolved, started).run(lambda: template.load_roles(kernel_cache=kernel_cache))
