@@ -251,8 +251,6 @@ class ApiModel(RuleBasedStateMachine):
     def why_not_startable(self) -> str | None:
         if not self.kernel_set:
             return "Cannot start microvm without kernel configuration."
-        if self.vcpus > 1:
-            return f"vcpu_count {self.vcpus} is not yet supported: a microVM has 1 vCPU."
         if self.template is not None:
             return f"CPU templates are not yet supported: cpu_template is {self.template}."
         if self.custom_template:
