@@ -11,10 +11,10 @@ Numbers: libzmq's zmq.h. A pyzmq whose core wants more than these stand-ins have
 
 from __future__ import annotations
 
-import os
 import sys
 from errno import EAGAIN, EINTR
 
+from ipc.compiled import package_folder
 from ipc.typed import Any
 
 PAIR = 0
@@ -100,7 +100,7 @@ def install() -> bool:
     """Make ``import zmq`` mean the core from now on; False if zmq is loaded already, or another one than we know."""
     if "zmq" in sys.modules:
         return False
-    folder = _find()
+    folder = package_folder("zmq")
     if folder is None:
         return False
     try:
@@ -110,14 +110,6 @@ def install() -> bool:
             sys.modules.pop(name, None)
         return False
     return True
-
-
-def _find() -> str | None:
-    for folder in sys.path:
-        candidate = f"{folder}/zmq"
-        if os.path.isdir(f"{candidate}/backend/cython"):
-            return candidate
-    return None
 
 
 def _import_core() -> Any:

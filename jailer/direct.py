@@ -9,24 +9,23 @@ from ipc import timeline
 from ipc.plan import MAX_MEMORY_BYTES, MAX_WORKERS, ROLE_VMM, SECCOMP_KILL, SECCOMP_OFF, LaunchPlan
 from ipc.typed import Callable
 from jailer import cleanup, placement, template, verify, walls
+from jailer.cells import Setup
 from jailer.errors import StepError, os_error_text
-from jailer.launch import (
+from jailer.log import Log
+from jailer.memory import MemoryMaker
+from jailer.start import (
     Started,
-    block_signals,
     close_supervisor,
     fork_controller,
+    hold_signals,
     load_filters,
     new_epoch,
     open_host,
-    started_now,
+    signal_descriptor,
     wait_entered,
 )
-from jailer.log import Log
-from jailer.memory import MemoryMaker
 from jailer.steps import identity, process
-from jailer.supervisor import Setup, Supervisor
-
-__all__ = ["launch", "started_now"]
+from jailer.supervisor import Supervisor
 
 _ATTEMPTS = 100
 
@@ -56,6 +55,7 @@ def launch(
 ) -> int:
     """Launch, supervise, return the exit code of the microVM. Raises JailerError."""
     timeline.mark("prepare")
+    hold_signals()
     process.ensure_standard_descriptors()
     inherited = process.inherited_descriptors()
     proc = verify.open_proc()
@@ -73,7 +73,7 @@ def launch(
     timeline.mark("open host")
     host = open_host(proc, -1, arguments, log)
     plan = _launch_plan(arguments, microvm_id, started, mode, directory)._replace(console_fd=host.console)
-    signals = block_signals()
+    signals = signal_descriptor()
     identity.forbid_core_files()
     if host.facts.privileged:
         identity.clear_bounding_set()
@@ -96,7 +96,7 @@ def launch(
     identity.set_no_new_privileges()
     asked = verify.Asked(host.facts, None, "", False, False, None)
     memory = MemoryMaker(False)
-    setup = Setup(plan, roles, asked, proc, host.kvm_fd, host.kvm_error, sealing.filters, memory, log, ())
+    setup = Setup(plan, roles, asked, proc, host.kvm_fd, host.kvm_error, sealing.filters, memory, log)
     close_supervisor(setup, host, "firecracker", dumpable_wall=True)
     os.close(host.null)
     if sealing.warning:

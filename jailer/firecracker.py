@@ -32,9 +32,12 @@ def main(argv: list[str]) -> int:
         from ipc import zmq_core
 
         zmq_core.install()
-        from jailer import direct, template
+        from jailer import direct, start, template
 
-        return direct.launch(tuple(arguments), command_line.id, direct.started_now(), template.load_roles)
+        def load_roles() -> template.Roles:
+            return template.load_roles(kernel_cache=command_line.kernel_cache is not None)
+
+        return direct.launch(tuple(arguments), command_line.id, start.started_now(), load_roles)
     except JailerError as error:
         cli.print_error(str(error))
     except OSError as error:

@@ -7,120 +7,36 @@ from __future__ import annotations
 
 import os
 import time
-from itertools import pairwise
 
-from ipc import descriptors, faults, timeline
+from ipc import faults, timeline
 from ipc.errors import FaultSpecError, IpcError
-from ipc.plain import signal, socket
+from ipc.plain import socket
 from ipc.plan import (
     MAX_MEMORY_BYTES,
     MAX_WORKERS,
-    ROLE_SUPERVISOR,
-    ROLE_VCPU,
     ROLE_VMM,
     SECCOMP_OFF,
-    SECCOMP_REPORT,
     LaunchPlan,
 )
-from ipc.typed import Callable, NamedTuple
-from jailer import cell, cleanup, placement, syscalls, template, verify, walls
+from ipc.typed import Callable
+from jailer import cleanup, placement, start, syscalls, template, verify, walls
+from jailer.cells import Cell, Setup
 from jailer.cli import Options
-from jailer.errors import ArgumentError, CellError, StepError, os_error_text
+from jailer.errors import ArgumentError, StepError, os_error_text
 from jailer.log import Log
 from jailer.memory import MemoryMaker
 from jailer.plan import Operation, Plan
-from jailer.seccomp.install import Filter, install, load
 from jailer.settings import Settings
 from jailer.steps import cgroups, detach, devices, directories, identity, process, roots
-from jailer.supervisor import BLOCKED_SIGNALS, Cell, Setup, Supervisor
+from jailer.supervisor import Supervisor
 
 _NO_SECCOMP = "--no-seccomp"
-ROLES = (ROLE_SUPERVISOR, ROLE_VMM, ROLE_VCPU)
-
-
-class Started(NamedTuple):
-    """When the program started: CLOCK_MONOTONIC and CPU time, in microseconds."""
-
-    monotonic_us: int
-    cpu_us: int
-
-
-def started_now() -> Started:
-    """Take the time, as early as possible."""
-    return Started(time.monotonic_ns() // 1000, time.process_time_ns() // 1000)
-
-
-class Host(NamedTuple):
-    """What was opened and read while the process was still on the host, with its caller's rights."""
-
-    facts: verify.HostFacts
-    kvm_fd: int
-    kvm_error: str
-    null: int
-    kernel_cache: int
-    #: Master and slave of the console's pseudo-terminal, or -1. The slave stays open so that reads do not fail.
-    console: int
-    console_slave: int
-
-
-class Sealing(NamedTuple):
-    """Which filters the cells get, and how the janitor's filter is called."""
-
-    mode: str
-    filters: dict[str, Filter]
-    warning: str
-
-
-def load_filters(mode: str, *, janitor: bool, with_faults: bool = False) -> Sealing:
-    """Load the filters of every role; with armed faults, those that let a fault act. Raises PolicyError."""
-    if mode == SECCOMP_OFF:
-        return Sealing(mode, {}, "")
-    if mode == SECCOMP_REPORT:
-        import jailer.seccomp.names  # noqa: F401  needed in the jail, where nothing can be imported
-
-    filters, warning = load((*ROLES, "janitor") if janitor else ROLES, mode, "-faults" if with_faults else "")
-    return Sealing(mode, filters, warning)
-
-
-def open_host(proc: int, kernel_cache: int, arguments: tuple[str, ...], log: Log) -> Host:
-    """Open what is planned while it is still reachable. A missing /dev/kvm is told when a microVM is started."""
-    kvm_fd, kvm_error = -1, ""
-    try:
-        kvm_fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        kvm_error = os_error_text(error)
-    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    console, slave = open_console(log) if wants_terminal(arguments) else (-1, -1)
-    return Host(verify.host_facts(proc), kvm_fd, kvm_error, null, kernel_cache, console, slave)
-
-
-def wants_terminal(arguments: tuple[str, ...]) -> bool:
-    """Does the controller's command line say ``--console pty``?"""
-    return ("--console", "pty") in pairwise(arguments)
-
-
-def open_console(log: Log) -> tuple[int, int]:
-    """Open a pseudo-terminal in raw mode and say where it is; return (master, slave). Raises OSError."""
-    import tty
-
-    master, slave = os.openpty()
-    tty.setraw(slave)
-    log.info(f"serial console: {os.ttyname(slave)}")
-    return master, slave
-
-
-def new_epoch() -> int:
-    """Return a number that no other launch has had."""
-    return int.from_bytes(os.urandom(8), "little") | 1
-
-
-# ---------------------------------------------------------------- jailed
 
 
 class JailedLaunch:
     """One run of ``jailer``."""
 
-    def __init__(self, options: Options, settings: Settings, started: Started) -> None:
+    def __init__(self, options: Options, settings: Settings, started: start.Started) -> None:
         self._options = options
         self._settings = settings
         self._started = started
@@ -140,10 +56,11 @@ class JailedLaunch:
         """Launch, supervise, return the exit code of the microVM. Raises JailerError before the controller runs."""
         timeline.mark("prepare")
         settings = self._settings
+        start.hold_signals()
         proc = verify.open_proc()
         self._open_wall_log()
         self._arm()
-        sealing = load_filters(
+        sealing = start.load_filters(
             self._mode,
             janitor="cleanup" in self._options.switches,
             with_faults=bool(self._options.values_of("arm-fault")),
@@ -153,7 +70,7 @@ class JailedLaunch:
         timeline.mark("import roles")
         roles = load_roles()
         timeline.mark("open host")
-        host = open_host(proc, self._open_kernel_cache(), self._options.arguments, self._log)
+        host = start.open_host(proc, self._open_kernel_cache(), self._options.arguments, self._log)
         cgroup_plan = cgroups.plan_parent_only(settings)
         cgroup_items = cgroups.plan_items(settings)
         memory = self._act_on_host(cgroup_plan, cgroup_items)
@@ -169,7 +86,7 @@ class JailedLaunch:
             raise
         timeline.mark("confine supervisor")
         self._drop_privileges()
-        close_supervisor(setup, host, settings.exec_name, dumpable_wall=self._has(walls.DUMPABLE))
+        start.close_supervisor(setup, host, settings.exec_name, dumpable_wall=self._has(walls.DUMPABLE))
         if settings.daemonize:
             detach.redirect_standard_descriptors(host.null, (2,))
         os.close(host.null)
@@ -240,7 +157,7 @@ class JailedLaunch:
     # ------------------------------------------------------------ controller
 
     def _fork_controller(
-        self, proc: int, host: Host, sealing: Sealing, roles: template.Roles, memory: MemoryMaker
+        self, proc: int, host: start.Host, sealing: start.Sealing, roles: template.Roles, memory: MemoryMaker
     ) -> tuple[Setup, socket.socket, Cell, int]:
         """Fork the controller into its jail and wait until it is in it; then write the pid file."""
         settings = self._settings
@@ -250,14 +167,14 @@ class JailedLaunch:
         plan = self._launch_plan(host, sealing.mode)
         asked = self._asked(host)
         jailed_proc = self._mount_proc(proc)
-        signals = block_signals()
+        signals = start.signal_descriptor()
         if self._has(walls.CORE_LIMIT):
             identity.forbid_core_files()
         if self._has(walls.CAPABILITIES):
             identity.clear_bounding_set()
         timeline.mark("warm")
         template.warm()
-        controller, channel = fork_controller(
+        controller, channel = start.fork_controller(
             plan,
             roles,
             sealing.filters.get(ROLE_VMM),
@@ -267,7 +184,7 @@ class JailedLaunch:
         timeline.mark("leave namespaces")
         self._leave_namespaces()
         timeline.mark("wait for controller")
-        wait_entered(controller)  # the locked pid file stays open as long as we live
+        start.wait_entered(controller)  # the locked pid file stays open as long as we live
         if self._janitor is not None:
             for directory in self._cgroups:
                 self._janitor.cgroup(directory)
@@ -278,9 +195,7 @@ class JailedLaunch:
             timeline.mark("enter empty root")
             roots.enter_empty_root(settings.jail_root, trees.others)
             os.close(trees.others)
-        setup = Setup(
-            plan, roles, asked, jailed_proc, host.kvm_fd, host.kvm_error, sealing.filters, memory, self._log, ()
-        )
+        setup = Setup(plan, roles, asked, jailed_proc, host.kvm_fd, host.kvm_error, sealing.filters, memory, self._log)
         return setup, channel, controller, signals
 
     def _has(self, wall: str) -> bool:
@@ -301,7 +216,7 @@ class JailedLaunch:
         os.close(proc)
         return detached
 
-    def _launch_plan(self, host: Host, mode: str) -> LaunchPlan:
+    def _launch_plan(self, host: start.Host, mode: str) -> LaunchPlan:
         settings = self._settings
         inside = self._has(walls.ROOT)
         supplied = f"{settings.jail_root}{roots.CONTROLLER_IPC_DIRECTORY}"
@@ -320,7 +235,7 @@ class JailedLaunch:
         )
         return LaunchPlan(
             microvm_id=settings.microvm_id,
-            epoch=new_epoch(),
+            epoch=start.new_epoch(),
             jailed=True,
             uid=self._uid,
             gid=self._gid,
@@ -342,7 +257,7 @@ class JailedLaunch:
             console_fd=host.console,
         )
 
-    def _asked(self, host: Host) -> verify.Asked:
+    def _asked(self, host: start.Host) -> verify.Asked:
         settings = self._settings
         status = os.stat(settings.jail_root)
         return verify.Asked(
@@ -354,7 +269,7 @@ class JailedLaunch:
             jail_root=(status.st_dev, status.st_ino),
         )
 
-    def _enter_jail(self, host: Host, trees: roots.IpcTrees | None, visible_pid: int) -> tuple[int, ...]:
+    def _enter_jail(self, host: start.Host, trees: roots.IpcTrees | None, visible_pid: int) -> tuple[int, ...]:
         """In the controller's process: its namespaces, root, devices, the pid file, its identity."""
         settings = self._settings
         if settings.daemonize:
@@ -426,77 +341,3 @@ class ReserveMemory(Operation):
 
     def do(self) -> None:
         self.maker = MemoryMaker(self._needed)
-
-
-# ---------------------------------------------------------------- shared with un-jailed launches
-
-
-def block_signals() -> int:
-    """Block the signals that the supervisor acts on; return the descriptor that delivers them."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
-    return syscalls.signalfd(BLOCKED_SIGNALS)
-
-
-def fork_controller(
-    plan: LaunchPlan,
-    roles: template.Roles,
-    seccomp_filter: Filter | None,
-    enter: Callable[[], tuple[int, ...]],
-    keep: tuple[int, ...],
-) -> tuple[Cell, socket.socket]:
-    """Fork the controller; return its record and our end of its channel.
-
-    ``enter`` runs in it first, and returns descriptors for us (see :func:`wait_entered`).
-    """
-    supervisor_pid = os.getpid()
-    ours, theirs = descriptors.channel_pair()
-    seal, cell_seal = descriptors.channel_pair()
-    timeline.mark("fork controller")
-    pid = os.fork()
-    if pid == 0:
-        timeline.enter(1)
-        ours.close()
-        seal.close()
-        context = cell.CellContext(plan, ROLE_VMM, 0, supervisor_pid, cell_seal, seccomp_filter)
-
-        def prepare() -> tuple[int, ...]:
-            handed_over = enter()
-            process.keep_only((theirs.fileno(), cell_seal.fileno(), *keep, *handed_over))
-            cell.reset_signals()
-            return handed_over
-
-        cell.run(context, prepare, lambda sealed: roles.vmm(plan, theirs, sealed))
-    cell.count_faults()
-    theirs.close()
-    cell_seal.close()
-    return Cell(ROLE_VMM, 0, pid, os.pidfd_open(pid), seal), ours
-
-
-def wait_entered(controller: Cell) -> int:
-    """Wait until the controller is in its jail; return the descriptor that it handed over, or -1.
-
-    Raises CellError with its reason when it cannot get there.
-    """
-    assert controller.seal is not None
-    frame, owned = descriptors.receive(controller.seal, 1)
-    if frame == cell.ENTERED:
-        return owned.take() if len(owned) else -1
-    controller.kill()
-    os.waitpid(controller.pid, 0)
-    if frame.startswith(cell.FAILED):
-        raise CellError(frame[len(cell.FAILED) :].decode("utf-8", "replace"))
-    raise CellError("the controller ended before it was in its jail")
-
-
-def close_supervisor(setup: Setup, host: Host, name: str, *, dumpable_wall: bool) -> None:
-    """The supervisor's last walls, and its name. Raises PolicyError, OSError."""
-    detach.redirect_standard_descriptors(host.null, (0, 1))
-    for descriptor in (host.kernel_cache, host.console):
-        if descriptor >= 0:
-            os.close(descriptor)
-    identity.set_name(name)
-    if dumpable_wall:
-        identity.set_dumpable(False)
-    chosen = setup.filters.get(ROLE_SUPERVISOR)
-    if chosen is not None:
-        install(chosen)

@@ -97,7 +97,7 @@ def _launch(options: cli.Options) -> int:
         answered = vmm_cli.answer(options.arguments)
         if answered is not None:
             return cli.print_answer(answered)
-        vmm_cli.parse(("--id", resolved.microvm_id, *options.arguments))
+        line = vmm_cli.parse(("--id", resolved.microvm_id, *options.arguments))
     except vmm_cli.CommandLineError as error:
         cli.print_error(str(error))
         return error.exit_code
@@ -105,7 +105,8 @@ def _launch(options: cli.Options) -> int:
     from ipc import zmq_core
 
     zmq_core.install()
-    from jailer import launch, template
+    from jailer import launch, start, template
 
-    started = launch.started_now()
-    return launch.JailedLaunch(options, resolved, started).run(template.load_roles)
+    started = start.started_now()
+    kernel_cache = bool(options.value("kernel-cache")) or line.kernel_cache is not None
+    return launch.JailedLaunch(options, resolved, started).run(lambda: template.load_roles(kernel_cache=kernel_cache))

@@ -27,97 +27,22 @@ from ipc.messages import (
     Spawned,
 )
 from ipc.plain import signal, signal_name, socket
-from ipc.plan import ROLE_VCPU, SECCOMP_OFF, LaunchPlan, cell_name
-from ipc.typed import Any, Callable, NamedTuple
-from jailer import cell, syscalls, verify, walls
-from jailer.log import Log
-from jailer.memory import MemoryMaker
+from ipc.plan import ROLE_VCPU, SECCOMP_OFF
+from ipc.typed import Any, Callable
+from jailer import cell, syscalls, verify, wall_report, walls
+from jailer.cells import SEAL_TIMEOUT_S, Cell, Setup
 from jailer.seccomp import notification
-from jailer.seccomp.install import Filter
 from jailer.steps import process
-from jailer.template import Roles
 
-#: Signals that end the microVM when somebody sends them to the visible process. They are blocked and read from a
-#: signalfd: so they reach a process 1, and a real fault (SIGSEGV, …) still ends the process, since the kernel
-#: does not hold back a blocked signal that the process caused itself.
-ENDING_SIGNALS = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGQUIT,
-    signal.SIGHUP,
-    signal.SIGBUS,
-    signal.SIGSEGV,
-    signal.SIGXFSZ,
-    signal.SIGXCPU,
-    signal.SIGILL,
-    signal.SIGSYS,
-)
-BLOCKED_SIGNALS = frozenset(map(int, (*ENDING_SIGNALS, signal.SIGCHLD, signal.SIGPIPE)))
+#: A controller that floods its channel must not keep the supervisor from its signals.
+MAX_MESSAGES_PER_TURN = 16
 _CELL_SIGNALS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT)
 #: How long the controller may take to end in order after it was asked to, and after it closed its channel itself.
 SHUTDOWN_GRACE_S = 0.6
 CLOSING_GRACE_S = 5.0
-#: How long a cell may take from its fork to its filter, and how long killed cells may take to disappear.
-SEAL_TIMEOUT_S = 60.0
+#: How long killed cells may take to disappear.
 REAP_TIMEOUT_S = 5.0
-#: How long a process that is being killed may take to be dead.
-DYING_MS = 100
 WALL_SECCOMP = "seccomp"
-
-
-class Setup(NamedTuple):
-    """Everything that the launch prepared for the supervisor."""
-
-    plan: LaunchPlan
-    roles: Roles
-    asked: verify.Asked
-    proc: int
-    kvm_fd: int
-    kvm_error: str
-    filters: dict[str, Filter]
-    memory: MemoryMaker
-    log: Log
-    #: Descriptors that a worker keeps beside its own: none of ours but these.
-    shared: tuple[int, ...]
-
-
-class Cell:
-    """One child: the controller or a worker."""
-
-    __slots__ = ("deadline", "index", "listener", "pid", "pidfd", "role", "seal", "wall")
-
-    def __init__(self, role: str, index: int, pid: int, pidfd: int, seal: socket.socket) -> None:
-        self.role = role
-        self.index = index
-        self.pid = pid
-        self.pidfd = pidfd
-        self.seal: socket.socket | None = seal
-        self.listener = -1
-        self.deadline = time.monotonic() + SEAL_TIMEOUT_S
-        self.wall = ""
-
-    @property
-    def name(self) -> str:
-        """``vmm``, ``vcpu 0``."""
-        return cell_name(self.role, self.index)
-
-    def kill(self) -> None:
-        """Send SIGKILL; nothing happens if the cell is gone."""
-        try:
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-
-    def close(self) -> None:
-        """Close what belongs to the cell."""
-        if self.seal is not None:
-            self.seal.close()
-            self.seal = None
-        for name in ("listener", "pidfd"):
-            descriptor = getattr(self, name)
-            if descriptor >= 0:
-                os.close(descriptor)
-                setattr(self, name, -1)
 
 
 class Supervisor:
@@ -306,7 +231,7 @@ class Supervisor:
     def _serve(self) -> None:
         assert self._channel is not None
         try:
-            while True:
+            for _ in range(MAX_MESSAGES_PER_TURN):
                 envelope, owned = self._channel.receive()
                 owned.close()
                 if envelope is None:
@@ -424,7 +349,7 @@ class Supervisor:
 
         def prepare() -> tuple[int, ...]:
             self._abandon()
-            process.keep_only((channel.fileno(), seal.fileno(), setup.kvm_fd, *setup.shared))
+            process.keep_only((channel.fileno(), seal.fileno(), setup.kvm_fd))
             cell.reset_signals()
             return ()
 
@@ -481,27 +406,11 @@ class Supervisor:
         self._answer_seal(record, cell.VERIFIED)
 
     def _differences(self, role: str, pid: int, record: Cell | None) -> bool:
-        """Compare a process with its walls, write the report line; True if the process was ended for a difference."""
-        setup = self._setup
-        wanted = verify.asked(self._plan, role, setup.asked)
-        actual = verify.found(pid, setup.proc, setup.asked.host, wanted)
-        differences = verify.differences(wanted, actual)
-        if differences and record is not None and _ended(record.pidfd):
-            return True  # it died meanwhile, and a dead process has no walls: its exit status tells why
-        chosen = setup.filters.get(role)
-        name = record.name if record is not None else role
-        self._log.record(
-            {
-                "walls": name,
-                "pid": pid,
-                "verified": not differences,
-                "differences": differences,
-                "switched_off": list(self._plan.switched_off),
-                "seccomp": {"mode": self._plan.seccomp, "sha256": chosen.digest if chosen is not None else None},
-                "asked": wanted,
-                "found": actual,
-            }
-        )
+        """Compare a process with its walls; True if there was a difference and the process is ended for it."""
+        name = role if record is None else record.name
+        differences = wall_report.compare(self._setup, name, role, pid, -1 if record is None else record.pidfd)
+        if differences is None:
+            return True  # it died meanwhile: its exit status tells why
         if not differences or walls.VERIFY in self._plan.switched_off:
             return False
         text = f"{name} (pid {pid}): walls differ: {'; '.join(differences)}"
@@ -554,10 +463,3 @@ class Supervisor:
         record.kill()
         os.close(record.listener)
         record.listener = -1
-
-
-def _ended(pidfd: int) -> bool:
-    """Has this process ended, or is it about to?"""
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(DYING_MS))

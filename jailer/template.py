@@ -20,12 +20,12 @@ class Roles(NamedTuple):
     vcpu: Callable[[LaunchPlan, int, socket.socket, int, Seal], int]
 
 
-def load_roles() -> Roles:
-    """Import the cells' code."""
+def load_roles(*, kernel_cache: bool = False) -> Roles:
+    """Import the cells' code; ``kernel_cache`` says whether a directory of unpacked kernels will be used."""
     import vcpu_worker.main
     import vmm.main
 
-    vmm.main.warm()
+    vmm.main.warm(kernel_cache=kernel_cache)
     return Roles(vmm.main.run, vcpu_worker.main.run)
 
 

@@ -23,7 +23,7 @@ CLOSE_GRACE_NS = 200_000_000
 #: How often a hung-up terminal is tried again: its other side may be opened once more.
 RETRY_NS = 250_000_000
 #: How long input waits after the guest has reset its receiver (it is probing the UART).
-SETTLE_NS = 20_000_000
+SETTLE_NS = 100_000_000
 
 #: Device number of the master side of every pseudo-terminal (/dev/ptmx).
 _PSEUDO_TERMINAL_MASTER = os.makedev(5, 2)

@@ -34,9 +34,9 @@ from vmm.version import FIRECRACKER_VERSION
 from vmm.vmm import Vmm
 
 
-def warm() -> None:
+def warm(*, kernel_cache: bool) -> None:
     """Import all that a controller may need later; the template calls it, late imports fail inside the jail."""
-    loader.warm()
+    loader.warm(kernel_cache=kernel_cache)
 
 
 def run(plan: LaunchPlan, supervisor: socket.socket, seal: Callable[[], None]) -> int:

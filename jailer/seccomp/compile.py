@@ -17,14 +17,18 @@ import sys
 
 from ipc.typed import Any
 from jailer.errors import PolicyError
-from jailer.seccomp.policy import ALLOWED, DIRECTORY, Policy, full_text, parse
+from jailer.seccomp.policy import ALLOWED, DIRECTORY, Policy, Rule, full_text, parse
 
 ROLES = ("supervisor", "vmm", "vcpu", "janitor", "supervisor-faults", "vmm-faults", "vcpu-faults")
 BUILD_DIRECTORY = os.path.join(DIRECTORY, "build")
 MAGIC = b"CBSECC01"
 #: The kernel takes at most 4096 instructions per filter (BPF_MAXINSNS).
 MAX_INSTRUCTIONS = 4096
-_FORMAT = "x86_64 1"
+_FORMAT = "x86_64 2"
+# Classic BPF (linux/bpf_common.h): BPF_LD|BPF_W|BPF_ABS, BPF_JMP|BPF_JEQ|BPF_K, BPF_RET|BPF_K.
+_LOAD, _JUMP_EQUAL, _RETURN = 0x20, 0x15, 0x06
+_RET_ALLOW = 0x7FFF0000
+_AUDIT_ARCH_X86_64 = 0xC000003E
 
 
 def sha256(data: bytes) -> bytes:
@@ -73,7 +77,29 @@ def compile_policy(policy: Policy) -> tuple[bytes, str]:
             seccomp_filter.add_rule_exactly(action, rule.syscall, *arguments)
         except OSError as error:
             raise PolicyError(f"{policy.role}.policy: rule for {rule.syscall!r}: {error}") from None
-    return _export(seccomp_filter), _library_version()
+    prologue = b"".join(
+        _shortcut(pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, rule.syscall), rule) for rule in policy.first
+    )
+    return prologue + _export(seccomp_filter), _library_version()
+
+
+def _shortcut(number: int, rule: Rule) -> bytes:
+    """Return instructions that allow one call and else fall through to what follows.
+
+    libseccomp compares the arguments of a call one after the other: KVM_RUN, the hottest call of all, would pass 40
+    instructions in each of a worker's two filters.
+    """
+    (condition,) = rule.conditions
+    instructions = (
+        (_LOAD, 0, 0, 4),  # seccomp_data.arch
+        (_JUMP_EQUAL, 0, 5, _AUDIT_ARCH_X86_64),
+        (_LOAD, 0, 0, 0),  # seccomp_data.nr
+        (_JUMP_EQUAL, 0, 3, number),
+        (_LOAD, 0, 0, 16 + 8 * condition.argument),  # the low half of the argument
+        (_JUMP_EQUAL, 0, 1, condition.value),
+        (_RETURN, 0, 0, _RET_ALLOW),
+    )
+    return b"".join(struct.pack("<HBBI", *instruction) for instruction in instructions)
 
 
 def _export(seccomp_filter: object) -> bytes:

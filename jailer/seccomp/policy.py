@@ -6,6 +6,7 @@ Lines (``#`` starts a comment; leading blanks do not matter)::
     include ROLE                           take over every rule of another policy file
     allow SYSCALL…                         the calls are allowed
     allow SYSCALL if COND [and COND…]      the call is allowed if all conditions hold; several lines are alternatives
+    first SYSCALL if argN:32 == VALUE      allowed, and looked at before everything else (for the hot path)
     refuse ERRNO SYSCALL…                  the calls fail with this errno and do nothing
     refuse ERRNO SYSCALL if COND…          the call fails so if all conditions hold
     pretend SYSCALL…                       the calls do nothing and report success
@@ -52,11 +53,15 @@ class Rule(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """The rules of a role in the order of the text, and all the text that they came from (for the cache key)."""
+    """The rules of a role in the order of the text, and all the text that they came from (for the cache key).
+
+    ``first`` are those of the rules that are to be looked at before the others.
+    """
 
     role: str
     rules: tuple[Rule, ...]
     text: str
+    first: tuple[Rule, ...]
 
 
 def read_text(role: str) -> str:
@@ -87,14 +92,16 @@ def full_text(role: str, reader: Callable[[str], str] = read_text) -> str:
 
 def parse(role: str, reader: Callable[[str], str] = read_text) -> Policy:
     """Parse a role's policy with its includes. Raises PolicyError that names file and line."""
-    rules = _Parser(reader).file(role, ())
-    return Policy(role, tuple(_merge(rules)), full_text(role, reader))
+    parser = _Parser(reader)
+    rules = parser.file(role, ())
+    return Policy(role, tuple(_merge(rules)), full_text(role, reader), tuple(parser.first))
 
 
 class _Parser:
     def __init__(self, reader: Callable[[str], str]) -> None:
         self._reader = reader
         self._names: dict[str, int] = {}
+        self.first: list[Rule] = []
 
     def file(self, role: str, stack: tuple[str, ...]) -> list[Rule]:
         if role in stack:
@@ -130,6 +137,12 @@ class _Parser:
             own.extend(self._rules(words[2:], number))
         elif verb == "allow":
             own.extend(self._rules(words[1:], ALLOWED))
+        elif verb == "first":
+            (rule,) = self._rules(words[1:], ALLOWED)
+            if len(rule.conditions) != 1 or rule.conditions[0].mask != _LOW_32:
+                raise ValueError("expected: first SYSCALL if argN:32 == VALUE")
+            own.append(rule)
+            self.first.append(rule)
         elif verb == "pretend":
             own.extend(self._rules(words[1:], 0))
         else:

@@ -114,7 +114,13 @@ class JailedMicrovm:
             "--chroot-base-dir", str(base), "--wall-log", str(self.wall_log), *options, "--", *arguments,
         ]
         # fmt: on
-        self.process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        """The program that was started."""
+        assert self._process is not None
+        return self._process
 
     # ------------------------------------------------------------ launch
 
@@ -122,13 +128,12 @@ class JailedMicrovm:
         """Start the program; do not wait."""
         with self.output_file.open("wb") as output:
             popen = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output, **popen}
-            self.process = subprocess.Popen(self.command, **popen)
+            self._process = subprocess.Popen(self.command, **popen)
         return self
 
     def run(self) -> int:
         """Start the program and return its exit status."""
         self.start()
-        assert self.process is not None
         try:
             return self.process.wait(PATIENCE_S)
         finally:
@@ -138,7 +143,6 @@ class JailedMicrovm:
         """Wait until the API answers."""
 
         def up() -> bool:
-            assert self.process is not None
             if self.process.poll() not in (None, 0):
                 raise AssertionError(f"the jailer ended with {self.process.returncode}:\n{self.output()}")
             try:
@@ -152,7 +156,7 @@ class JailedMicrovm:
     def boot(self, guest: str = "spin", boot_args: str = "0") -> JailedMicrovm:
         """Wait for the API and start a tiny guest."""
         self.root.mkdir(parents=True, exist_ok=True)
-        if self.process is None:
+        if self._process is None:
             self.add_guest(guest)
             self.start()
         self.wait_up()
@@ -222,12 +226,11 @@ class JailedMicrovm:
         """End the microVM by SIGTERM and return the exit status of the program that was started."""
         if self.pid_file.exists() and is_alive(self.pid):
             os.kill(self.pid, signal.SIGTERM)
-        assert self.process is not None
         return self.process.wait(PATIENCE_S)
 
     def destroy(self) -> None:
         """Make sure that nothing of it runs any more."""
-        if self.process is not None and self.process.poll() is None:
+        if self._process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
         if self.pid_file.exists():

@@ -30,7 +30,7 @@ from ipc.messages import (  # noqa: E402
     Spawn,
 )
 from ipc.plan import LaunchPlan  # noqa: E402
-from jailer import cli, launch, main, settings, template  # noqa: E402
+from jailer import cli, launch, main, settings, start, template  # noqa: E402
 from jailer.errors import JailerError  # noqa: E402
 
 
@@ -196,9 +196,16 @@ CONTROLLERS: dict[str, Callable[[LaunchPlan, Client], int]] = {
 WORKERS: dict[str, Callable[[socket.socket], int]] = {
     name.replace("_", "-"): function for name, function in (("wait", wait), ("exit-5", exit_5), ("sigsys", sigsys))
 }
+
+
+def fail_early() -> int:
+    say("failing early")
+    return 7
+
+
 #: What happens instead of, or before, the seal.
 BEFORE_SEAL: dict[str, Callable[[], int | None]] = {
-    "fail-early": lambda: say("failing early") or 7,
+    "fail-early": fail_early,
     "exit-unsealed": lambda: 0,
     "never-seal": lambda: time.sleep(60),
     "lower-limit": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (100, 2048)),
@@ -238,7 +245,7 @@ def run() -> int:
     try:
         options = cli.parse(sys.argv[1:])
         resolved = settings.resolve(options)
-        return launch.JailedLaunch(options, resolved, launch.started_now()).run(lambda: template.Roles(vmm, vcpu))
+        return launch.JailedLaunch(options, resolved, start.started_now()).run(lambda: template.Roles(vmm, vcpu))
     except JailerError as error:
         cli.print_error(str(error))
         return 1

@@ -77,7 +77,7 @@ def test_namespaces_and_roots(base: Path) -> None:
         jailed.boot()
         cells = jailed.wait_cells(*ALL)
         for kind in ("mnt", "ipc", "uts"):
-            assert len({namespace(pid, kind) for pid in (*cells.values(), "self")}) == 3, kind
+            assert len({namespace("self", kind), *(namespace(pid, kind) for pid in cells.values())}) == 3, kind
         assert namespace(cells["vmm"], "net") == namespace("self", "net")
         assert namespace(cells["vcpu 0"], "net") == namespace(cells["supervisor"], "net") != namespace("self", "net")
         assert {namespace(pid, "pid") for pid in cells.values()} == {namespace("self", "pid")}

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,11 @@ from lab.client import ClientError
 from tests.conftest import NoLeftovers, Scale
 from tests.jail.harness import (
     JAILER,
+    PATIENCE_S,
     PROMISE_S,
     JailedMicrovm,
     children,
+    descriptors,
     is_alive,
     microvm,
     status,
@@ -32,6 +35,14 @@ SUPERVISOR_POINTS = [point for point in FAULT_POINTS if point.startswith("superv
 
 def _all_gone(pids: list[int]) -> bool:
     return not any(map(is_alive, pids))
+
+
+def _childless(pid: int) -> bool:
+    return not children(pid)
+
+
+def _all_in(states: str, pids: list[int]) -> bool:
+    return all(status(pid)["State"][0] in states for pid in pids)
 
 
 def _left(base: Path) -> list[str]:
@@ -150,11 +161,11 @@ def test_kills_at_random_moments(base: Path, no_leftovers: NoLeftovers, scale: S
             pid = {"supervisor": started, **children(started)}.get(victim, started)
             os.kill(pid, signal.SIGKILL)
             if victim == "vcpu 0" and pid != started:
-                wait_for(lambda pid=pid: not is_alive(pid), "the worker's end")
+                wait_for(partial(_all_gone, [pid]), "the worker's end")
                 if is_alive(started):
                     os.kill(started, signal.SIGTERM)
             jailed.process.wait(10)
-            wait_for(lambda started=started: not children(started), "the end of every cell", PROMISE_S)
+            wait_for(partial(_childless, started), "the end of every cell", PROMISE_S)
             _after_the_janitor(jailed)
 
 
@@ -183,11 +194,88 @@ def test_supervisor_killed_at_each_step(base: Path, no_leftovers: NoLeftovers, p
         _remove_shared_parents(base)
 
 
+@pytest.mark.parametrize("point", ["cell.forked", "cell.confined", "cell.filtered", "cell.sealed"])
+def test_supervisor_killed_while_a_worker_is_at_a_step_of_its_start(
+    base: Path, no_leftovers: NoLeftovers, point: str
+) -> None:
+    """Before its death signal is set, the worker has to notice by itself that it is alone."""
+    options = ("--arm-fault", f"{point}=delay,ms=300,after=1")
+    with no_leftovers(names=("jail-test",)), microvm(base, *options) as jailed:
+        jailed.add_guest("spin")
+        jailed.start()
+        cells = wait_for(lambda: len(found := children(jailed.process.pid)) == 2 and found, "the worker's fork")
+        os.kill(jailed.process.pid, signal.SIGKILL)
+        wait_for(lambda: _all_gone(list(cells.values())), "the end of every cell", PROMISE_S)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signal_during_the_launch(base: Path, no_leftovers: NoLeftovers, number: signal.Signals) -> None:
+    """It ends the microVM once it is there, instead of a launch half-way."""
+    with no_leftovers(base, names=("jail-test",)), microvm(base, "--cleanup") as jailed:
+        jailed.start()
+        wait_for(
+            lambda: "SigBlk:\t" in (text := _status_text(jailed.process.pid)) and _blocks(text, number), "the launch"
+        )
+        os.kill(jailed.process.pid, number)
+        assert jailed.process.wait(PATIENCE_S) == {signal.SIGTERM: 143, signal.SIGHUP: 156}[number]
+        wait_for(lambda: not _janitors(base), "the janitor")
+        _remove_shared_parents(base)
+
+
+def _status_text(pid: int) -> str:
+    return Path(f"/proc/{pid}/status").read_text()
+
+
+def _blocks(text: str, number: int) -> bool:
+    line = next(line for line in text.splitlines() if line.startswith("SigBlk:"))
+    return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+
+
+def test_caller_that_ignores_sigchld(base: Path) -> None:
+    with microvm(base, "--cleanup") as jailed:
+        jailed.add_guest("spin")
+        jailed.start(preexec_fn=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN))
+        jailed.boot()
+        cells = jailed.wait_cells(*ALL)
+        os.kill(cells["vmm"], signal.SIGKILL)
+        assert jailed.process.wait(PATIENCE_S) == 1
+        assert "vmm (pid " in jailed.log()
+
+
+def test_caller_without_standard_descriptors(base: Path) -> None:
+    with microvm(base) as jailed:
+        jailed.add_guest("spin")
+        jailed.command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *jailed.command]
+        jailed.start()
+        jailed.boot()
+        for name, pid in jailed.wait_cells(*ALL).items():
+            found = descriptors(pid)
+            assert [found[each] for each in range(3)] == ["/dev/null"] * 3, name
+        assert jailed.stop() == 143
+
+
+def test_stopped_and_continued(base: Path) -> None:
+    """SIGSTOP and SIGCONT interrupt poll in every cell; with the filter on, it has to be restarted."""
+    with microvm(base) as jailed:
+        jailed.boot()
+        cells = jailed.wait_cells(*ALL)
+        for _ in range(3):
+            for number in (signal.SIGSTOP, signal.SIGCONT):
+                for pid in cells.values():
+                    os.kill(pid, number)
+                state = "T" if number == signal.SIGSTOP else "RSD"
+                wait_for(partial(_all_in, state, list(cells.values())), "the signal")
+        assert jailed.api("PATCH", "/vm", {"state": "Paused"}).status == 204
+        assert jailed.api("PATCH", "/vm", {"state": "Resumed"}).status == 204
+        assert jailed.stop() == 143
+        assert "seccomp" not in jailed.log()
+
+
 def test_what_stays_and_purge(base: Path, no_leftovers: NoLeftovers) -> None:
     with no_leftovers(base, names=("jail-test",)):
         with microvm(base, "--cgroup", "pids.max=50") as jailed:
             jailed.boot()
-            purge = [JAILER, "--purge", "jail-test", "--chroot-base-dir", base]
+            purge = [str(JAILER), "--purge", "jail-test", "--chroot-base-dir", str(base)]
             refused = subprocess.run(purge, check=False, capture_output=True, text=True)
             assert refused.returncode == 1
             assert refused.stderr == f"the microVM is still running (pid {jailed.pid} as its caller sees it)\n"

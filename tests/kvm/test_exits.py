@@ -18,7 +18,7 @@ COUNTS_PER_ROUND = 14
 
 def finish(microvm: Microvm) -> tuple[int, str]:
     """Wait for the end; return exit status and output."""
-    status = microvm.wait(120.0)
+    status = microvm.wait(900.0)
     return status, microvm.console.decode(errors="replace")
 
 

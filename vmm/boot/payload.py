@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 
+from ipc.compiled import import_core
 from ipc.typed import Any, Callable, Iterator
 from vmm.boot.errors import PayloadError, UnsupportedPayloadError
 
@@ -39,7 +40,8 @@ _MAGICS = (
     (b"\x28\xb5\x2f\xfd", ZSTD),
     (_LZ4_LEGACY_MAGIC, LZ4),
 )
-_MODULES = {GZIP: "zlib", XZ: "lzma", ZSTD: "zstandard", LZ4: "lz4.block"}
+#: The compiled modules themselves: the packages around them load typing, re, platform and thirty others at each start.
+_MODULES = {GZIP: "zlib", XZ: "_lzma", ZSTD: "zstandard.backend_c", LZ4: "lz4.block._block"}
 MAGIC_SIZE = 6
 
 Read = Callable[[int], bytes]
@@ -216,12 +218,11 @@ def _module(kind: str) -> Any:
     module = sys.modules.get(name)
     if module is None:
         try:
-            __import__(name)
+            module = import_core(name)
         except ImportError:
             raise UnsupportedPayloadError(
                 "payload.module", f"{kind} cannot be unpacked: the Python module {name} is not loaded"
             ) from None
-        module = sys.modules[name]
     return module
 
 

@@ -248,6 +248,6 @@ def test_error_texts_are_the_controllers() -> None:
 
 def test_a_defect_is_described_in_one_line_without_source() -> None:
     with pytest.raises(KeyError) as error:
-        {}["missing"]
+        dict[str, int]()["missing"]
     assert re.search(r"^KeyError: 'missing' at \w+\.py:\d+$", describe_error(error.value))
     assert describe_error(ValueError("x")) == "ValueError: x"

@@ -83,6 +83,9 @@ def test_statements() -> None:
         "allow read if arg0 == 1 and",
         "allow read if arg0 == 1 or arg1 == 1",
         "include main",
+        "first read",
+        "first ioctl if arg1 == 1",
+        "first ioctl if arg1:32 == 1 and arg0:32 == 1",
     ],
 )
 def test_mistakes_name_the_line(line: str) -> None:
@@ -213,6 +216,13 @@ def test_workers_reach_no_file_and_make_no_socket() -> None:
     for protection, verdict in ((3, bpf.RET_ALLOW), (7, bpf.RET_KILL_PROCESS), (4, bpf.RET_KILL_PROCESS)):
         for name in ("mmap", "mprotect"):
             assert bpf.evaluate(program, NUMBERS[name], (0, 4096, protection)) == verdict, (name, protection)
+
+
+def test_the_hot_call_is_looked_at_first() -> None:
+    program = install.with_default(compile_policy(parse("vcpu"))[0], bpf.RET_KILL_PROCESS)
+    shortcut = program[: 7 * 8]
+    assert bpf.evaluate(shortcut, NUMBERS["ioctl"], (5, 0xFFFFFFFF0000AE80)) == bpf.RET_ALLOW
+    assert parse("supervisor").first == parse("vcpu").first != ()
 
 
 def test_a_code_of_ioctl_is_compared_in_32_bits() -> None:

@@ -21,7 +21,7 @@ class Recorded(Operation):
         self.record = record
         self.fails = fails
         self.undo_fails = undo_fails
-        self.step = name  # type: ignore[misc]
+        self.step = name
 
     def describe(self) -> str:
         return f"do {self.name}"

@@ -348,7 +348,8 @@ class StandInSupervisor:
 def run_process(body: Callable[[], None]) -> None:
     """Run a forked process to its end; a traceback goes to standard error, as the tests show it when they fail."""
     faulthandler.disable()  # a signal that ends it is part of the test
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
+    for number in (signal.SIGXFSZ, signal.SIGHUP):  # ignored by Python, and by nohup
+        signal.signal(number, signal.SIG_DFL)
     try:
         body()
     except BaseException:

@@ -1,0 +1,175 @@
+"""What launches with and without a jail share: filters, descriptors, the controller's fork, the last walls."""
+
+from __future__ import annotations
+
+import os
+import time
+from itertools import pairwise
+
+from ipc import descriptors, timeline
+from ipc.plain import signal, socket
+from ipc.plan import ROLE_SUPERVISOR, ROLE_VCPU, ROLE_VMM, SECCOMP_OFF, SECCOMP_REPORT, LaunchPlan
+from ipc.typed import Callable, NamedTuple
+from jailer import cell, syscalls, template, verify
+from jailer.cells import BLOCKED_SIGNALS, Cell, Setup
+from jailer.errors import CellError, os_error_text
+from jailer.log import Log
+from jailer.seccomp.install import Filter, install, load
+from jailer.steps import detach, identity, process
+
+ROLES = (ROLE_SUPERVISOR, ROLE_VMM, ROLE_VCPU)
+
+
+class Started(NamedTuple):
+    """When the program started: CLOCK_MONOTONIC and CPU time, in microseconds."""
+
+    monotonic_us: int
+    cpu_us: int
+
+
+def started_now() -> Started:
+    """Take the time, as early as possible."""
+    return Started(time.monotonic_ns() // 1000, time.process_time_ns() // 1000)
+
+
+class Host(NamedTuple):
+    """What was opened and read while the process was still on the host, with its caller's rights."""
+
+    facts: verify.HostFacts
+    kvm_fd: int
+    kvm_error: str
+    null: int
+    kernel_cache: int
+    #: Master and slave of the console's pseudo-terminal, or -1. The slave stays open so that reads do not fail.
+    console: int
+    console_slave: int
+
+
+class Sealing(NamedTuple):
+    """Which filters the cells get, and how the janitor's filter is called."""
+
+    mode: str
+    filters: dict[str, Filter]
+    warning: str
+
+
+def load_filters(mode: str, *, janitor: bool, with_faults: bool = False) -> Sealing:
+    """Load the filters of every role; with armed faults, those that let a fault act. Raises PolicyError."""
+    if mode == SECCOMP_OFF:
+        return Sealing(mode, {}, "")
+    if mode == SECCOMP_REPORT:
+        import jailer.seccomp.names  # noqa: F401  needed in the jail, where nothing can be imported
+
+    filters, warning = load((*ROLES, "janitor") if janitor else ROLES, mode, "-faults" if with_faults else "")
+    return Sealing(mode, filters, warning)
+
+
+def open_host(proc: int, kernel_cache: int, arguments: tuple[str, ...], log: Log) -> Host:
+    """Open what is planned while it is still reachable. A missing /dev/kvm is told when a microVM is started."""
+    kvm_fd, kvm_error = -1, ""
+    try:
+        kvm_fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        kvm_error = os_error_text(error)
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    console, slave = open_console(log) if wants_terminal(arguments) else (-1, -1)
+    return Host(verify.host_facts(proc), kvm_fd, kvm_error, null, kernel_cache, console, slave)
+
+
+def wants_terminal(arguments: tuple[str, ...]) -> bool:
+    """Does the controller's command line say ``--console pty``?"""
+    return ("--console", "pty") in pairwise(arguments)
+
+
+def open_console(log: Log) -> tuple[int, int]:
+    """Open a pseudo-terminal in raw mode and say where it is; return (master, slave). Raises OSError."""
+    import tty
+
+    master, slave = os.openpty()
+    tty.setraw(slave)
+    log.info(f"serial console: {os.ttyname(slave)}")
+    return master, slave
+
+
+def new_epoch() -> int:
+    """Return a number that no other launch has had."""
+    return int.from_bytes(os.urandom(8), "little") | 1
+
+
+def hold_signals() -> None:
+    """Hold back the signals that the supervisor acts on: one that comes during the launch ends the microVM after it.
+
+    A caller that ignores SIGCHLD would keep us from learning how our children end.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def signal_descriptor() -> int:
+    """Return the descriptor that delivers the signals that are held back."""
+    return syscalls.signalfd(BLOCKED_SIGNALS)
+
+
+def fork_controller(
+    plan: LaunchPlan,
+    roles: template.Roles,
+    seccomp_filter: Filter | None,
+    enter: Callable[[], tuple[int, ...]],
+    keep: tuple[int, ...],
+) -> tuple[Cell, socket.socket]:
+    """Fork the controller; return its record and our end of its channel.
+
+    ``enter`` runs in it first, and returns descriptors for us (see :func:`wait_entered`).
+    """
+    supervisor_pid = os.getpid()
+    ours, theirs = descriptors.channel_pair()
+    seal, cell_seal = descriptors.channel_pair()
+    timeline.mark("fork controller")
+    pid = os.fork()
+    if pid == 0:
+        timeline.enter(1)
+        ours.close()
+        seal.close()
+        context = cell.CellContext(plan, ROLE_VMM, 0, supervisor_pid, cell_seal, seccomp_filter)
+
+        def prepare() -> tuple[int, ...]:
+            handed_over = enter()
+            process.keep_only((theirs.fileno(), cell_seal.fileno(), *keep, *handed_over))
+            cell.reset_signals()
+            return handed_over
+
+        cell.run(context, prepare, lambda sealed: roles.vmm(plan, theirs, sealed))
+    cell.count_faults()
+    theirs.close()
+    cell_seal.close()
+    return Cell(ROLE_VMM, 0, pid, os.pidfd_open(pid), seal), ours
+
+
+def wait_entered(controller: Cell) -> int:
+    """Wait until the controller is in its jail; return the descriptor that it handed over, or -1.
+
+    Raises CellError with its reason when it cannot get there.
+    """
+    assert controller.seal is not None
+    frame, owned = descriptors.receive(controller.seal, 1)
+    if frame == cell.ENTERED:
+        return owned.take() if len(owned) else -1
+    controller.kill()
+    os.waitpid(controller.pid, 0)
+    if frame.startswith(cell.FAILED):
+        raise CellError(frame[len(cell.FAILED) :].decode("utf-8", "replace"))
+    raise CellError("the controller ended before it was in its jail")
+
+
+def close_supervisor(setup: Setup, host: Host, name: str, *, dumpable_wall: bool) -> None:
+    """The supervisor's last walls, and its name. Raises PolicyError, OSError."""
+    detach.redirect_standard_descriptors(host.null, (0, 1))
+    for descriptor in (host.kernel_cache, host.console):
+        if descriptor >= 0:
+            os.close(descriptor)
+    identity.set_name(name)
+    if dumpable_wall:
+        identity.set_dumpable(False)
+    chosen = setup.filters.get(ROLE_SUPERVISOR)
+    if chosen is not None:
+        install(chosen)

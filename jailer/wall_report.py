@@ -1,0 +1,45 @@
+"""One JSON line per cell in the log: the walls that were asked for, the walls that were found, the filter's digest."""
+
+from __future__ import annotations
+
+import select
+
+from jailer import verify
+from jailer.cells import Setup
+
+#: How long a process that is being killed may take to be dead.
+DYING_MS = 100
+
+
+def compare(setup: Setup, name: str, role: str, pid: int, pidfd: int) -> list[str] | None:
+    """Compare a process with its walls, write the line, return the differences.
+
+    None if the process (``pidfd``, -1 for ourselves) died meanwhile: a dead process has no walls.
+    """
+    plan = setup.plan
+    wanted = verify.asked(plan, role, setup.asked)
+    actual = verify.found(pid, setup.proc, setup.asked.host, wanted)
+    differences = verify.differences(wanted, actual)
+    if differences and pidfd >= 0 and _ended(pidfd):
+        return None
+    chosen = setup.filters.get(role)
+    setup.log.record(
+        {
+            "walls": name,
+            "pid": pid,
+            "verified": not differences,
+            "differences": differences,
+            "switched_off": list(plan.switched_off),
+            "seccomp": {"mode": plan.seccomp, "sha256": chosen.digest if chosen is not None else None},
+            "asked": wanted,
+            "found": actual,
+        }
+    )
+    return differences
+
+
+def _ended(pidfd: int) -> bool:
+    """Has this process ended, or is it about to?"""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(DYING_MS))
