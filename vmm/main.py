@@ -109,9 +109,9 @@ class Program:
             while (code := self._end()) is None:
                 self._events.run()
         except BaseException as error:
-            if not isinstance(error, (VmmError, IpcError)):
-                METRICS["vmm"].store("panic_count", 1)
-            self._clean_up(listener, exit_codes.UNEXPECTED_ERROR)
+            expected = isinstance(error, (VmmError, IpcError))
+            METRICS["vmm"].store("panic_count", 0 if expected else 1)
+            self._clean_up(listener, exit_codes.GENERIC_ERROR if expected else exit_codes.UNEXPECTED_ERROR)
             raise
         self._clean_up(listener, code)
         return _log_end(code)

@@ -65,6 +65,7 @@ def metrics(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / "metrics").read_text().splitlines()]
 
 
+@pytest.mark.soak("plane")
 def test_events_have_no_gap_over_many_pauses(vm, scale):
     cycles = scale(100, 1_000)
     stream = Stream(vm.api_socket)

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -335,13 +336,14 @@ class ApiModel(RuleBasedStateMachine):
         assert "Traceback" not in self.api.log()
 
 
+@pytest.mark.soak("plane")
 def test_random_requests_agree_with_the_model(scale):
     """10,000 steps in full."""
     steps = 50
     run_state_machine_as_test(
         ApiModel,
         settings=settings(
-            max_examples=scale(30, 200),
+            max_examples=scale(60, 200),
             stateful_step_count=steps,
             deadline=None,
             suppress_health_check=list(HealthCheck),
