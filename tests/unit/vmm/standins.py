@@ -485,3 +485,49 @@ def open_descriptors() -> int:
 
 def is_close_on_exec(descriptor: int) -> bool:
     return bool(fcntl.fcntl(descriptor, fcntl.F_GETFD) & fcntl.FD_CLOEXEC)
+
+
+def settle(count: int) -> None:
+    """Wait until so few descriptors are open: ZeroMQ's reaper closes sockets a little later."""
+    deadline = time.monotonic() + 60
+    while open_descriptors() > count:
+        assert time.monotonic() < deadline, f"{open_descriptors()} descriptors instead of {count}"
+        time.sleep(0.01)
+
+
+class Reports:
+    """What a worker reported by its callbacks."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.exited: list[VcpuExited] = []
+        self.failed: list[str] = []
+        self.ended: list[CellEnded] = []
+        worker.on_vcpu_exited = lambda worker, event: self.exited.append(event)
+        worker.on_failed = lambda worker, text: self.failed.append(text)
+        worker.on_ended = lambda worker, notice: self.ended.append(notice)
+
+
+def die_after(step: str) -> Behaviour:
+    """A worker that is killed at one step of its life (by itself, as SIGKILL would do it)."""
+
+    def die(worker: StandInWorker, sequence: int = 0) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def behave(worker: StandInWorker) -> None:
+        if step == "start":
+            die(worker)
+        worker.hello()
+        if step == "hello":
+            die(worker)
+        worker.expect(Welcome)
+        if step == "welcome":
+            die(worker)
+        if step == "descriptors":
+            worker.take_descriptors(2)
+            die(worker)
+        kinds = {kind.__name__: kind for kind in worker.handlers}
+        if step in kinds:
+            worker.handlers[kinds[step]] = lambda message, sequence: die(worker)
+        worker.serve()
+
+    return behave

@@ -1,80 +1,47 @@
-"""The controller's side of a worker, against worker processes that behave, die, lie, flood, or stop."""
+"""The controller's side of a worker, against worker processes that behave, die, or stop."""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from contextlib import suppress
 
 import pytest
-import zmq
 
 from ipc.exit_ring import RING_SIZE
 from ipc.messages import (
     CellEnded,
     Configured,
-    DumpedCpuConfig,
-    Failed,
-    Finished,
     Interrupt,
     Paused,
-    Pong,
     Resume,
     Resumed,
     Route,
-    RoutesSet,
     SavedState,
     SaveState,
     Spawn,
     Spawned,
-    VcpuDescriptor,
-    VcpuExited,
-    Welcome,
 )
 from ipc.plan import endpoint
 from tests.unit.vmm.standins import (
     MEMORY_SIZE,
-    Controller,
+    Reports,
     StandInWorker,
     configure_message,
+    die_after,
     honest,
     open_descriptors,
     run_page,
+    settle,
     short_timeouts,
 )
 from vmm.errors import MicrovmEndedError, SupervisorError, VmmError, WorkerError
 from vmm.lifecycle import WorkerState
 
 
-@pytest.fixture
-def make(tmp_path):
-    controllers = []
-
-    def make(*behaviours, supervisor=None, context=None) -> Controller:
-        controllers.append(Controller(str(tmp_path), *behaviours, supervisor=supervisor, context=context))
-        return controllers[-1]
-
-    yield make
-    for controller in controllers:
-        controller.close()
-
-
 def gone(pid: int) -> bool:
     return not os.path.exists(f"/proc/{pid}")
-
-
-class Log:
-    """What a worker reported by its callbacks."""
-
-    def __init__(self, worker) -> None:
-        self.exited: list[VcpuExited] = []
-        self.failed: list[str] = []
-        self.ended: list = []
-        worker.on_vcpu_exited = lambda worker, event: self.exited.append(event)
-        worker.on_failed = lambda worker, text: self.failed.append(text)
-        worker.on_ended = lambda worker, notice: self.ended.append(notice)
 
 
 # ---------------------------------------------------------------- when all goes well
@@ -163,7 +130,7 @@ def test_a_worker_can_be_replaced(make):
 def test_callbacks_of_the_owner_before_do_not_stay(make):
     controller = make(honest, lambda worker: worker.forge(b"x" * 10) or worker.exit(1))
     worker = controller.greeted()
-    log = Log(worker)
+    log = Reports(worker)
     worker.kill()
     assert worker.wait_ended()
     assert len(log.ended) == 1
@@ -173,32 +140,6 @@ def test_callbacks_of_the_owner_before_do_not_stay(make):
 
 
 # ---------------------------------------------------------------- death
-
-
-def die_after(step: str):
-    """A worker that is killed at one step of its life (by itself, as SIGKILL would do it)."""
-
-    def die(worker: StandInWorker, sequence: int = 0) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def behave(worker: StandInWorker) -> None:
-        if step == "start":
-            die(worker)
-        worker.hello()
-        if step == "hello":
-            die(worker)
-        worker.expect(Welcome)
-        if step == "welcome":
-            die(worker)
-        if step == "descriptors":
-            worker.take_descriptors(2)
-            die(worker)
-        kinds = {kind.__name__: kind for kind in worker.handlers}
-        if step in kinds:
-            worker.handlers[kinds[step]] = lambda message, sequence: die(worker)
-        worker.serve()
-
-    return behave
 
 
 @pytest.mark.parametrize(
@@ -281,7 +222,7 @@ def test_a_command_to_a_process_that_has_just_died_is_no_breach(make):
     """The exit code of the microVM is that of the signal; a broken channel must not come first."""
     controller = make()
     worker = controller.running()
-    log = Log(worker)
+    log = Reports(worker)
     os.kill(controller.supervisor_pid, signal.SIGSTOP)
     os.kill(worker.pid, signal.SIGSYS)
 
@@ -325,7 +266,7 @@ def test_what_a_worker_said_before_it_died_counts(make, monkeypatch):
 
     controller = make(lambda worker: worker.serve_with(Resume=resume))
     worker = controller.configured()
-    log = Log(worker)
+    log = Reports(worker)
     monkeypatch.setattr(worker, "process", lambda events, ops: None)  # the notice is handled first
     with suppress(VmmError):
         worker.resume()
@@ -343,7 +284,7 @@ def test_a_vcpu_that_leaves_its_run_loop(make):
 
     controller = make(lambda worker: worker.serve_with(Resume=resume))
     worker = controller.configured()
-    log = Log(worker)
+    log = Reports(worker)
     worker.resume()
     controller.serve(lambda: bool(log.exited))
     assert (log.exited[0].reason, log.failed) == ("system-event", [])
@@ -366,7 +307,7 @@ def test_a_vcpu_that_exits_instead_of_parking(make):
 
     controller = make(lambda worker: worker.serve_with(Pause=pause))
     worker = controller.running()
-    log = Log(worker)
+    log = Reports(worker)
     with suppress(MicrovmEndedError):  # unless the answer came in the same turn
         worker.pause()
     assert [event.reason for event in log.exited] == ["shutdown"]
@@ -393,265 +334,6 @@ def test_a_result_that_comes_with_the_end_raises_the_cause(make, monkeypatch):
     monkeypatch.setattr(worker, "process", lambda events, ops: None)  # the notice is handled first
     with pytest.raises(WorkerError, match="exited with status 9"):
         worker.collect_resume(sequence)
-
-
-# ---------------------------------------------------------------- hostile workers
-
-
-def hello_of_another(worker: StandInWorker) -> None:
-    worker.hello(worker=1)
-    worker.sleep()
-
-
-def no_hello(worker: StandInWorker) -> None:
-    worker.send(Pong("running"))
-    worker.sleep()
-
-
-def exits_before_hello(worker: StandInWorker) -> None:
-    worker.vcpu_exited()
-    worker.sleep()
-
-
-def garbage_instead_of_hello(worker: StandInWorker) -> None:
-    while True:
-        worker.forge(b"\xc1" * 100)
-
-
-def huge_garbage(worker: StandInWorker) -> None:
-    while True:
-        worker.forge(bytes(200_000))
-
-
-@pytest.mark.parametrize(
-    "behaviour", [hello_of_another, no_hello, exits_before_hello, garbage_instead_of_hello, huge_garbage]
-)
-def test_a_breach_instead_of_hello(make, behaviour):
-    controller = make(behaviour)
-    worker = controller.worker()
-    worker.spawn()
-    with pytest.raises(WorkerError, match="broke the protocol"):
-        worker.wait_greeted()
-    assert worker.wait_ended()
-    assert worker.ended is not None and worker.ended.signal == signal.SIGKILL
-
-
-def test_a_kvm_of_another_version(make):
-    controller = make(lambda worker: worker.hello(kvm_api_version=13) or worker.sleep())
-    with pytest.raises(WorkerError, match="KVM API version is 13"):
-        controller.greeted()
-
-
-def breach(*messages, reply_to: int | None = None):
-    """A worker that sends these when it is resumed."""
-
-    def resume(worker: StandInWorker, sequence: int) -> None:
-        for message in messages:
-            worker.send(message, sequence if reply_to is None else reply_to)
-        worker.sleep()
-
-    return lambda worker: worker.serve_with(Resume=resume)
-
-
-@pytest.mark.parametrize(
-    "behaviour",
-    [
-        breach(Paused(0)),
-        breach(Configured(1)),
-        breach(Resumed(), Resumed(), Resumed()),
-        breach(Resumed(), reply_to=0),
-        breach(Resumed(), reply_to=1 << 60),
-        breach(Finished(), reply_to=0),
-        breach(VcpuExited(1, "shutdown", 1, (), ""), reply_to=0),
-        breach(VcpuExited(0, "shutdown", 1, (), ""), VcpuExited(0, "shutdown", 1, (), ""), reply_to=0),
-        lambda worker: worker.serve_with(Resume=lambda worker, sequence: worker.hello()),
-        lambda worker: worker.serve_with(Resume=lambda worker, sequence: worker.send(Welcome())),
-    ],
-    ids=[
-        "wrong reply",
-        "reply of the past",
-        "reply three times",
-        "reply to nothing",
-        "reply to the future",
-        "finished unasked",
-        "another's vCPU",
-        "the same vCPU twice",
-        "hello twice",
-        "a message of ours",
-    ],
-)
-def test_a_breach_ends_the_worker_and_is_named(make, behaviour):
-    controller = make(behaviour)
-    worker = controller.configured()
-    log = Log(worker)
-    with suppress(VmmError):  # some come after the answer
-        worker.resume()
-    controller.serve(lambda: bool(log.failed and log.ended))
-    assert "broke the protocol" in log.failed[0]
-    assert len(log.failed) == 1
-    assert log.ended[0].signal == signal.SIGKILL
-    with pytest.raises(WorkerError, match="broke the protocol"):
-        worker.pause()
-
-
-def flood_of(message, reply_to: int = 0):
-    def resume(worker: StandInWorker, sequence: int) -> None:
-        worker.send(Resumed(), sequence)
-        while True:
-            try:
-                worker.send(message, reply_to)
-            except Exception:
-                time.sleep(0.001)  # nobody reads any more
-
-    return lambda worker: worker.serve_with(Resume=resume)
-
-
-@pytest.mark.parametrize("message", [Pong("x"), VcpuExited(0, "shutdown", 0, (), ""), DumpedCpuConfig(0, (), ())])
-@pytest.mark.parametrize("reply_to", [0, 2])
-def test_a_flood_is_a_breach_and_does_not_keep_the_loop(make, message, reply_to):
-    controller = make(flood_of(message, reply_to))
-    worker = controller.configured()
-    log = Log(worker)
-    with suppress(VmmError):
-        worker.resume()
-    controller.serve(lambda: bool(log.ended))
-    assert log.failed
-    assert controller.events.run(0) == 0, "nothing may be left that keeps the loop awake"
-
-
-def test_a_flood_of_a_worker_that_cannot_be_killed_does_not_keep_the_loop(make, monkeypatch):
-    controller = make(flood_of(Pong("x")))
-    worker = controller.configured()
-    log = Log(worker)
-    with monkeypatch.context() as patch:
-        patch.setattr(worker, "kill", lambda: None)
-        with suppress(VmmError):
-            worker.resume()
-        controller.serve(lambda: bool(log.failed))
-        assert controller.events.run(50) == 0
-    assert worker.alive
-    worker.kill()
-
-
-def test_frames_that_are_refused_now_and_then_are_tolerated(make):
-    def pause(worker: StandInWorker, sequence: int) -> None:
-        for _ in range(20):
-            worker.forge(b"noise")
-        worker.send(Paused(0), sequence)
-
-    controller = make(lambda worker: worker.serve_with(Pause=pause))
-    worker = controller.running()
-    for _ in range(10):
-        worker.pause()
-    assert worker.failure == ""
-
-
-def test_a_command_that_fails_says_why(make):
-    def resume(worker: StandInWorker, sequence: int) -> None:
-        worker.send(Failed("worker.state", "not today"), sequence)
-
-    controller = make(lambda worker: worker.serve_with(Resume=resume))
-    worker = controller.configured()
-    with pytest.raises(WorkerError, match="not today"):
-        worker.resume()
-    assert worker.state is WorkerState.CONFIGURED
-    worker.pause()
-
-
-def test_a_route_that_cannot_be_set_ends_the_worker(make):
-    def set_routes(worker: StandInWorker, sequence: int) -> None:
-        worker.send(Failed("worker.kvm", "no room"), sequence)
-
-    controller = make(lambda worker: worker.serve_with(SetRoutes=set_routes))
-    worker = controller.running()
-    log = Log(worker)
-    done: list[int] = []
-    worker.set_routes((Route(4, 0, 0, False),), lambda: done.append(1))
-    controller.serve(lambda: bool(log.ended))
-    assert "no room" in log.failed[0]
-    assert done == []
-
-
-def test_a_wrong_answer_to_a_ping_is_a_breach(make):
-    def ping(worker: StandInWorker, sequence: int) -> None:
-        worker.send(RoutesSet(), sequence)
-
-    controller = make(lambda worker: worker.serve_with(Ping=ping))
-    worker = controller.running()
-    log = Log(worker)
-    worker.ping(lambda: None)
-    controller.serve(lambda: bool(log.failed))
-
-
-# ---------------------------------------------------------------- run pages
-
-
-def configure_with(action):
-    def configure(worker: StandInWorker, sequence: int) -> None:
-        worker.take_descriptors(5)
-        action(worker)
-        worker.send(Configured(1), sequence)
-        worker.serve()
-
-    return lambda worker: worker.serve_with(Configure=configure)
-
-
-def two_descriptors(worker: StandInWorker) -> None:
-    reader, writer = os.pipe()
-    worker.descriptors.send(VcpuDescriptor(0), fds=(reader, writer))
-
-
-def a_pipe(worker: StandInWorker) -> None:
-    worker.descriptors.send(VcpuDescriptor(0), fds=(os.pipe()[0],))
-
-
-def no_descriptor(worker: StandInWorker) -> None:
-    worker.descriptors.send(VcpuDescriptor(0))
-
-
-@pytest.mark.parametrize(
-    "action",
-    [
-        lambda worker: None,
-        lambda worker: worker.hand_over_vcpu(1, run_page()),
-        lambda worker: worker.hand_over_vcpu(0, run_page(), sealed=False),
-        lambda worker: worker.descriptors.socket.send(b"garbage"),
-        lambda worker: worker.descriptors.socket.shutdown(socket.SHUT_WR),
-        two_descriptors,
-        a_pipe,
-        no_descriptor,
-    ],
-    ids=["nothing", "another vCPU", "a file that can shrink", "garbage", "end", "two", "a pipe", "none"],
-)
-def test_a_run_page_that_is_none_is_refused(make, action):
-    controller = make(configure_with(action))
-    worker = controller.greeted()
-    descriptors = controller.descriptors()
-    before = open_descriptors()
-    with pytest.raises(WorkerError, match="broke the protocol"):
-        worker.configure(configure_message(), descriptors)
-    assert worker.wait_ended()
-    worker.close()
-    assert open_descriptors() <= before
-
-
-def test_what_comes_on_the_descriptor_channel_later_is_never_read(make):
-    def resume(worker: StandInWorker, sequence: int) -> None:
-        worker.descriptors.socket.setblocking(False)
-        for _ in range(50):
-            try:
-                worker.hand_over_vcpu(0, run_page())
-            except Exception:
-                break
-        worker.send(Resumed(), sequence)
-
-    controller = make(lambda worker: worker.serve_with(Resume=resume))
-    worker = controller.configured()
-    before = open_descriptors()
-    worker.resume()
-    worker.pause()
-    assert open_descriptors() == before
-    assert controller.events.run(0) == 0
 
 
 # ---------------------------------------------------------------- slow and stopped workers
@@ -722,7 +404,7 @@ def test_a_worker_that_is_stopped_is_killed_at_the_end(make, monkeypatch):
 def test_a_worker_that_stops_reading_costs_a_bounded_queue(make):
     controller = make()
     worker = controller.running()
-    log = Log(worker)
+    log = Reports(worker)
     os.kill(worker.pid, signal.SIGSTOP)
     sent: list[int] = []
 
@@ -778,14 +460,6 @@ def test_a_worker_that_was_asked_for_and_is_not_wanted_any_more_leaks_nothing(ma
     settle(before)
 
 
-def settle(count: int) -> None:
-    """Wait until so few descriptors are open: ZeroMQ's reaper closes sockets a little later."""
-    deadline = time.monotonic() + 60
-    while open_descriptors() > count:
-        assert time.monotonic() < deadline, f"{open_descriptors()} descriptors instead of {count}"
-        time.sleep(0.01)
-
-
 def test_killing_before_the_pidfd_is_here(make):
     controller = make(lambda worker: worker.sleep())
     worker = controller.worker()
@@ -820,30 +494,3 @@ def test_commands_after_the_end_say_how_it_ended(make):
     assert worker.wait_ended()
     worker.close()
     worker.close()
-
-
-@pytest.mark.soak("devices")
-def test_no_descriptor_leaks(tmp_path, scale):
-    context: zmq.Context = zmq.Context()
-    behaviours = [honest, die_after("Configure"), hello_of_another, configure_with(two_descriptors), die_after("start")]
-
-    def one_round(number: int) -> None:
-        controller = Controller(str(tmp_path), behaviours[number % len(behaviours)], context=context)
-        worker = controller.worker()
-        try:
-            controller.running()
-            worker.pause()
-        except WorkerError:
-            pass
-        if number % 3:
-            worker.close()  # without an orderly end
-        controller.close()
-
-    for number in range(len(behaviours)):
-        one_round(number)
-    before = open_descriptors()
-    for number in range(scale(50, 1000)):
-        one_round(number)
-        assert os.listdir(tmp_path) == []
-    settle(before)
-    context.term()

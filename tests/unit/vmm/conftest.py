@@ -1,0 +1,20 @@
+"""Fixtures of the controller's tests."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.unit.vmm.standins import Controller
+
+
+@pytest.fixture
+def make(tmp_path):
+    controllers = []
+
+    def make(*behaviours, supervisor=None, context=None) -> Controller:
+        controllers.append(Controller(str(tmp_path), *behaviours, supervisor=supervisor, context=context))
+        return controllers[-1]
+
+    yield make
+    for controller in controllers:
+        controller.close()
