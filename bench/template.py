@@ -27,10 +27,10 @@ def serve(requests: int, ready: int) -> None:
 
     zmq_core.install()
     from ipc.plan import SECCOMP_KILL
-    from jailer import direct, firecracker, launch, main, settings, template  # noqa: F401
+    from jailer import direct, firecracker, main, settings, start, template  # noqa: F401
     from vmm import cli  # noqa: F401
 
-    launch.load_filters(SECCOMP_KILL, janitor=True)
+    start.load_filters(SECCOMP_KILL, janitor=True)
     template.load_roles()
     template.warm()
     os.write(ready, _READY)

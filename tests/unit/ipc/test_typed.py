@@ -126,7 +126,7 @@ class Global(typed.NamedTuple):
 
 
 def colours(base: Any) -> Any:
-    class Colour(base):
+    class Colour(base):  # type: ignore[misc]
         """Values with names."""
 
         RED = "red"
