@@ -113,47 +113,6 @@ class GuestMemory:
         except OSError:
             self._view[offset + done : offset + len(data)] = data[done:]
 
-    def copy_sparse(self, fd: int, file_offset: int, address: int, length: int) -> int:
-        """Copy part of a file into fresh guest memory, leaving out blocks of zeros, and return how much there was.
-
-        The copy is made by the kernel (sendfile): half the time of reading and writing. Less than ``length`` is
-        returned at the file's end. Raises GuestMemoryError for a bad address, OSError where the file cannot be read.
-        """
-        offset = self._offset(address, length)
-        done = start = 0
-        while done < length:
-            size = min(_SPARSE_BLOCK, length - done)
-            first = os.pread(fd, 1, file_offset + done)
-            if not first:
-                break
-            if first == b"\0" and os.pread(fd, size, file_offset + done) == _ZEROS[:size]:
-                copied = self._copy_pages(fd, file_offset + start, offset + start, done - start)
-                if start + copied < done:
-                    return start + copied
-                start = done + size
-            done += size
-        return start + self._copy_pages(fd, file_offset + start, offset + start, done - start)
-
-    def _copy_pages(self, fd: int, file_offset: int, offset: int, length: int) -> int:
-        """Copy from a file to pages that do not exist yet; return how much the file had."""
-        done = 0
-        try:
-            if length:
-                os.lseek(self._fd, offset, os.SEEK_SET)
-            while done < length:
-                count = os.sendfile(self._fd, fd, file_offset + done, length - done)
-                if not count:
-                    return done
-                done += count
-        except OSError:
-            # A limit on file sizes, huge pages, a file system that does not know it: into the mapping, then.
-            while done < length:
-                count = os.preadv(fd, [self._view[offset + done : offset + length]], file_offset + done)
-                if not count:
-                    return done
-                done += count
-        return done
-
     def view(self, address: int, length: int) -> memoryview:
         """Return a writable view of ``length`` bytes, valid until it is released. Raises GuestMemoryError.
 

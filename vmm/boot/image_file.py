@@ -118,6 +118,11 @@ def load_elf(memory: GuestMemory, fd: int, size: int) -> tuple[elf.ElfImage, int
     elf.check_placement(image, memory)
     entry = elf.pvh_entry(image, [read_at(fd, note.file_offset, note.size) for note in image.notes])
     for segment in image.segments:
-        if memory.copy_sparse(fd, segment.file_offset, segment.address, segment.file_size) != segment.file_size:
+        address = segment.address
+        end = segment.address + segment.file_size
+        for piece in pieces(fd, segment.file_offset, segment.file_offset + segment.file_size):
+            memory.write_sparse(address, piece)
+            address += len(piece)
+        if address != end:
             raise elf_error("kernel.elf.truncated", "Unable to read kernel image", "the file became shorter")
     return image, entry

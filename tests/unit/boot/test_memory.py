@@ -129,65 +129,6 @@ def test_sparse_writing_leaves_zeros_out(guest_memory: MemoryFactory) -> None:
     os.close(fd)
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 700_000), st.integers(1, 70_000)), max_size=6),
-    st.integers(0, 5000),
-    st.integers(0, 5000),
-    st.integers(0, 10_000),
-)
-def test_sparse_copying_of_a_file_is_reading_and_writing(
-    runs: list[tuple[int, int]], file_offset: int, start: int, missing: int
-) -> None:
-    data = bytearray(800_000)
-    for offset, length in runs:
-        data[offset : offset + length] = b"\xa5" * min(length, len(data) - offset)
-    source = os.memfd_create("kernel")
-    os.write(source, data)
-    memory, fd = two_regions()
-    wanted = len(data) - file_offset + missing
-    assert memory.copy_sparse(source, file_offset, start, wanted) == len(data) - file_offset
-    assert memory.copy_sparse(source, file_offset, start, wanted - missing) == wanted - missing
-    assert memory.read(start, wanted - missing) == data[file_offset:]
-    assert memory.read(start + wanted - missing, 100) == bytes(100)
-    memory.close()
-    os.close(fd)
-    os.close(source)
-
-
-@pytest.mark.parametrize("limit", [0, 4096, 300_000])
-def test_a_file_that_ends_early_is_noticed_and_a_limit_does_not_matter(limit: int) -> None:
-    source = os.memfd_create("kernel")
-    os.write(source, b"abc" * 100_000 + bytes(200_000))
-    memory, fd = two_regions()
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        assert memory.copy_sparse(source, 1, 0x123, 299_999) == 299_999
-        assert memory.copy_sparse(source, 1, 0x123, 600_000) < 600_000
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert memory.read(0x123, 299_999) == (b"abc" * 100_000)[1:]
-    with pytest.raises(OSError):
-        memory.copy_sparse(-1, 0, 0, 10)
-    memory.close()
-    os.close(fd)
-    os.close(source)
-
-
-def test_sparse_copying_leaves_zeros_out() -> None:
-    source = os.memfd_create("kernel")
-    os.write(source, b"x" + bytes(4 * MIB) + b"y")
-    fd = os.memfd_create("guest")
-    os.ftruncate(fd, 8 * MIB)
-    memory = GuestMemory(fd, 8 * MIB, (MemoryRegion(0, 8 * MIB, 0),))
-    assert memory.copy_sparse(source, 0, 0, 4 * MIB + 2) == 4 * MIB + 2
-    assert allocated(fd) <= 3 * 64 * 1024
-    assert memory.read(4 * MIB + 1, 1) == b"y"
-    memory.close()
-    os.close(fd)
-    os.close(source)
-
-
 @pytest.mark.parametrize("limit", [0, 4096, 300_000])
 def test_a_file_size_limit_does_not_matter(limit: int) -> None:
     memory, fd = two_regions()
