@@ -6,12 +6,13 @@ import os
 import sys
 
 from ipc import descriptors, faults
+from ipc.errno_text import errno_text
 from ipc.errors import IpcError
 from ipc.plain import signal, socket
 from ipc.plan import ROLE_VMM, LaunchPlan, cell_name
 from ipc.typed import Callable, NamedTuple, NoReturn
 from jailer import walls
-from jailer.errors import CellError, JailerError, os_error_text
+from jailer.errors import CellError, JailerError
 from jailer.seccomp.install import Filter, install
 from jailer.steps import identity
 
@@ -162,7 +163,7 @@ def _run(context: CellContext, prepare: Callable[[], tuple[int, ...]], role: Cal
         for descriptor in handed_over:
             os.close(descriptor)
     except (JailerError, IpcError, OSError) as error:
-        report_failure(context, os_error_text(error) if isinstance(error, OSError) else str(error))
+        report_failure(context, errno_text(error) if isinstance(error, OSError) else str(error))
         return EXIT_FAILED
     try:
         return role(Seal(context))

@@ -12,10 +12,11 @@ import os
 import stat
 import time
 
+from ipc.errno_text import errno_text
 from ipc.plain import signal
 from ipc.typed import NamedTuple
 from jailer import syscalls
-from jailer.errors import CleanupError, JailerError, os_error_text
+from jailer.errors import CleanupError, JailerError
 from jailer.seccomp.install import Filter, install
 from jailer.steps import cgroups, identity, process
 
@@ -43,7 +44,7 @@ def remove_tree(directory: int, name: str, depth: int = 0) -> list[str]:
         return []
     except OSError as error:
         crossed = error.errno == errno.EXDEV
-        return [f"{name}: {'something is mounted there' if crossed else os_error_text(error)}"]
+        return [f"{name}: {'something is mounted there' if crossed else errno_text(error)}"]
     failures: list[str] = []
     try:
         for entry in os.listdir(descriptor):
@@ -57,7 +58,7 @@ def remove_tree(directory: int, name: str, depth: int = 0) -> list[str]:
     except FileNotFoundError:
         pass
     except OSError as error:
-        return [f"{name}: {os_error_text(error)}"]
+        return [f"{name}: {errno_text(error)}"]
     return []
 
 
@@ -92,7 +93,7 @@ def remove(item: Leftover, deadline: float) -> list[str]:
             if item.only_empty:
                 return []  # somebody else uses it
             if error.errno != errno.EBUSY or time.monotonic() >= deadline:
-                return [f"{item.path}: {os_error_text(error)}"]
+                return [f"{item.path}: {errno_text(error)}"]
         time.sleep(_PAUSE_S)
 
 
@@ -145,7 +146,7 @@ class Janitor:
         try:
             os.write(self.descriptor, os.fsencode(f"{kind} {path}") + b"\0")
         except OSError as error:
-            raise CleanupError(f"the janitor is gone: {os_error_text(error)}") from None
+            raise CleanupError(f"the janitor is gone: {errno_text(error)}") from None
 
 
 def start_janitor(chosen: Filter | None) -> Janitor:
@@ -238,7 +239,7 @@ def _refuse_running(pid_file: str) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise CleanupError(f"Failed to open file {pid_file}: {os_error_text(error)}") from None
+        raise CleanupError(f"Failed to open file {pid_file}: {errno_text(error)}") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -6,11 +6,12 @@ import os
 import time
 
 from ipc import timeline
+from ipc.errno_text import errno_text
 from ipc.plan import MAX_MEMORY_BYTES, MAX_WORKERS, ROLE_VMM, SECCOMP_KILL, SECCOMP_OFF, LaunchPlan
 from ipc.typed import Callable
 from jailer import cleanup, placement, template, verify, walls
 from jailer.cells import Setup
-from jailer.errors import StepError, os_error_text
+from jailer.errors import StepError
 from jailer.log import Log
 from jailer.memory import MemoryMaker
 from jailer.start import (
@@ -45,7 +46,7 @@ def make_ipc_directory() -> str:
             except FileExistsError:
                 continue
             except OSError as error:
-                last = f"{base}: {os_error_text(error)}"
+                last = f"{base}: {errno_text(error)}"
                 break
     raise StepError(f"Failed to make the ipc directory: {last or 'no directory for it; set TMPDIR'}")
 

@@ -1,34 +1,6 @@
-"""The exception tree of ``jailer`` and the texts of operating system errors as Firecracker's clients know them."""
+"""The exception tree of ``jailer``."""
 
 from __future__ import annotations
-
-import errno
-import os
-
-#: Firecracker is linked with musl; where musl and glibc word an error differently, clients compare musl's words.
-_MUSL_TEXTS = {
-    errno.ENOMEM: "Out of memory",
-    errno.EBUSY: "Resource busy",
-    errno.EMFILE: "No file descriptors available",
-    errno.ENOTTY: "Not a tty",
-    errno.ELOOP: "Symbolic link loop",
-    errno.ENAMETOOLONG: "Filename too long",
-    errno.ESPIPE: "Invalid seek",
-    errno.EXDEV: "Cross-device link",
-    errno.EOVERFLOW: "Value too large for data type",
-    errno.ENOSYS: "Function not implemented",
-    errno.EOPNOTSUPP: "Not supported",
-}
-
-
-def errno_text(number: int) -> str:
-    """Return ``TEXT (os error N)``."""
-    return f"{_MUSL_TEXTS.get(number) or os.strerror(number)} (os error {number})"
-
-
-def os_error_text(error: OSError) -> str:
-    """Return ``TEXT (os error N)`` for an exception."""
-    return errno_text(error.errno) if error.errno else str(error)
 
 
 class JailerError(Exception):

@@ -6,8 +6,9 @@ What still holds: one process per role, seccomp filters, no_new_privs, no capabi
 from __future__ import annotations
 
 from ipc import timeline
+from ipc.errno_text import errno_text
 from jailer import cli
-from jailer.errors import JailerError, os_error_text
+from jailer.errors import JailerError
 
 EXIT_FAILED = 1
 EXIT_ARGUMENT_PARSING = 153
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
     except JailerError as error:
         cli.print_error(str(error))
     except OSError as error:
-        cli.print_error(f"{error.filename or 'firecracker'}: {os_error_text(error)}")
+        cli.print_error(f"{error.filename or 'firecracker'}: {errno_text(error)}")
     except KeyboardInterrupt:
         cli.print_error("interrupted")
     except Exception as error:

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+from ipc.errno_text import errno_text
 from jailer import placement, syscalls
-from jailer.errors import JailerError, os_error_text
+from jailer.errors import JailerError
 from jailer.settings import DEFAULT_NO_FILE
 from jailer.steps import cgroups
 
@@ -64,7 +65,7 @@ def check_kvm(path: str = "/dev/kvm") -> list[Finding]:
             errno.ENOENT: "load kvm_intel or kvm_amd; in a virtual machine, enable nested virtualisation",
             errno.EACCES: f"allow access to {path} (jailer needs root; else: the group that owns it)",
         }
-        return [Finding("kvm", BAD, f"{path}: {os_error_text(error)}", remedies.get(error.errno or 0, ""))]
+        return [Finding("kvm", BAD, f"{path}: {errno_text(error)}", remedies.get(error.errno or 0, ""))]
     try:
         version = fcntl.ioctl(descriptor, _KVM_GET_API_VERSION, 0)
         if version != _KVM_API_VERSION:
@@ -74,7 +75,7 @@ def check_kvm(path: str = "/dev/kvm") -> list[Finding]:
             return [Finding("kvm", BAD, f"lacks {', '.join(missing)}", "a newer kernel")]
         os.close(fcntl.ioctl(descriptor, _KVM_CREATE_VM, 0))
     except OSError as error:
-        return [Finding("kvm", BAD, f"cannot make a VM: {os_error_text(error)}", "is the CPU in use otherwise?")]
+        return [Finding("kvm", BAD, f"cannot make a VM: {errno_text(error)}", "is the CPU in use otherwise?")]
     finally:
         os.close(descriptor)
     return [Finding("kvm", GOOD, f"{path} makes VMs, API version {version}")]

@@ -9,6 +9,7 @@ import os
 import time
 
 from ipc import faults, timeline
+from ipc.errno_text import errno_text
 from ipc.errors import FaultSpecError, IpcError
 from ipc.plain import socket
 from ipc.plan import (
@@ -22,7 +23,7 @@ from ipc.typed import Callable
 from jailer import cleanup, placement, start, syscalls, template, verify, walls
 from jailer.cells import Cell, Setup
 from jailer.cli import Options
-from jailer.errors import ArgumentError, StepError, os_error_text
+from jailer.errors import ArgumentError, StepError
 from jailer.log import Log
 from jailer.memory import MemoryMaker
 from jailer.plan import Operation, Plan
@@ -80,7 +81,7 @@ class JailedLaunch:
             setup, channel, controller, signals = self._fork_controller(proc, host, sealing, roles, memory)
         except (OSError, IpcError) as error:
             self._undo()
-            raise StepError(os_error_text(error) if isinstance(error, OSError) else str(error)) from None
+            raise StepError(errno_text(error) if isinstance(error, OSError) else str(error)) from None
         except BaseException:
             self._undo()
             raise
@@ -105,7 +106,7 @@ class JailedLaunch:
             try:
                 self._log.descriptor = os.open(path, flags, 0o600)
             except OSError as error:
-                raise StepError(f"Failed to open file {path}: {os_error_text(error)}") from None
+                raise StepError(f"Failed to open file {path}: {errno_text(error)}") from None
 
     def _arm(self) -> None:
         armed = self._options.values_of("drill")
@@ -125,7 +126,7 @@ class JailedLaunch:
         try:
             return roots.clone_read_only(path)
         except OSError as error:
-            raise StepError(f"Failed to open kernel cache {path}: {os_error_text(error)}") from None
+            raise StepError(f"Failed to open kernel cache {path}: {errno_text(error)}") from None
 
     def _act_on_host(self, parent: cgroups.CgroupPlan, items: cgroups.CgroupPlan) -> MemoryMaker:
         """Carry out the operations on the host, in Firecracker's order."""

@@ -6,8 +6,9 @@ import os
 import sys
 
 from ipc import timeline
+from ipc.errno_text import errno_text
 from jailer import cli
-from jailer.errors import JailerError, os_error_text
+from jailer.errors import JailerError
 
 EXIT_FAILED = 1
 
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> int:
     except JailerError as error:
         cli.print_error(str(error))
     except OSError as error:
-        cli.print_error(f"{error.filename or 'jailer'}: {os_error_text(error)}")
+        cli.print_error(f"{error.filename or 'jailer'}: {errno_text(error)}")
     except KeyboardInterrupt:
         cli.print_error("interrupted")
     except Exception as error:

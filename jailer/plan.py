@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ipc import timeline
+from ipc.errno_text import errno_text
 from ipc.typed import Callable, Iterable
-from jailer.errors import JailerError, StepError, os_error_text
+from jailer.errors import JailerError, StepError
 
 
 class Operation:
@@ -56,7 +57,7 @@ class Plan:
                 operation.do()
             except OSError as error:
                 self.undo()
-                raise StepError(f"{operation.describe()}: {os_error_text(error)}") from None
+                raise StepError(f"{operation.describe()}: {errno_text(error)}") from None
             except JailerError:
                 self.undo()
                 raise

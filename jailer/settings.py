@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import stat
 
+from ipc.errno_text import errno_text
 from ipc.typed import NamedTuple
 from jailer.cli import Options
-from jailer.errors import ArgumentError, os_error_text
+from jailer.errors import ArgumentError
 
 #: The first bytes of an exec file that are searched for the marker.
 MARKER = b"cellblock-launcher"
@@ -76,7 +77,7 @@ def _canonical(path: str) -> str:
     try:
         return os.path.realpath(path, strict=True)
     except OSError as error:
-        raise ArgumentError(f"Failed to canonicalize path {path}: {os_error_text(error)}") from None
+        raise ArgumentError(f"Failed to canonicalize path {path}: {errno_text(error)}") from None
 
 
 def check_exec_file(path: str) -> str:
@@ -87,7 +88,7 @@ def check_exec_file(path: str) -> str:
     except OSError as error:
         if os.path.isdir(canonical) or not os.path.isfile(canonical):
             raise ArgumentError(f"{canonical} is not a file") from None
-        raise ArgumentError(f"Failed to open file {canonical}: {os_error_text(error)}") from None
+        raise ArgumentError(f"Failed to open file {canonical}: {errno_text(error)}") from None
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ArgumentError(f"{canonical} is not a file")

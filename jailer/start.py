@@ -7,12 +7,13 @@ import time
 from itertools import pairwise
 
 from ipc import descriptors, timeline
+from ipc.errno_text import errno_text
 from ipc.plain import signal, socket
 from ipc.plan import ROLE_SUPERVISOR, ROLE_VCPU, ROLE_VMM, SECCOMP_OFF, SECCOMP_REPORT, LaunchPlan
 from ipc.typed import Callable, NamedTuple
 from jailer import cell, syscalls, template, verify
 from jailer.cells import BLOCKED_SIGNALS, Cell, Setup
-from jailer.errors import CellError, os_error_text
+from jailer.errors import CellError
 from jailer.log import Log
 from jailer.seccomp.install import Filter, install, load
 from jailer.steps import detach, identity, process
@@ -70,7 +71,7 @@ def open_host(proc: int, kernel_cache: int, arguments: tuple[str, ...], log: Log
     try:
         kvm_fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        kvm_error = os_error_text(error)
+        kvm_error = errno_text(error)
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     console, slave = open_console(log) if wants_terminal(arguments) else (-1, -1)
     return Host(verify.host_facts(proc), kvm_fd, kvm_error, null, kernel_cache, console, slave)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 
+from ipc.errno_text import errno_text
 from ipc.plan import ROLE_SUPERVISOR, ROLE_VMM, SECCOMP_OFF, LaunchPlan
 from ipc.typed import Any, Callable, NamedTuple
 from jailer import walls
-from jailer.errors import os_error_text
 from jailer.settings import Limits
 
 NAMESPACES = ("mnt", "ipc", "uts", "net", "pid", "user", "cgroup")
@@ -157,7 +157,7 @@ def found(pid: int, proc: int, host: HostFacts, wanted: Walls) -> Walls:
         try:
             walls_found[name] = reader()
         except OSError as error:
-            walls_found[name] = f"unreadable: {os_error_text(error)}"
+            walls_found[name] = f"unreadable: {errno_text(error)}"
         except (ValueError, KeyError, IndexError) as error:
             walls_found[name] = f"unreadable: {type(error).__name__}"
     return walls_found

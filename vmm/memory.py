@@ -5,9 +5,9 @@ from __future__ import annotations
 import mmap
 import os
 
+from ipc.errno_text import errno_text
 from ipc.messages import MemoryRegion
 from ipc.typed import Sequence
-from vmm.errno_text import errno_text
 from vmm.errors import VmmError
 
 _PAGE_SIZE = 4096

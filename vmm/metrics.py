@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import time
 
+from ipc.errno_text import errno_text
 from ipc.typed import TYPE_CHECKING, NamedTuple
 from vmm.api.text import json_text
 from vmm.cli import DEFAULT_INSTANCE_ID
-from vmm.errno_text import errno_text
 from vmm.errors import VmmError
 from vmm.files import FileOpenError, open_output
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import struct
 
+from ipc.errno_text import errno_text
 from ipc.plan import ROLE_SUPERVISOR, SECCOMP_KILL, SECCOMP_REPORT
 from ipc.typed import NamedTuple
 from jailer import syscalls
-from jailer.errors import PolicyError, os_error_text
+from jailer.errors import PolicyError
 from jailer.seccomp.compile import ROLES, cache_key, compile_policy, compiled_path, sha256, unpack
 from jailer.seccomp.policy import full_text, parse
 
@@ -96,5 +97,5 @@ def install(chosen: Filter) -> int:
     try:
         result = syscalls.seccomp_set_filter(chosen.program, flags)
     except OSError as error:
-        raise PolicyError(f"cannot install the seccomp filter of {chosen.role}: {os_error_text(error)}") from None
+        raise PolicyError(f"cannot install the seccomp filter of {chosen.role}: {errno_text(error)}") from None
     return result if listening else -1

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 
+from ipc.errno_text import errno_text
 from ipc.typed import NamedTuple
 from jailer import walls
-from jailer.errors import StepError, os_error_text
+from jailer.errors import StepError
 from jailer.plan import Operation
 from jailer.settings import Settings
 from jailer.steps.directories import make_directories, remove_empty
@@ -41,7 +42,7 @@ def find_hierarchies(path: str = PROC_MOUNTS) -> Hierarchies:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             lines = file.read().splitlines()
     except OSError as error:
-        raise StepError(f"Failed to open file {path}: {os_error_text(error)}") from None
+        raise StepError(f"Failed to open file {path}: {errno_text(error)}") from None
     for line in lines:
         fields = line.split(" ")
         if len(fields) < 4:
@@ -64,7 +65,7 @@ def write_file(path: str, value: str) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise StepError(f"Failed to write to {path}: {os_error_text(error)}") from None
+        raise StepError(f"Failed to write to {path}: {errno_text(error)}") from None
 
 
 def read_file(path: str) -> str:
@@ -76,7 +77,7 @@ def read_file(path: str) -> str:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise StepError(f"Failed to read file {path} into a string: {os_error_text(error)}") from None
+        raise StepError(f"Failed to read file {path} into a string: {errno_text(error)}") from None
 
 
 class MakeCgroup(Operation):

@@ -9,8 +9,9 @@ from __future__ import annotations
 import fcntl
 import os
 
+from ipc.errno_text import errno_text
 from jailer import syscalls
-from jailer.errors import StepError, os_error_text
+from jailer.errors import StepError
 from jailer.plan import Operation
 
 _READY = b"\1"
@@ -65,7 +66,7 @@ def detach(daemonize: bool, new_pid_namespace: bool) -> Launcher:
             if leads_session:
                 os.setsid()  # or the terminal would hang up on us when the leader ends
     except OSError as error:
-        raise StepError(f"Failed cloning into a new child process: {os_error_text(error)}") from None
+        raise StepError(f"Failed cloning into a new child process: {errno_text(error)}") from None
     os.close(read_end)
     return Launcher(write_end)
 
@@ -101,13 +102,13 @@ class WritePidFile(Operation):
         try:
             self.descriptor = os.open(path, flags, 0o666)
         except OSError as error:
-            raise StepError(f"Failed to open file /{self._name}: {os_error_text(error)}") from None
+            raise StepError(f"Failed to open file /{self._name}: {errno_text(error)}") from None
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.write(self.descriptor, str(self._pid).encode())
         except OSError as error:
             self.undo()
-            raise StepError(f"Failed to write to /{self._name}: {os_error_text(error)}") from None
+            raise StepError(f"Failed to write to /{self._name}: {errno_text(error)}") from None
 
     def undo(self) -> None:
         os.close(self.descriptor)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import stat
 
+from ipc.errno_text import errno_text
 from jailer import walls
-from jailer.errors import StepError, os_error_text
+from jailer.errors import StepError
 from jailer.plan import Operation
 
 #: (path, major, minor, is a failure only a warning)
@@ -56,13 +57,13 @@ class MakeDirectory(Operation):
         except FileExistsError:
             pass
         except OSError as error:
-            raise StepError(f"Failed to create directory {self._path}: {os_error_text(error)}") from None
+            raise StepError(f"Failed to create directory {self._path}: {errno_text(error)}") from None
         try:
             os.chmod(self._path, 0o700)
             os.chown(self._path, self._uid, self._gid)
         except OSError as error:
             self.undo()
-            raise StepError(f"Failed to change owner for {self._path}: {os_error_text(error)}") from None
+            raise StepError(f"Failed to change owner for {self._path}: {errno_text(error)}") from None
 
     def undo(self) -> None:
         if self._made:
@@ -94,13 +95,13 @@ class MakeDevice(Operation):
             if self._optional:
                 return
             raise StepError(
-                f"Failed to create {self._path} via mknod inside the jail: {os_error_text(error)}"
+                f"Failed to create {self._path} via mknod inside the jail: {errno_text(error)}"
             ) from None
         try:
             os.chown(self._path, self._uid, self._gid)
         except OSError as error:
             os.unlink(self._path)
-            raise StepError(f"Failed to change owner for {self._path}: {os_error_text(error)}") from None
+            raise StepError(f"Failed to change owner for {self._path}: {errno_text(error)}") from None
 
     def undo(self) -> None:
         if self._made:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from jailer.errors import StepError, os_error_text
+from ipc.errno_text import errno_text
+from jailer.errors import StepError
 from jailer.plan import Operation
 
 _ATTEMPTS = 100
@@ -37,7 +38,7 @@ def make_directories(path: str, mode: int = 0o755) -> list[str]:
             remove_empty(made)
         except OSError as error:
             remove_empty(made)
-            raise StepError(f"Failed to create directory {path}: {os_error_text(error)}") from None
+            raise StepError(f"Failed to create directory {path}: {errno_text(error)}") from None
     raise StepError(f"Failed to create directory {path}: its parent keeps disappearing")
 
 

@@ -8,9 +8,10 @@ import os
 import posix
 import resource
 
+from ipc.errno_text import errno_text
 from ipc.typed import Iterable
 from jailer import syscalls, walls
-from jailer.errors import StepError, errno_text, os_error_text
+from jailer.errors import StepError
 from jailer.plan import Operation
 from jailer.settings import Limits
 
@@ -81,11 +82,11 @@ class JoinNetworkNamespace(Operation):
         try:
             descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            raise StepError(f"Failed to open file {self._path}: {os_error_text(error)}") from None
+            raise StepError(f"Failed to open file {self._path}: {errno_text(error)}") from None
         try:
             syscalls.setns(descriptor, syscalls.CLONE_NEWNET)
         except OSError as error:
-            raise StepError(f"Failed to join network namespace: netns: {os_error_text(error)}") from None
+            raise StepError(f"Failed to join network namespace: netns: {errno_text(error)}") from None
         finally:
             os.close(descriptor)
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 
+from ipc.errno_text import errno_text
 from jailer import syscalls, walls
-from jailer.errors import StepError, os_error_text
+from jailer.errors import StepError
 from jailer.plan import Operation
 
 #: Where the controller, and where supervisor and workers, see the ipc directory.
@@ -24,11 +25,11 @@ def isolate_mounts() -> None:
     try:
         syscalls.unshare(syscalls.CLONE_NEWNS)
     except OSError as error:
-        raise StepError(f"Failed to unshare into new mount namespace: {os_error_text(error)}") from None
+        raise StepError(f"Failed to unshare into new mount namespace: {errno_text(error)}") from None
     try:
         syscalls.mount(None, "/", None, syscalls.MS_SLAVE | syscalls.MS_REC)
     except OSError as error:
-        raise StepError(f"Failed to change the propagation type to slave: {os_error_text(error)}") from None
+        raise StepError(f"Failed to change the propagation type to slave: {errno_text(error)}") from None
 
 
 class IpcTrees:
@@ -47,7 +48,7 @@ class IpcTrees:
                 syscalls.umount(scratch, syscalls.MNT_DETACH)
             syscalls.mount_setattr(self.others, syscalls.MOUNT_ATTR_RDONLY)
         except OSError as error:
-            raise StepError(f"Failed to make the ipc directory: {os_error_text(error)}") from None
+            raise StepError(f"Failed to make the ipc directory: {errno_text(error)}") from None
 
 
 def clone_read_only(path: str) -> int:
@@ -99,11 +100,11 @@ class EnterJailRoot(Operation):
             os.chdir(self._root)
             syscalls.mount(None, ".", None, flags)
         except OSError as error:
-            raise StepError(f"Failed to bind mount the jail root directory: {os_error_text(error)}") from None
+            raise StepError(f"Failed to bind mount the jail root directory: {errno_text(error)}") from None
         try:
             _pivot_here()
         except OSError as error:
-            raise StepError(f"Failed to pivot root: {os_error_text(error)}") from None
+            raise StepError(f"Failed to pivot root: {errno_text(error)}") from None
 
 
 class AttachIpcDirectory(Operation):

@@ -11,6 +11,7 @@ import errno
 import time
 from collections import deque
 
+from ipc.errno_text import errno_text
 from ipc.plain import socket
 from ipc.typed import TYPE_CHECKING, Final
 from vmm.api.http import (
@@ -23,7 +24,6 @@ from vmm.api.http import (
     render_protocol_error,
     render_response,
 )
-from vmm.errno_text import errno_text
 from vmm.errors import VmmError
 from vmm.event_manager import IN, OUT, EventOps, Events
 from vmm.logger import API_THREAD

@@ -11,10 +11,10 @@ import stat
 import struct
 import time
 
+from ipc.errno_text import errno_text
 from ipc.typed import NamedTuple
 from vmm.boot.errors import KernelCacheError
 from vmm.boot.payload import MAX_UNPACKED_SIZE
-from vmm.errno_text import errno_text
 
 MAGIC = b"CELLBKRN"
 VERSION = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 
+from ipc.errno_text import errno_text
 from ipc.messages import BootRegisters
 from ipc.typed import NamedTuple, Sequence
 from vmm.boot import acpi, bzimage, elf, heap, layout, long_mode, payload, pvh, zero_page
@@ -21,7 +22,6 @@ from vmm.boot.errors import (
 from vmm.boot.image_file import KernelFile, load_elf, new_hasher
 from vmm.boot.timings import Timings
 from vmm.boot.unpack import PayloadDetails, load_unpacked
-from vmm.errno_text import errno_text
 from vmm.memory import GuestMemory
 
 #: Which entry of the kernel to use: the fitting one, or one of the two wherever the kernel has it.

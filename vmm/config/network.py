@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 
+from ipc.errno_text import errno_text
 from ipc.typed import TYPE_CHECKING, NamedTuple
 from vmm.api.schema import STRING, U16, Converted, Field, Object, Option
 from vmm.config.rate_limiter import RATE_LIMITER, RateLimiterConfig, limiter_json
-from vmm.errno_text import errno_text
 from vmm.errors import VmmError
 
 if TYPE_CHECKING:

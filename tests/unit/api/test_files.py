@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from vmm.errno_text import errno_text, strerror
+from ipc.errno_text import errno_text, strerror
 from vmm.files import FileOpenError, open_input, open_output, read_text
 
 

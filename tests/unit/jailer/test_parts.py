@@ -15,9 +15,7 @@ import pytest
 from ipc.plan import MAX_MEMORY_BYTES, MAX_WORKERS, LaunchPlan
 from jailer import cleanup, host_check, memory, placement, verify, walls
 from jailer.cell import describe_error
-from jailer.errors import errno_text
 from jailer.log import MAX_LINE, Log
-from vmm import errno_text as vmm_errno_text
 
 # ---------------------------------------------------------------- log
 
@@ -239,11 +237,6 @@ def test_host_check_tells_what_is_missing_and_how_to_mend_it() -> None:
     assert "load kvm_intel or kvm_amd" in missing[0].remedy
     not_kvm = host_check.check_kvm("/dev/null")
     assert [finding.state for finding in not_kvm] == [host_check.BAD]
-
-
-def test_error_texts_are_the_controllers() -> None:
-    for number in (1, 2, 12, 13, 16, 17, 18, 20, 24, 25, 27, 28, 29, 30, 36, 38, 39, 40, 75, 95):
-        assert errno_text(number) == vmm_errno_text.errno_text(number)
 
 
 def test_a_defect_is_described_in_one_line_without_source() -> None:
