@@ -16,6 +16,9 @@ SUPERVISOR = Schema()
 # ---------------------------------------------------------------- shared records
 
 MAX_GSI = 4096
+MAX_CPUID_ENTRIES = 256
+#: MSRs, and capabilities, that a CPU template may name.
+MAX_TEMPLATE_ITEMS = 1024
 
 
 class Failed(NamedTuple):
@@ -95,6 +98,21 @@ class CpuidEntry(NamedTuple):
     edx: int
 
 
+class MsrChange(NamedTuple):
+    """A CPU template's change of one model specific register: the bits of ``mask`` become those of ``value``."""
+
+    register: int
+    mask: int
+    value: int
+
+
+class CapabilityDemand(NamedTuple):
+    """A CPU template's word on one KVM_CAP_*: the host must have it (``required``), or may lack it."""
+
+    number: int
+    required: bool
+
+
 _REGION = RecordOf(MemoryRegion, guest_address=Int(U64), size=Int(MAX_MEMORY_BYTES, 1), offset=Int(MAX_MEMORY_BYTES))
 _WINDOW = RecordOf(Window, address=Int(U64), length=Int(1 << 40, 1), slot=Int(SLOT_COUNT - 1))
 _ROUTE = RecordOf(Route, gsi=Int(MAX_GSI - 1), address=Int(U64), data=Int(U32), masked=Flag())
@@ -109,6 +127,8 @@ _CPUID: Field = RecordOf(
     ecx=Int(U32),
     edx=Int(U32),
 )
+_MSR_CHANGE = RecordOf(MsrChange, register=Int(U32), mask=Int(U64), value=Int(U64))
+_CAPABILITY = RecordOf(CapabilityDemand, number=Int(U32), required=Flag())
 _REGISTERS = RecordOf(
     BootRegisters,
     rip=Int(U64),
@@ -152,7 +172,8 @@ class Configure(NamedTuple):
     """Make the VM. The descriptors were all sent on the descriptor channel before (the messages of ``DESCRIPTORS``).
 
     ``vcpus`` are the indices that this worker runs; ``boot`` is used for vCPU 0 only. ``interrupts`` are the GSIs
-    whose eventfds were sent.
+    whose eventfds were sent. The last three come from the CPU template: ``cpuid`` is what HostCpuRead said with the
+    template's changes, not yet normalised (empty: without a template, what the host supports).
     """
 
     vcpu_count: int
@@ -165,6 +186,9 @@ class Configure(NamedTuple):
     mmio: tuple[Window, ...]
     interrupts: tuple[int, ...]
     track_dirty_pages: bool
+    cpuid: tuple[CpuidEntry, ...] = ()
+    msr_changes: tuple[MsrChange, ...] = ()
+    capabilities: tuple[CapabilityDemand, ...] = ()
 
 
 class Configured(NamedTuple):
@@ -403,6 +427,16 @@ class GhostsReported(NamedTuple):
     ghosts: tuple[GhostReport, ...]
 
 
+class ReadHostCpu(NamedTuple):
+    """Report what the host's KVM can give to a guest; before Configure, which wants it for a CPU template."""
+
+
+class HostCpuRead(NamedTuple):
+    """KVM_GET_SUPPORTED_CPUID."""
+
+    cpuid: tuple[CpuidEntry, ...]
+
+
 class GhostRecovered(NamedTuple):
     """Worker → controller: a ghost left its stub and was put back, or (``fatal``) does so too often."""
 
@@ -435,6 +469,9 @@ WORKER.register(
     mmio=ListOf(_WINDOW, 64),
     interrupts=ListOf(Int(MAX_GSI - 1), 64),
     track_dirty_pages=Flag(),
+    cpuid=ListOf(_CPUID, MAX_CPUID_ENTRIES),
+    msr_changes=ListOf(_MSR_CHANGE, MAX_TEMPLATE_ITEMS),
+    capabilities=ListOf(_CAPABILITY, MAX_TEMPLATE_ITEMS),
 )
 WORKER.register(5, Configured, tsc_khz=Int(U32))
 WORKER.register(6, SetRoutes, routes=ListOf(_ROUTE, 64))
@@ -446,7 +483,7 @@ WORKER.register(11, Paused, kvmclock_ctrl_failures=Int(U32))
 WORKER.register(12, SaveState, vcpu=_VCPU)
 WORKER.register(13, SavedState, vcpu=_VCPU, version=Int(U16), state=Bytes(128 << 10))
 WORKER.register(14, DumpCpuConfig, vcpu=_VCPU)
-WORKER.register(15, DumpedCpuConfig, vcpu=_VCPU, cpuid=ListOf(_CPUID, 256), msrs=ListOf(_MSR, 1024))
+WORKER.register(15, DumpedCpuConfig, vcpu=_VCPU, cpuid=ListOf(_CPUID, MAX_CPUID_ENTRIES), msrs=ListOf(_MSR, 1024))
 WORKER.register(16, Ping)
 WORKER.register(17, Pong, state=Text(32))
 WORKER.register(18, Finish)
@@ -484,6 +521,8 @@ WORKER.register(37, ClockSet, measured=Flag(), ahead=Flag(), nanoseconds=Int(U64
 WORKER.register(38, ReportGhosts)
 WORKER.register(39, GhostsReported, ghosts=ListOf(_GHOST, MAX_WORKERS))
 WORKER.register(40, GhostRecovered, vcpu=_VCPU, fatal=Flag(), text=Text(512))
+WORKER.register(41, ReadHostCpu)
+WORKER.register(42, HostCpuRead, cpuid=ListOf(_CPUID, MAX_CPUID_ENTRIES))
 
 # ---------------------------------------------------------------- controller ↔ supervisor
 

@@ -17,10 +17,12 @@ from ipc.messages import (
     Failed,
     Finish,
     Finished,
+    HostCpuRead,
     Pause,
     Paused,
     Ping,
     Pong,
+    ReadHostCpu,
     Resume,
     Resumed,
     RoutesSet,
@@ -113,6 +115,7 @@ class Control:
         self._finish_deadline_ns = 0
         self._ended = False
         self._commands: dict[type[Any], Callable[[Any, _Reply], None]] = {
+            ReadHostCpu: self._read_host_cpu,
             Configure: self._configure,
             SetRoutes: self._set_routes,
             Resume: self._resume,
@@ -182,6 +185,11 @@ class Control:
         return max(0, (min(due) - time.monotonic_ns() + 999_999) // 1_000_000)
 
     # ------------------------------------------------------------ configuration
+
+    def _read_host_cpu(self, command: ReadHostCpu, reply: _Reply) -> None:
+        if isinstance(self._machine, WorkerError):
+            raise self._machine
+        reply(HostCpuRead(tuple(self._machine.supported_cpuid)))
 
     def _configure(self, command: Configure, reply: _Reply) -> None:
         faults.visit("vcpu.configure")

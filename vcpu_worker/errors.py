@@ -35,6 +35,12 @@ class MsrError(WorkerError):
     code = "worker.msr"
 
 
+class TemplateError(WorkerError):
+    """The CPU template asks for what this host's KVM does not have."""
+
+    code = "worker.template"
+
+
 class ConfigurationError(WorkerError):
     """A command does not fit: wrong values, wrong descriptors, or descriptors missing."""
 

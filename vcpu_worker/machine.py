@@ -12,17 +12,17 @@ import os
 from ipc.device_page import DEVICE_PAGE_SIZE, slots_of
 from ipc.exit_ring import RING_SIZE, ExitRingProducer
 from ipc.layout import map_shared
-from ipc.messages import BootRegisters, Configure, OpenIpiSource, OpenIpiTarget, Route
+from ipc.messages import BootRegisters, CapabilityDemand, Configure, OpenIpiSource, OpenIpiTarget, Route
 from ipc.plan import Assignment
 from ipc.typed import Sequence
-from vcpu_worker.cpu import boot_state, cpuid
-from vcpu_worker.cpu.msr import BOOT_MSRS, state_indices
+from vcpu_worker.cpu import boot_state, cpuid, msr
+from vcpu_worker.cpu.msr import state_indices
 from vcpu_worker.cpu.topology import Topology
 from vcpu_worker.descriptor_set import DescriptorSet
-from vcpu_worker.errors import ConfigurationError
+from vcpu_worker.errors import CapabilityError, ConfigurationError, KvmError
 from vcpu_worker.ghosts import stub
 from vcpu_worker.kvm import abi
-from vcpu_worker.kvm.system import KvmSystem
+from vcpu_worker.kvm.system import KvmSystem, describe_missing
 from vcpu_worker.kvm.vcpu import KvmVcpu
 from vcpu_worker.kvm.vm import KvmVm, MsiRoute
 from vcpu_worker.run_loop import RunLoop
@@ -30,6 +30,8 @@ from vcpu_worker.run_loop import RunLoop
 #: MSI address of fixed delivery to one APIC id, below 256.
 MSI_ADDRESS_BASE = 0xFEE0_0000
 _APIC_ID_SHIFT = 12
+#: KVM_CHECK_EXTENSION takes an int.
+_MAX_CAPABILITY = (1 << 31) - 1
 
 
 class Vcpu:
@@ -55,13 +57,20 @@ class Machine:
     """
 
     def __init__(self, system: KvmSystem, assignment: Assignment, *, single_step: bool = False) -> None:
-        system.check()
+        system.check_version()
+        #: Required capabilities that this host lacks; told at Configure, since a CPU template can waive them.
+        self._missing = system.missing_capabilities()
         self.supported_cpuid = system.supported_cpuid()
         self.state_msrs = state_indices(system.msr_index_list())
-        self.vm = KvmVm(system)
-        mmap_size = system.vcpu_mmap_size()
-        self.vcpus = [Vcpu(KvmVcpu(self.vm, index, mmap_size)) for index in assignment.vcpus]
-        self.ghost_vcpus = [KvmVcpu(self.vm, index, mmap_size) for index in assignment.ghosts]
+        try:
+            self.vm = KvmVm(system)
+            mmap_size = system.vcpu_mmap_size()
+            self.vcpus = [Vcpu(KvmVcpu(self.vm, index, mmap_size)) for index in assignment.vcpus]
+            self.ghost_vcpus = [KvmVcpu(self.vm, index, mmap_size) for index in assignment.ghosts]
+        except KvmError:
+            if self._missing:
+                raise CapabilityError(describe_missing(self._missing)) from None
+            raise
         self.single_step = single_step
         self._stub = stub.StubMemory() if self.ghost_vcpus else None
         self._sync_regs = self.vm.extension(abi.KVM_CAP_SYNC_REGS) & (
@@ -83,6 +92,9 @@ class Machine:
                 f"this worker was made for a guest of {len(self.vcpus) + len(self.ghost_vcpus)} vCPUs, "
                 f"not {command.vcpu_count}"
             )
+        self._check_capabilities(command.capabilities)
+        # Whatever a template set is part of the state, whether KVM lists it or not.
+        self.state_msrs = state_indices((*self.state_msrs, *(change.register for change in command.msr_changes)))
         memory = descriptors.guest_memory(command.memory_size)
         try:
             self.vm.map_memory(memory, command.memory_size, command.regions, command.track_dirty_pages)
@@ -107,6 +119,19 @@ class Machine:
                 start_held=bool(self.ghost_vcpus) and vcpu.index != 0,
             )
 
+    def _check_capabilities(self, demands: Sequence[CapabilityDemand]) -> None:
+        """Raise CapabilityError if the host lacks what is required after the template's additions and removals."""
+        waived = {demand.number for demand in demands if not demand.required}
+        lacking = [number for number in self._missing if number not in waived]
+        for demand in demands:
+            if demand.required and demand.number not in lacking and not self._has_capability(demand.number):
+                lacking.append(demand.number)
+        if lacking:
+            raise CapabilityError(describe_missing(lacking))
+
+    def _has_capability(self, number: int) -> bool:
+        return number <= _MAX_CAPABILITY and self.vm.extension(number) > 0
+
     def _map(self, descriptor: int, size: int, *, writable: bool) -> mmap.mmap:
         """Map a shared object; its descriptor is closed."""
         try:
@@ -130,10 +155,14 @@ class Machine:
         return kvm.tsc_khz()
 
     def configure_kvm(self, kvm: KvmVcpu, command: Configure) -> None:
-        """Give a vCPU or a ghost what every one gets. Its own thread only."""
+        """Give a vCPU or a ghost what every one gets. Its own thread only.
+
+        MSRs come after CPUID, which decides (since Linux 6.13 also for us) which of them can be read.
+        """
         topology = Topology(kvm.index, command.vcpu_count, command.smt)
-        kvm.set_cpuid(cpuid.normalise(self.supported_cpuid, topology))
-        kvm.set_msrs(BOOT_MSRS)
+        kvm.set_cpuid(cpuid.normalise(command.cpuid or self.supported_cpuid, topology, host=self.supported_cpuid))
+        base = kvm.get_msrs([change.register for change in command.msr_changes])
+        kvm.set_msrs(msr.boot_msrs(base, command.msr_changes))
         kvm.set_fpu(boot_state.boot_fpu())
         kvm.set_lapic(boot_state.boot_lapic(kvm.get_lapic()))
 

@@ -9,13 +9,25 @@ import zmq
 
 from ipc import faults
 from ipc.errors import IpcError
-from ipc.messages import BootRegisters, ClockRead, ClockSet, Configure, ReadClock, Route, SetClock
+from ipc.messages import (
+    BootRegisters,
+    ClockRead,
+    ClockSet,
+    Configure,
+    CpuidEntry,
+    HostCpuRead,
+    ReadClock,
+    ReadHostCpu,
+    Route,
+    SetClock,
+)
 from ipc.plan import LaunchPlan
 from ipc.typed import Any, Callable, Sequence
 from vmm.boot.cmdline import Cmdline, complete
 from vmm.boot.layout import ram_regions
 from vmm.boot.loader import KIND_BZIMAGE, load_kernel
 from vmm.console import ConsoleInput, ConsoleOutput, monotonic_bucket
+from vmm.cpu_config.setup import CpuSetup, cpu_setup
 from vmm.devices.manager import DeviceManager
 from vmm.devices.routing import InterruptRouter
 from vmm.errors import VmmError, WorkerError
@@ -146,9 +158,10 @@ class MicrovmBuilder:
             worker.wait_greeted()
             if worker.max_vcpus < vcpu_count:
                 raise WorkerError(f"This host's KVM allows {worker.max_vcpus} vCPUs, not {vcpu_count}.")
+        setup = _cpu_setup(resources, workers[0])
         for worker in workers:
             executors = assembly.executors(worker)
-            message = assembly.configuration(worker.assignment.vcpus, resources, boot)
+            message = assembly.configuration(worker.assignment.vcpus, resources, boot, setup)
             worker.configure(message, assembly.descriptors(executors))
             assembly.vmm.attach_worker(worker)
         assembly.connect(workers)
@@ -188,6 +201,15 @@ def load_boot_source(resources: VmResources, memory: GuestMemory, plan: LaunchPl
         steps = ", ".join(f"{step} {nanoseconds // 1000} us" for step, nanoseconds in image.timings)
         LOG.debug(f"Kernel loading took: {steps}")
     return image.registers
+
+
+def _cpu_setup(resources: VmResources, worker: Worker) -> CpuSetup:
+    """Return what the CPU template comes to on this host. Raises VmmError."""
+
+    def read_host() -> tuple[CpuidEntry, ...]:
+        return worker.request(ReadHostCpu(), HostCpuRead).cpuid
+
+    return cpu_setup(resources.machine_config.cpu_template, resources.cpu_template, read_host)
 
 
 def synchronise_clocks(workers: Sequence[Worker]) -> None:
@@ -304,7 +326,9 @@ class _Assembly:
         self.vmm.attach_executor(vcpu, executor)
         return executor
 
-    def configuration(self, vcpus: tuple[int, ...], resources: VmResources, boot: BootRegisters) -> Configure:
+    def configuration(
+        self, vcpus: tuple[int, ...], resources: VmResources, boot: BootRegisters, setup: CpuSetup
+    ) -> Configure:
         """Return the Configure message for the worker of ``vcpus``."""
         machine = resources.machine_config
         return Configure(
@@ -318,6 +342,9 @@ class _Assembly:
             mmio=self.devices.mmio.windows(),
             interrupts=tuple(line.gsi for line in self.devices.interrupts),
             track_dirty_pages=machine.track_dirty_pages,
+            cpuid=setup.cpuid,
+            msr_changes=setup.msr_changes,
+            capabilities=setup.capabilities,
         )
 
     def descriptors(self, executors: dict[int, ExitExecutor]) -> WorkerDescriptors:

@@ -351,8 +351,6 @@ class VmResources:
         """Raise StartError if the configuration lacks something, or has something that cannot be started yet."""
         self.require_boot_source()
         machine = self.machine_config
-        if machine.cpu_template is not None:
-            raise StartError(f"CPU templates are not yet supported: cpu_template is {machine.cpu_template}.")
         if machine.huge_pages != HUGE_PAGES_NONE:
             raise StartError(f"Huge pages are not yet supported: huge_pages is {machine.huge_pages}.")
         for feature in self._unsupported():
@@ -360,8 +358,6 @@ class VmResources:
 
     def _unsupported(self) -> Iterator[str]:
         """Name what is configured and cannot be started yet."""
-        if self.cpu_template is not None:
-            yield "A custom CPU template"
         for drive in self.drives.configs:
             yield f"The block device {drive.drive_id}"
         for pmem in self.pmem.configs:

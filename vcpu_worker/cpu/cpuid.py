@@ -7,7 +7,7 @@ appendix E; Documentation/virt/kvm/x86/cpuid.rst for the leaves from 0x40000000.
 from __future__ import annotations
 
 from ipc.messages import CpuidEntry
-from ipc.typed import Callable, Iterable
+from ipc.typed import Callable, Iterable, Sequence
 from vcpu_worker.cpu.topology import PACKAGE_SHIFT, Topology
 from vcpu_worker.kvm.abi import CPUID_FLAG_SIGNIFICANT_INDEX
 
@@ -30,6 +30,8 @@ _EBX7_FDP_EXCPTN_ONLY = 1 << 6
 _EBX7_ZERO_FCS_FDS = 1 << 13
 _ECX7_WAITPKG = 1 << 5
 _EDX7_ARCH_CAPABILITIES = 1 << 29
+#: L1 and L2 caches and TLBs, as AMD describes them
+_HOST_CACHE_LEAVES = (0x8000_0005, 0x8000_0006)
 # 0x80000001, 0x80000007 (AMD)
 _ECX8_TOPOLOGY_EXTENSIONS = 1 << 22
 _EDX8_INVARIANT_TSC = 1 << 8
@@ -56,9 +58,18 @@ def vendor(entries: Iterable[CpuidEntry]) -> bytes:
     return b""
 
 
-def normalise(supported: Iterable[CpuidEntry], topology: Topology) -> list[CpuidEntry]:
-    """Return the CPUID of one vCPU, made from KVM_GET_SUPPORTED_CPUID. Does not change its input."""
-    leaves: _Leaves = {(entry.leaf, entry.subleaf): entry for entry in supported}
+def normalise(
+    base: Iterable[CpuidEntry], topology: Topology, *, host: Sequence[CpuidEntry] | None = None
+) -> list[CpuidEntry]:
+    """Return the CPUID of one vCPU. Does not change its input.
+
+    ``host`` is KVM_GET_SUPPORTED_CPUID, ``base`` the same with a CPU template's changes (without ``host``: without
+    any). Vendor and cache data are the host's whatever the template says, since the guest's choice of code depends on
+    the one and its tuning on the other.
+    """
+    leaves: _Leaves = {(entry.leaf, entry.subleaf): entry for entry in base}
+    if host is not None:
+        _host_data(leaves, host)
     maker = vendor(leaves.values())
     _feature_information(leaves, topology)
     _extended_topology(leaves, topology, 0xB)
@@ -69,6 +80,15 @@ def normalise(supported: Iterable[CpuidEntry], topology: Topology) -> list[Cpuid
     elif maker == VENDOR_AMD:
         _amd(leaves, topology)
     return list(leaves.values())
+
+
+def _host_data(leaves: _Leaves, host: Iterable[CpuidEntry]) -> None:
+    for entry in host:
+        if (entry.leaf, entry.subleaf) == (0, 0):
+            vendor_of_host = {"ebx": entry.ebx, "ecx": entry.ecx, "edx": entry.edx}
+            leaves[0, 0] = leaves.get((0, 0), entry)._replace(**vendor_of_host)
+        elif entry.leaf in _HOST_CACHE_LEAVES:
+            leaves[entry.leaf, entry.subleaf] = entry
 
 
 def _change(leaves: _Leaves, key: _Key, change: Callable[[CpuidEntry], CpuidEntry]) -> None:

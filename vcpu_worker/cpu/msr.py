@@ -5,8 +5,9 @@ Sources: the compatibility map, section 5 (boot MSRs); Intel SDM volume 4; Docum
 
 from __future__ import annotations
 
-from ipc.messages import MsrValue
-from ipc.typed import Iterable
+from ipc.messages import MsrChange, MsrValue
+from ipc.typed import Iterable, Sequence
+from vcpu_worker.errors import TemplateError
 
 IA32_TSC = 0x10
 IA32_SYSENTER_CS = 0x174
@@ -39,6 +40,24 @@ BOOT_MSRS: tuple[MsrValue, ...] = (
     MsrValue(IA32_MISC_ENABLE, _MISC_ENABLE_FAST_STRING),
     MsrValue(IA32_MTRR_DEF_TYPE, _MTRR_ENABLE | _MTRR_WRITE_BACK),
 )
+
+
+def boot_msrs(base: Iterable[MsrValue], changes: Sequence[MsrChange]) -> list[MsrValue]:
+    """Return what a vCPU boots with: the template's changes of what KVM gave it, then what every kernel expects.
+
+    ``base`` are those of the changed registers that could be read. Raises TemplateError for one that could not.
+    """
+    values = {each.register: each.value for each in base}
+    for change in changes:
+        if change.register not in values:
+            raise TemplateError(
+                "System configuration error: Failed to create guest config: Template changes an MSR entry not "
+                f"supported by KVM: Register Address: {change.register:x}"
+            )
+        values[change.register] = values[change.register] & ~change.mask | change.value & change.mask
+    values.update([(each.register, each.value) for each in BOOT_MSRS])
+    return [MsrValue(register, value) for register, value in values.items()]
+
 
 #: Part of a vCPU's state though KVM does not list them: without them a restored guest has no memory types.
 _ALSO_SAVED: tuple[int, ...] = (

@@ -23,8 +23,8 @@ class Topology(NamedTuple):
 
     @property
     def smt_shift(self) -> int:
-        """Bits of the APIC id that name a thread of a core."""
-        return 1 if self.smt else 0
+        """Bits of the APIC id that name a thread of a core; a single vCPU has no sibling, whatever ``smt`` says."""
+        return 1 if self.smt and self.vcpu_count > 1 else 0
 
     @property
     def threads_per_core(self) -> int:

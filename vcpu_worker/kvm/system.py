@@ -64,14 +64,15 @@ class KvmSystem:
         """Return how many vCPUs one VM may have."""
         return self.extension(abi.KVM_CAP_MAX_VCPUS) or self.extension(abi.KVM_CAP_NR_VCPUS) or 4
 
-    def check(self) -> None:
-        """Raise CapabilityError if this KVM cannot run our VMs; the text names everything that is missing."""
+    def check_version(self) -> None:
+        """Raise CapabilityError if this KVM speaks another API."""
         version = self.api_version()
         if version != abi.API_VERSION:
             raise CapabilityError(f"KVM API version is {version}, {abi.API_VERSION} is necessary")
-        missing = [name for name, capability in REQUIRED_CAPABILITIES if not self.extension(capability)]
-        if missing:
-            raise CapabilityError(f"this host's KVM lacks {', '.join(missing)}; use a newer host kernel")
+
+    def missing_capabilities(self) -> list[int]:
+        """Return those of the required capabilities that this KVM lacks."""
+        return [capability for _, capability in REQUIRED_CAPABILITIES if not self.extension(capability)]
 
     def supported_cpuid(self) -> list[CpuidEntry]:
         """Return KVM_GET_SUPPORTED_CPUID: what the host can give to a guest."""
@@ -110,6 +111,13 @@ class KvmSystem:
             time.sleep(pause)
             pause *= 2
         raise AssertionError("unreachable")
+
+
+def describe_missing(capabilities: list[int]) -> str:
+    """Say which capabilities are missing: numbers as Firecracker gives them, with the kernel's names of ours."""
+    names = {number: f" ({name})" for name, number in REQUIRED_CAPABILITIES}
+    listed = ", ".join(f"{number:#x}{names.get(number, '')}" for number in capabilities)
+    return f"Kvm error: Missing KVM capabilities: {listed}"
 
 
 def unpack_cpuid(buffer: bytearray) -> list[CpuidEntry]:

@@ -505,7 +505,6 @@ def test_the_last_cpu_template_counts(api):
 @pytest.mark.parametrize(
     ("path", "body", "name"),
     [
-        ("/cpu-config", {}, "A custom CPU template"),
         ("/drives/data", {"drive_id": "data", "is_root_device": False, "socket": "s"}, "The block device data"),
         ("/pmem/p0", {"id": "p0", "path_on_host": "x"}, "The pmem device p0"),
         ("/network-interfaces/eth0", NET, "The network interface eth0"),

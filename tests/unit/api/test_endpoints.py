@@ -371,7 +371,6 @@ def test_a_failed_start_leaves_everything_configurable(api, kernel):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cpu_template": "T2"}, "CPU templates are not yet supported: cpu_template is T2."),
         ({"huge_pages": "2M"}, "Huge pages are not yet supported: huge_pages is 2M."),
     ],
 )

@@ -252,10 +252,6 @@ class ApiModel(RuleBasedStateMachine):
     def why_not_startable(self) -> str | None:
         if not self.kernel_set:
             return "Cannot start microvm without kernel configuration."
-        if self.template is not None:
-            return f"CPU templates are not yet supported: cpu_template is {self.template}."
-        if self.custom_template:
-            return "A custom CPU template is not yet supported."
         return None
 
     @rule()

@@ -74,6 +74,8 @@ KINDS = {
         38: "ReportGhosts",
         39: "GhostsReported",
         40: "GhostRecovered",
+        41: "ReadHostCpu",
+        42: "HostCpuRead",
     },
     "supervisor": {
         1: "Failed",

@@ -37,11 +37,12 @@ COMMON = [
     entry(0x4000_0010, eax=123),
     entry(0x8000_0007, edx=0),
 ]
+INTEL_CACHES = (1 | 1 << 5 | 0xFFF << 14 | 0x3F << 26, 3 | 3 << 5 | 0xFFF << 14 | 0x3F << 26)
 INTEL = [
     vendor_entry(b"GenuineIntel"),
     *COMMON,
-    entry(4, 0, eax=1 | 1 << 5 | 0xFFF << 14 | 0x3F << 26),
-    entry(4, 1, eax=3 | 3 << 5 | 0xFFF << 14 | 0x3F << 26),
+    entry(4, 0, eax=INTEL_CACHES[0]),
+    entry(4, 1, eax=INTEL_CACHES[1]),
     entry(4, 2, eax=0),
     entry(6, eax=0x77, ecx=9),
     entry(7, 0, ebx=1, ecx=ONES, edx=ONES),
@@ -101,7 +102,8 @@ def test_topology_leaves(topology, supported):
     assert one.ebx >> 8 & 0xFF == 8
     assert bool(one.edx >> 28 & 1) == (topology.vcpu_count > 1)
     threads, cores, end = leaves[0xB, 0], leaves[0xB, 1], leaves[0xB, 2]
-    assert (threads.eax, threads.ebx, threads.ecx) == (int(topology.smt), 1 + topology.smt, 0x100)
+    siblings = 2 if topology.smt and topology.vcpu_count > 1 else 1
+    assert (threads.eax, threads.ebx, threads.ecx) == (siblings - 1, siblings, 0x100)
     assert (cores.eax, cores.ebx, cores.ecx) == (5, topology.vcpu_count, 0x201)
     assert (end.eax, end.ebx, end.ecx) == (0, 0, 2)
     assert {level.edx for level in (threads, cores, end)} == {topology.vcpu}
@@ -144,6 +146,70 @@ def test_amd():
     assert leaves[0x8000_001D, 3].eax >> 14 & 0xFFF == 3
     assert leaves[0x8000_001D, 4].eax == 0
     assert leaves[0x8000_001E, 0][3:] == (3, 1 | 1 << 8, 0, 0)
+    assert brand(leaves) == b"AMD EPYC"
+
+
+#: vCPUs, smt → thread shift, threads a core, ids that leaf 1 has room for, cores.
+TOPOLOGIES = {
+    (1, False): (0, 1, 1, 1),
+    (1, True): (0, 1, 1, 1),
+    (2, False): (0, 1, 2, 2),
+    (2, True): (1, 2, 2, 1),
+    (4, False): (0, 1, 4, 4),
+    (4, True): (1, 2, 4, 2),
+    (32, False): (0, 1, 32, 32),
+    (32, True): (1, 2, 32, 16),
+}
+
+
+@pytest.mark.parametrize("shape", TOPOLOGIES)
+def test_every_vcpu_of_an_intel_guest(shape):
+    count, smt = shape
+    _, threads, _, cores = TOPOLOGIES[shape]
+    for vcpu in range(count):
+        leaves = by_leaf(cpuid.normalise(INTEL, Topology(vcpu, count, smt), host=INTEL))
+        check_common(leaves, vcpu, shape)
+        assert [leaves[0x1F, number][3:] for number in range(3)] == [leaves[0xB, number][3:] for number in range(3)]
+        for number, shared_by in ((0, threads), (1, count)):
+            eax = leaves[4, number].eax
+            assert (eax >> 14 & 0xFFF, eax >> 26) == (shared_by - 1, cores - 1)
+            assert eax & 0x3FFF == INTEL_CACHES[number] & 0x3FFF
+        assert leaves[4, 2][3:] == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("shape", TOPOLOGIES)
+def test_every_vcpu_of_an_amd_guest(shape):
+    count, smt = shape
+    shift, threads, _, _ = TOPOLOGIES[shape]
+    for vcpu in range(count):
+        leaves = by_leaf(cpuid.normalise(AMD, Topology(vcpu, count, smt), host=AMD))
+        check_common(leaves, vcpu, shape)
+        assert leaves[0x8000_0008, 0].ecx == 0xF_0000 | 5 << 12 | count - 1
+        assert leaves[0x8000_0008, 0].eax == 0x3030
+        for number, shared_by in ((0, threads), (3, count)):
+            assert leaves[0x8000_001D, number].eax >> 14 & 0xFFF == shared_by - 1
+        assert leaves[0x8000_001E, 0][3:] == (vcpu, vcpu >> shift | (threads - 1) << 8, 0, 0)
+
+
+def check_common(leaves, vcpu, shape):
+    count, (shift, threads, room, _) = shape[0], TOPOLOGIES[shape]
+    assert leaves[1, 0].ebx == vcpu << 24 | room << 16 | 8 << 8 | 0xFF
+    assert leaves[1, 0].edx >> 28 & 1 == (count > 1)
+    assert leaves[0xB, 0][3:] == (shift, threads, 1 << 8, vcpu)
+    assert leaves[0xB, 1][3:] == (5, count, 2 << 8 | 1, vcpu)
+    assert leaves[0xB, 2][3:] == (0, 0, 2, vcpu)
+
+
+def test_vendor_and_cache_data_are_the_host_s_whatever_a_template_says():
+    host = [*AMD, entry(0x8000_0005, ecx=0x2008_0140), entry(0x8000_0006, ecx=0x0200_6140, edx=0x0800_9140)]
+    base = [
+        each._replace(ebx=1, ecx=2, edx=3) if each.leaf in (0, 0x8000_0005, 0x8000_0006) else each for each in host
+    ]
+    base[0] = base[0]._replace(eax=7)
+    leaves = by_leaf(cpuid.normalise(base, Topology(0, 1, False), host=host))
+    assert leaves[0, 0] == host[0]._replace(eax=7)
+    for number in (-2, -1):
+        assert leaves[host[number].leaf, 0] == host[number]
     assert brand(leaves) == b"AMD EPYC"
 
 
