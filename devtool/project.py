@@ -11,7 +11,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 LAUNCHERS = VENV / "bin"
 #: Packages that make up the product, in import order.
-PRODUCT = ("ipc", "vmm", "vcpu_worker", "jailer")
+PRODUCT = ("ipc", "vmm", "vcpu_worker", "jailer", "cputemplate")
 #: Everything that is linted and type-checked.
 CHECKED = (*PRODUCT, "lab", "devtool", "bench", "tests")
 

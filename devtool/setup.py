@@ -24,6 +24,13 @@ DEBIAN_PACKAGES = (
     "mount", "util-linux", "iproute2", "procps", "git", "ca-certificates",
 )  # fmt: skip
 LOCKS = (ROOT / "requirements-build.lock", ROOT / "requirements.lock")
+#: Launcher → module with its `main(argv)`. Clients know the last one by Firecracker's name for it.
+PROGRAMS = {
+    "firecracker": "jailer.firecracker",
+    "jailer": "jailer.main",
+    "cpu-template": "cputemplate.main",
+    "cpu-template-helper": "cputemplate.main",
+}
 #: The jailer recognises our programs by this text within the first KiB (docs/jailer.md).
 LAUNCHER_MARKER = "cellblock-launcher"
 _LONGEST_INTERPRETER_LINE = 120
@@ -109,8 +116,8 @@ def launcher_text(module: str, program: str) -> str:
 
 
 def write_launchers() -> None:
-    """Write the drop-in programs `firecracker` and `jailer` into the virtual environment's bin folder."""
-    for program, module in (("firecracker", "jailer.firecracker"), ("jailer", "jailer.main")):
+    """Write the drop-in programs into the virtual environment's bin folder."""
+    for program, module in PROGRAMS.items():
         path = LAUNCHERS / program
         text = launcher_text(module, program)
         if path.is_file() and path.read_text() == text and os.access(path, os.X_OK):

@@ -88,18 +88,21 @@ class MicrovmBuilder:
         if worker is not None:
             worker.cell_ended(notice)
 
-    def build(self, resources: VmResources) -> Vmm:
-        """Build and start a microVM (InstanceStart). Raises VmmError; then nothing of it is left."""
+    def build(self, resources: VmResources, *, run: bool = True) -> Vmm:
+        """Build and start a microVM (InstanceStart); without ``run`` it stays paused before its first instruction.
+
+        Raises VmmError; then nothing of it is left.
+        """
         faults.visit("vmm.instance_start")
         machine = resources.machine_config
         size = machine.mem_size_mib * MIB
         descriptor = self._supervisor.create_memory(size)
         try:
-            return self._build(resources, size, descriptor)
+            return self._build(resources, size, descriptor, run=run)
         finally:
             os.close(descriptor)  # the mappings keep it alive
 
-    def _build(self, resources: VmResources, size: int, descriptor: int) -> Vmm:
+    def _build(self, resources: VmResources, size: int, descriptor: int, *, run: bool) -> Vmm:
         memory = GuestMemory(descriptor, size, ram_regions(size))
         try:
             machine = resources.machine_config
@@ -120,7 +123,8 @@ class MicrovmBuilder:
             self._start_workers(assembly, resources, boot)
             faults.visit("vmm.configured")
             vmm.start_vcpus()
-            vmm.resume_vm()
+            if run:
+                vmm.resume_vm()
         except BaseException:
             workers = list(self._workers.values())
             end_workers(workers)

@@ -109,6 +109,11 @@ _CELLBLOCK_FLAGS = (
     _Flag("kernel-entry", "How the kernel is entered.", default=KERNEL_ENTRIES[0], choices=KERNEL_ENTRIES),
     _Flag("console", "Where the serial console goes without serial_out_path.", default=CONSOLES[0], choices=CONSOLES),
     _Flag("exerciser", "Add the test device.", takes_value=False),
+    _Flag(
+        "dump-cpu-config",
+        "Build the microVM of --config-file, write its CPUID and MSRs to this file as a CPU template, and end.",
+        requires="config-file",
+    ),
 )
 
 
@@ -143,6 +148,7 @@ class CommandLine:
         "kernel_entry",
         "console",
         "exerciser",
+        "dump_cpu_config",
     )
 
     api_sock: str
@@ -175,6 +181,7 @@ class CommandLine:
     kernel_entry: str
     console: str
     exerciser: bool
+    dump_cpu_config: str | None
 
     def __repr__(self) -> str:
         return f"CommandLine({', '.join(f'{name}={getattr(self, name)!r}' for name in self.__slots__)})"

@@ -21,6 +21,7 @@ from vmm.boot import loader
 from vmm.builder import MicrovmBuilder
 from vmm.cli import CommandLine, CommandLineError, parse
 from vmm.controller import Controller
+from vmm.cpu_config import dump
 from vmm.errors import VmmError
 from vmm.event_manager import EventManager
 from vmm.events import EVENTS
@@ -141,6 +142,9 @@ class Program:
             return
         try:
             config_file.load(path, self._resources, LOG, METRICS)
+            if self._command_line.dump_cpu_config is not None:
+                self._dump_cpu_config(self._command_line.dump_cpu_config)
+                return
             self._controller.execute(StartMicrovm())
         except config_file.ConfigFileError as error:
             LOG.error(f"Failed to build MicroVM from Json: {error}")
@@ -150,6 +154,13 @@ class Program:
             self._exit_code = exit_codes.BAD_CONFIGURATION
         else:
             LOG.info("Successfully started microvm that was configured from one single json")
+
+    def _dump_cpu_config(self, path: str) -> None:
+        """Build the microVM without running it, write down what its first vCPU got, and end. Raises VmmError."""
+        self._resources.check_startable()
+        self._vmm = self._builder.build(self._resources, run=False)
+        dump.write(self._vmm.dump_cpu_config()[0], path)
+        self._vmm.stop(exit_codes.OK)
 
     def _end(self) -> int | None:
         """Return the exit code once the program must end: what the supervisor wants, or how the microVM ended."""
