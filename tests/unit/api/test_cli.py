@@ -26,8 +26,9 @@ def test_defaults():
     assert (line.kernel_entry, line.console) == ("auto", "stdio")
     for name in ("no_api", "show_level", "show_log_origin", "boot_timer", "enable_pci", "no_seccomp", "exerciser"):
         assert getattr(line, name) is False
-    for name in ("config_file", "metadata", "log_path", "level", "module", "metrics_path", "seccomp_filter",
-                 "start_time_us", "start_time_cpu_us", "parent_cpu_time_us", "kernel_cache"):  # fmt: skip
+    names = ("config_file", "metadata", "log_path", "level", "module", "metrics_path", "seccomp_filter", "kernel_cache",
+             "start_time_us", "start_time_cpu_us", "parent_cpu_time_us", "dump_cpu_config")  # fmt: skip
+    for name in names:
         assert getattr(line, name) is None
     assert "api_sock='/run/firecracker.socket'" in repr(line)
 
@@ -37,7 +38,7 @@ def test_every_flag():
         "--id abc-1 --start-time-us 1 --start-time-cpu-us 2 --parent-cpu-time-us 3 --api-sock s --config-file f "
         "--no-api --metadata m --log-path l --level dEbUg --module x --show-level --show-log-origin --metrics-path p "
         "--boot-timer --http-api-max-payload-size 10 --mmds-size-limit +20 --enable-pci --no-seccomp "
-        "--unpack-kernel off --kernel-cache c --kernel-entry pvh --console pty --exerciser".split()
+        "--unpack-kernel off --kernel-cache c --kernel-entry pvh --console pty --exerciser --dump-cpu-config d".split()
     )
     expected = {
         "id": "abc-1", "start_time_us": 1, "start_time_cpu_us": 2, "parent_cpu_time_us": 3, "api_sock": "s",
@@ -45,7 +46,7 @@ def test_every_flag():
         "show_level": True, "show_log_origin": True, "metrics_path": "p", "boot_timer": True,
         "http_api_max_payload_size": 10, "mmds_size_limit": 20, "enable_pci": True, "no_seccomp": True,
         "seccomp_filter": None, "snapshot_version": False, "describe_snapshot": None, "unpack_kernel": False,
-        "kernel_cache": "c", "kernel_entry": "pvh", "console": "pty", "exerciser": True,
+        "kernel_cache": "c", "kernel_entry": "pvh", "console": "pty", "exerciser": True, "dump_cpu_config": "d",
     }  # fmt: skip
     assert {name: getattr(line, name) for name in CommandLine.__slots__} == expected
     assert StartOptions.of(line, 7) == StartOptions(True, False, 7, "pvh", "pty", True, 20)
@@ -68,6 +69,7 @@ def test_what_follows_a_separator_is_not_ours():
         ("--id a --id b", "The argument 'id' was provided more than once."),
         ("--boot-timer --boot-timer", "The argument 'boot-timer' was provided more than once."),
         ("--no-api", "Argument 'config-file' required, but not found."),
+        ("--dump-cpu-config d", "Argument 'config-file' required, but not found."),
         ("--no-seccomp --seccomp-filter f",
          "Argument 'no-seccomp' cannot be used together with argument 'seccomp-filter'."),
         ("--start-time-us x", f"The value 'x' of argument 'start-time-us' is not a number from 0 to {(1 << 64) - 1}."),
