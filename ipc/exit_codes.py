@@ -30,6 +30,14 @@ BY_SIGNAL: dict[int, int] = {
 }
 
 
+def of_intercepted(number: int) -> int:
+    """Return the exit code for a signal that somebody sent to the visible process.
+
+    A SIGSYS that is sent is no fault of a filter, and not expected.
+    """
+    return UNEXPECTED_ERROR if number == signal.SIGSYS else BY_SIGNAL.get(number, 128 + number)
+
+
 def of_signal(number: int) -> int:
     """Return the exit code that stands for "ended by signal ``number``"."""
     return BY_SIGNAL.get(number, GENERIC_ERROR)

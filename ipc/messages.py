@@ -162,6 +162,7 @@ class Hello(NamedTuple):
     kvm_api_version: int
     vcpu_mmap_size: int
     max_vcpus: int
+    max_memslots: int
 
 
 class Welcome(NamedTuple):
@@ -454,6 +455,7 @@ WORKER.register(
     kvm_api_version=Int(U16),
     vcpu_mmap_size=Int(1 << 20, 4096),
     max_vcpus=Int(U32),
+    max_memslots=Int(U32),
 )
 WORKER.register(3, Welcome)
 WORKER.register(
@@ -585,6 +587,13 @@ class Shutdown(NamedTuple):
     text: str
 
 
+class SignalNoticed(NamedTuple):
+    """Supervisor → controller: the visible process got a signal that ends nothing; ``text`` is the log line."""
+
+    signal: int
+    text: str
+
+
 SUPERVISOR.register(1, Failed, code=_CODE, text=_TEXT)
 SUPERVISOR.register(2, Spawn, worker=_WORKER, vcpus=ListOf(_VCPU, MAX_WORKERS), ghosts=ListOf(_VCPU, MAX_WORKERS))
 SUPERVISOR.register(3, Spawned, worker=_WORKER, pid=Int(U32, 1))
@@ -594,6 +603,7 @@ SUPERVISOR.register(6, CreateMemory, size=Int(MAX_MEMORY_BYTES, 1))
 SUPERVISOR.register(7, MemoryCreated, size=Int(MAX_MEMORY_BYTES, 1))
 SUPERVISOR.register(8, CellEnded, worker=_WORKER, pid=Int(U32, 1), status=Int(U8), signal=Int(64), wall=Text(64))
 SUPERVISOR.register(9, Shutdown, code=Int(U8), text=_TEXT)
+SUPERVISOR.register(10, SignalNoticed, signal=Int(64, 1), text=_TEXT)
 
 # ---------------------------------------------------------------- descriptor channel, controller → worker
 

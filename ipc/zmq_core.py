@@ -177,5 +177,3 @@ def _load(folder: str) -> None:
             self.term()
 
     package.__dict__.update(Socket=Socket, Context=Context)
-
-

@@ -23,6 +23,7 @@ from ipc.messages import (
     Shutdown,
     SignalCell,
     Signalled,
+    SignalNoticed,
     Spawn,
     Spawned,
 )
@@ -147,16 +148,25 @@ class Supervisor:
             (code,) = struct.unpack_from("=i", data, 8)
             if number == signal.SIGCHLD:
                 self._reap()
-            elif number != signal.SIGPIPE:
+            elif number == signal.SIGPIPE:
+                self._note_signal(number, code)
+            else:
                 self._end_by_signal(number, code)
+
+    def _note_signal(self, number: int, code: int) -> None:
+        """SIGPIPE ends nothing: whoever writes hears of the broken pipe from the call that failed."""
+        text = f"Received signal {number}, code {code}."
+        self._log.error(text)
+        if self._controller.seal is None and self._exit_code is None:
+            self._send(SignalNoticed(number, text))
 
     def _end_by_signal(self, number: int, code: int) -> None:
         """Somebody ends the microVM by a signal to the visible process."""
         if self._exit_code is not None:
             return
-        self._exit_code = exit_codes.BY_SIGNAL.get(number, 128 + number)
-        text = f"Shutting down VM after intercepting signal {number}, code {code}"
-        self._log.info(text)
+        self._exit_code = exit_codes.of_intercepted(number)
+        text = f"Shutting down VM after intercepting signal {number}, code {code}."
+        self._log.error(text)
         if self._controller.seal is None and self._send(Shutdown(self._exit_code, text)):
             self._end_deadline = time.monotonic() + SHUTDOWN_GRACE_S
         else:

@@ -69,7 +69,14 @@ def _run(
     control_channel.connect(endpoint(plan.worker_ipc_directory, assignment.worker))
     faults.visit("vcpu.hello")
     control_channel.send(
-        Hello(assignment.worker, os.getpid(), system.api_version(), system.vcpu_mmap_size(), system.max_vcpus())
+        Hello(
+            assignment.worker,
+            os.getpid(),
+            system.api_version(),
+            system.vcpu_mmap_size(),
+            system.max_vcpus(),
+            system.max_memslots(),
+        )
     )
     # While the controller reads it: everything that takes time and needs /dev/kvm.
     machine = _make_machine(system, assignment, plan)

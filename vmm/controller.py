@@ -187,7 +187,7 @@ class RuntimeController:
         return handler(action)
 
     def _get_instance_info(self, _action: actions.GetInstanceInfo) -> JsonValue:
-        info = self.vmm.instance_info()
+        info = self.vmm.instance_info
         return {"id": info.id, "state": info.state, "vmm_version": info.vmm_version, "app_name": info.app_name}
 
     def _get_vcpus(self, _action: actions.GetVcpus) -> JsonValue:
@@ -217,7 +217,7 @@ class RuntimeController:
         self._logger.info(f"'{name}' VMM action took {elapsed_us} us.")
 
     def _create_snapshot(self, _action: actions.CreateSnapshot) -> None:
-        if self.vmm.instance_info().state != STATE_PAUSED:
+        if self.vmm.instance_info.state != STATE_PAUSED:
             raise ActionError("Create snapshot error: Operation not allowed: save/restore unavailable while running")
         raise ActionError("Create snapshot error: Snapshots are not yet supported.")
 
@@ -251,7 +251,7 @@ def _device_handlers(vmm: Microvm) -> dict[type, Callable[..., JsonValue]]:
             "Pmem config error: Unable to patch the pmem device", lambda action: _update_pmem(vmm, action), verify
         ),
         actions.UpdateNetworkInterface: under(
-            "Network config error: Unable to update the network device", lambda action: _update_network(vmm, action)
+            "Network config error: Unable to update the net device", lambda action: _update_network(vmm, action)
         ),
         actions.GetBalloon: under("Internal VMM error", result(vmm.balloon_config)),
         actions.GetBalloonStatistics: under("Internal VMM error", result(vmm.latest_balloon_stats)),

@@ -8,11 +8,11 @@ import time
 
 from ipc import exit_codes, faults
 from ipc.errors import IpcError
-from ipc.messages import Shutdown
+from ipc.messages import Shutdown, SignalNoticed
 from ipc.plain import socket
 from ipc.plan import ROLE_VMM, LaunchPlan
 from ipc.typed import Callable
-from vmm import config_file, metadata_file
+from vmm import config_file, file_limit, metadata_file
 from vmm.actions import StartMicrovm
 from vmm.api.handler import ApiHandler
 from vmm.api.server import ApiServer, bind
@@ -71,7 +71,9 @@ class Program:
         self._events = EventManager()
         self._supervisor = SupervisorClient(supervisor, plan.epoch, self._events)
         self._supervisor.on_shutdown = self._shutdown
+        self._supervisor.on_signal = self._signal_noticed
         self._supervisor.on_closed = self._supervisor_closed
+        file_limit.catch()
         LOG.instance_id = command_line.id
         LOG.configure(LoggerConfig.of(command_line))
         METRICS.instance_id = command_line.id
@@ -109,6 +111,11 @@ class Program:
                 self._events.add_subscriber(self._server)
             while (code := self._end()) is None:
                 self._events.run()
+        except file_limit.FileSizeLimitReached as error:
+            LOG.error(str(error))
+            METRICS["signals"].store("sigxfsz", 1)
+            self._clean_up(listener, code := exit_codes.SIGXFSZ)
+            return _log_end(code)
         except BaseException as error:
             expected = isinstance(error, (VmmError, IpcError))
             METRICS["vmm"].store("panic_count", 0 if expected else 1)
@@ -173,7 +180,14 @@ class Program:
         LOG.error(notice.text)
         if notice.code in SIGNAL_KEYS:
             METRICS["signals"].store(SIGNAL_KEYS[notice.code], 1)
+        elif notice.code == exit_codes.UNEXPECTED_ERROR:  # SIGSYS that somebody sent
+            METRICS["seccomp"].add("num_faults")
         self._exit_code = notice.code
+
+    def _signal_noticed(self, notice: SignalNoticed) -> None:
+        """The visible process got a SIGPIPE, which ends nothing."""
+        METRICS["signals"].add("sigpipe")
+        LOG.error(notice.text)
 
     def _supervisor_closed(self) -> None:
         """Without a supervisor nobody can end or reap our workers: end."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vmm.api.text import JsonValue
     from vmm.config.rate_limiter import TokenBucketConfig
 
-NOT_FOUND = "Device manager error: Device not found"
+NOT_FOUND = "Failed perform action on device: Device not found"
 
 
 class DeviceNotFoundError(DeviceError):
@@ -29,12 +29,19 @@ def _not_found() -> NoReturn:
 
 
 class InstanceInfo(NamedTuple):
-    """What GET / reports; ``state`` is Not started, Running or Paused."""
+    """What GET / reports; ``state`` is Not started, Running or Paused.
+
+    Calling it returns it: ``vmm.instance_info`` and ``vmm.instance_info()`` are the same.
+    """
 
     id: str
     state: str
     vmm_version: str
     app_name: str
+
+    def __call__(self) -> InstanceInfo:
+        """Return it."""
+        return self
 
 
 class Microvm:
@@ -44,8 +51,9 @@ class Microvm:
         """Return the version that clients of Firecracker expect (GET /version)."""
         raise NotImplementedError
 
+    @property
     def instance_info(self) -> InstanceInfo:
-        """Return id, state, version and application name (GET /)."""
+        """Id, state, version and application name (GET /)."""
         raise NotImplementedError
 
     def pause_vm(self) -> None:

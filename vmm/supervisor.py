@@ -16,6 +16,7 @@ from ipc.messages import (
     MemoryCreated,
     Shutdown,
     SignalCell,
+    SignalNoticed,
     Spawn,
     Spawned,
 )
@@ -33,7 +34,7 @@ Reply = TypeVar("Reply")
 
 
 class SupervisorClient:
-    """Requests block the caller in a nested event loop; notices go to ``on_cell_ended`` and ``on_shutdown``."""
+    """Requests block the caller in a nested event loop; notices go to callbacks (``on_…``)."""
 
     def __init__(self, pair: socket.socket, epoch: int, events: EventManager) -> None:
         pair.setblocking(False)
@@ -44,6 +45,7 @@ class SupervisorClient:
         self.closed = False
         self.on_cell_ended: Callable[[CellEnded], None] = lambda notice: None
         self.on_shutdown: Callable[[Shutdown], None] = lambda notice: None
+        self.on_signal: Callable[[SignalNoticed], None] = lambda notice: None
         self.on_closed: Callable[[], None] = lambda: None
 
     def init(self, ops: EventOps) -> None:
@@ -65,6 +67,8 @@ class SupervisorClient:
                     self.on_cell_ended(envelope.message)
                 elif isinstance(envelope.message, Shutdown):
                     self.on_shutdown(envelope.message)
+                elif isinstance(envelope.message, SignalNoticed):
+                    self.on_signal(envelope.message)
         except BlockingIOError:
             return
         except IpcError:

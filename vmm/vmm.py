@@ -31,11 +31,14 @@ from vmm.exits import ExitExecutor
 from vmm.ghosts import GhostForwarder
 from vmm.logger import LOG
 from vmm.memory import GuestMemory
-from vmm.metrics import METRICS
+from vmm.metrics import METRICS, SIGNAL_KEYS
 from vmm.metrics_sources import read_devices, read_exits
 from vmm.microvm import InstanceInfo, Microvm
 from vmm.placement import Placement
+from vmm.state import VERSION as STATE_VERSION
+from vmm.state import MicrovmState
 from vmm.version import APP_NAME, FIRECRACKER_VERSION
+from vmm.vm import Kvm, Vm
 from vmm.workers import SECOND_NS, Worker
 
 if TYPE_CHECKING:
@@ -57,7 +60,7 @@ REPORT_TIMEOUT_NS = 1 * SECOND_NS
 class Vmm(Microvm):
     """One microVM that was built. Made by ``vmm.builder``; closed once.
 
-    ``vcpus_handles`` are the workers, ``device_manager`` the devices, ``memory`` the guest memory. Operations that need
+    ``vcpus_handles`` are the workers, ``device_manager`` the devices, ``vm`` memory and placement. Operations that need
     workers run the event loop until the answer is there and raise WorkerError when a worker fails.
     """
 
@@ -71,9 +74,8 @@ class Vmm(Microvm):
     ) -> None:
         self._id = microvm_id
         self._events = events
-        self.memory = memory
+        self.vm = Vm(memory, placement)
         self.device_manager = device_manager
-        self.placement = placement
         self.vcpus_handles: list[Worker] = []
         self._executors: dict[int, ExitExecutor] = {}
         self._ghosts: GhostForwarder | None = None
@@ -141,9 +143,16 @@ class Vmm(Microvm):
         """Return the version that clients of Firecracker expect (GET /version)."""
         return FIRECRACKER_VERSION
 
+    @property
     def instance_info(self) -> InstanceInfo:
-        """Return id, state, version and application name (GET /)."""
+        """Id, state, version and application name (GET /)."""
         return InstanceInfo(self._id, self._state, FIRECRACKER_VERSION, APP_NAME)
+
+    def kvm(self) -> Kvm:
+        """Return what the host's KVM can do, as the first worker found it. Raises StateError without a worker."""
+        if not self.vcpus_handles:
+            raise StateError("There is no worker yet that could say what the host's KVM can do.")
+        return self.vcpus_handles[0].kvm
 
     def shutdown_exit_code(self) -> int | None:
         """Return the exit code once the microVM has been stopped, else None."""
@@ -169,7 +178,7 @@ class Vmm(Microvm):
                 "index": vcpu,
                 "worker": worker.index,
                 "pid": worker.pid,
-                "placement": self.placement.kind,
+                "placement": self.vm.placement.kind,
                 "state": "stalled" if worker.index in self._stalled else worker.state.value,
                 "exits": self._executors[vcpu].counters()[COUNTER_EXITS],
                 "ghosts": ghosts.get(worker.index),
@@ -259,13 +268,19 @@ class Vmm(Microvm):
         for worker, sequence in pending:
             worker.collect_parked_ghosts(sequence)
 
-    def save_state(self) -> list[SavedState]:
-        """Return the complete state of every vCPU. Raises StateError unless paused, WorkerError."""
+    def save_state(self) -> MicrovmState:
+        """Return the complete, versioned state but for the content of guest memory (PUT /snapshot/create).
+
+        It can be taken repeatedly and changes nothing. Raises StateError unless paused, WorkerError.
+        """
         self._require_paused("save_state")
-        return [worker.request(SaveState(vcpu), SavedState) for vcpu, worker in self._by_vcpu()]
+        vcpus = tuple([worker.request(SaveState(vcpu), SavedState) for vcpu, worker in self._by_vcpu()])
+        memory, placement = self.vm
+        devices = self.device_manager.save_state()
+        return MicrovmState(STATE_VERSION, self._id, memory.regions, placement.groups, devices, vcpus)
 
     def dump_cpu_config(self) -> list[DumpedCpuConfig]:
-        """Return CPUID and MSRs of every vCPU. Raises StateError unless paused, WorkerError."""
+        """Return CPUID and MSRs of every vCPU (no API call). Raises StateError unless paused, WorkerError."""
         self._require_paused("dump_cpu_config")
         return [worker.request(DumpCpuConfig(vcpu), DumpedCpuConfig) for vcpu, worker in self._by_vcpu()]
 
@@ -322,6 +337,8 @@ class Vmm(Microvm):
         if notice.signal:
             how = f"was ended by signal {signal_name(notice.signal)}"
             code = exit_codes.of_signal(notice.signal)
+            if code in SIGNAL_KEYS:
+                METRICS["signals"].store(SIGNAL_KEYS[code], 1)
         else:
             how = f"exited with status {notice.status}"
             code = notice.status or exit_codes.GENERIC_ERROR
@@ -329,6 +346,8 @@ class Vmm(Microvm):
         if notice.wall == "seccomp":
             METRICS["seccomp"].add("num_faults")
         LOG.error(f"Worker vcpu {worker.index} (pid {notice.pid}) {how}{wall}.")
+        if notice.wall == "seccomp":
+            LOG.error(f"Shutting down VM after intercepting a bad syscall of worker vcpu {worker.index}.")
         self._report_black_box(worker)
         self.stop(code)
 
@@ -359,7 +378,8 @@ class Vmm(Microvm):
         ops.add_timer(time.monotonic_ns() + HEARTBEAT_INTERVAL_NS, lambda: self._beat(ops))
 
     def process(self, events: Events, ops: EventOps) -> None:
-        """Subscriber: nothing is watched here but time."""
+        """Subscriber: workers have subscriptions of their own, here only time is watched; anything else is logged."""
+        LOG.error(f"Spurious event {events.event_set:#x} of descriptor {events.fd} for the microVM.")
 
     def _beat(self, ops: EventOps) -> None:
         now = time.monotonic_ns()
@@ -425,7 +445,7 @@ class Vmm(Microvm):
         if self._console_output is not None:
             self._console_output.close()
         self.device_manager.close()
-        self.memory.close()
+        self.vm.memory.close()
 
     def __enter__(self) -> Vmm:
         return self

@@ -46,6 +46,7 @@ from vmm.events import EVENTS
 from vmm.handover import WorkerDescriptors
 from vmm.lifecycle import ALIVE, WorkerEvent, WorkerState, next_state
 from vmm.supervisor import SupervisorClient
+from vmm.vm import Kvm
 
 __all__ = ["SECOND_NS", "Worker", "WorkerDescriptors"]
 
@@ -80,7 +81,8 @@ class Worker:
         self.state = WorkerState.ABSENT
         self.pid = 0
         self.tsc_khz = 0
-        self.max_vcpus = 0
+        #: What the worker said of the host's KVM.
+        self.kvm = Kvm(0, 0, 0, 0)
         self.ended: CellEnded | None = None
         self.vcpu_exit: VcpuExited | None = None
         self.failure = ""
@@ -259,7 +261,7 @@ class Worker:
             self._fail(f"The KVM API version is {hello.kvm_api_version}, not {KVM_API_VERSION}.")
             return
         self._vcpu_mmap_size = hello.vcpu_mmap_size
-        self.max_vcpus = hello.max_vcpus
+        self.kvm = Kvm(hello.kvm_api_version, hello.vcpu_mmap_size, hello.max_vcpus, hello.max_memslots)
         self._channel.unlink()
         self._move(WorkerEvent.HELLO)
         try:

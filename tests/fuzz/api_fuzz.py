@@ -223,9 +223,7 @@ class ConfigTarget(ApiTarget):
         text = mutated(source, CONFIG.replace(b"KERNEL", self.kernel.encode()), PIECES)
         with example():
             error = _refusal(
-                lambda: config_file.apply(
-                    config_file.parse(text), api.controller.resources, api.logger, api.metrics
-                )
+                lambda: config_file.apply(config_file.parse(text), api.controller.resources, api.logger, api.metrics)
             )
         if error is not None:
             assert isinstance(error, config_file.ConfigFileError)

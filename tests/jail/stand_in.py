@@ -229,6 +229,7 @@ def vmm(plan: LaunchPlan, channel: socket.socket, seal: template.Seal) -> int:
         code = BEFORE_SEAL[name]()
         if code is not None:
             return code
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # what cannot be written is to fail here
     seal()
     say("sealed")
     return CONTROLLERS.get(name, idle)(plan, Client(channel, plan))

@@ -64,6 +64,10 @@ class KvmSystem:
         """Return how many vCPUs one VM may have."""
         return self.extension(abi.KVM_CAP_MAX_VCPUS) or self.extension(abi.KVM_CAP_NR_VCPUS) or 4
 
+    def max_memslots(self) -> int:
+        """Return how many memory slots one VM may have."""
+        return self.extension(abi.KVM_CAP_NR_MEMSLOTS) or 32
+
     def check_version(self) -> None:
         """Raise CapabilityError if this KVM speaks another API."""
         version = self.api_version()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 from bisect import bisect_right
 
 from ipc.device_page import FLAG_READ_LOCAL, FLAG_WRITE_LAZY, FLAG_WRITE_POSTED, DevicePage
@@ -10,6 +11,7 @@ from ipc.errors import LayoutError
 from ipc.messages import Window
 from ipc.typed import Callable, NamedTuple
 from vmm.errors import DeviceError
+from vmm.state import InterruptState
 
 PIO_SPACE = 1 << 16
 ALL_ONES = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFF_FFFF, 8: 0xFFFF_FFFF_FFFF_FFFF}
@@ -94,6 +96,12 @@ class InterruptLine:
             os.eventfd_write(self.eventfd, 1)
         except BlockingIOError:
             pass  # saturated: it is pending anyway
+
+    def save_state(self) -> InterruptState:
+        """Return whether an edge waits; nothing is taken away."""
+        poll = select.poll()
+        poll.register(self.eventfd, select.POLLIN)
+        return InterruptState(self.gsi, self._due or bool(poll.poll(0)))
 
     def close(self) -> None:
         """Close the eventfd."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from ipc.typed import Callable
 from vmm.devices.bus import Deferral, Device, InterruptLine, PublishedSlot
 from vmm.errors import DeviceError
+from vmm.state import I8042State
 
 PORT_COUNT = 5
 DATA = 0
@@ -82,6 +83,19 @@ class I8042(Device):
         """Take the slots of the ports; the status register is answered by the worker."""
         self._status_slot = slots[STATUS_COMMAND]
         self._publish()
+
+    def save_state(self) -> I8042State:
+        """Return the registers and what the guest has not read."""
+        has_answer = self._answer >= 0
+        return I8042State(
+            bytes(self._buffer),
+            has_answer,
+            self._answer if has_answer else 0,
+            self._control,
+            self._output_port,
+            self._argument_of,
+            self._keyboard_argument,
+        )
 
     def _has_output(self) -> bool:
         return self._answer >= 0 or bool(self._buffer)

@@ -10,6 +10,7 @@ from ipc.messages import Route
 from ipc.typed import Callable, Sequence
 from vmm.boot.layout import IOAPIC_PIN_COUNT
 from vmm.devices.bus import Deferral, Device, PublishedSlot
+from vmm.state import IoApicState
 
 IOAPIC_LENGTH = 0x1000
 IOREGSEL = 0x00
@@ -56,6 +57,10 @@ class IoApic(Device):
     def routes(self) -> tuple[Route, ...]:
         """Return the present routes of all connected pins (for a worker that is made later)."""
         return tuple(msi_of_entry(pin, self._entries[pin]) for pin in sorted(self._connected))
+
+    def save_state(self) -> IoApicState:
+        """Return the registers."""
+        return IoApicState(self._select, self._id, tuple(self._entries))
 
     def read(self, offset: int, size: int) -> int:
         """Read IOREGSEL or the register that it selects."""

@@ -26,6 +26,7 @@ from vmm.devices.i8042 import I8042
 from vmm.devices.i8042 import PORT_COUNT as I8042_PORT_COUNT
 from vmm.devices.ioapic import IOAPIC_LENGTH, IOWIN, IoApic, SetRoutes
 from vmm.devices.serial import Serial
+from vmm.state import DevicesState
 
 
 class DeviceManager:
@@ -81,6 +82,15 @@ class DeviceManager:
         """The batch is over: deliver the edges of it."""
         for line in self.interrupts:
             line.release()
+
+    def save_state(self) -> DevicesState:
+        """Return the state of every device that has one. Only between batches of exits, while all vCPUs are parked."""
+        return DevicesState(
+            self.ioapic.save_state(),
+            self.serial.save_state(),
+            self.i8042.save_state(),
+            tuple(line.save_state() for line in self.interrupts),
+        )
 
     def close(self) -> None:
         """Release shared memory and eventfds."""

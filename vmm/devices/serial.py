@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ipc.typed import Callable
 from vmm.devices.bus import Deferral, Device, InterruptLine, PublishedSlot
+from vmm.state import SerialState
 
 PORT_COUNT = 8
 
@@ -104,6 +105,20 @@ class Serial(Device):
         # DTR → DSR, RTS → CTS, OUT1 → RI, OUT2 → DCD
         mcr = self._mcr
         return (mcr & 1) << 5 | (mcr & 2) << 3 | (mcr & 4) << 4 | (mcr & 8) << 4
+
+    def save_state(self) -> SerialState:
+        """Return the registers and what the guest has not read."""
+        return SerialState(
+            bytes(self._receive),
+            self._ier,
+            self._fcr,
+            self._lcr,
+            self._mcr,
+            self._scr,
+            self._divisor,
+            self._thr_empty_pending,
+            self._looped,
+        )
 
     def room(self) -> int:
         """Return how many bytes :meth:`receive` takes now: none while the receiver is looped back to ourselves."""

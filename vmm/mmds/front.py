@@ -26,9 +26,12 @@ _FORWARDED_HEADER = "X-Forwarded-For"
 _MAX_U32 = (1 << 32) - 1
 
 INVALID_REQUEST = "Invalid request."
-NO_TOKEN = "No MMDS token provided. Use `X-metadata-token` header to specify the session token."
+NO_TOKEN = (
+    "No MMDS token provided. Use `X-metadata-token` or `X-aws-ec2-metadata-token` header to specify the session token."
+)
 NO_TTL = (
-    "Token time to live value not found. Use `X-metadata-token-ttl-seconds` header to specify the token's lifetime."
+    "Token time to live value not found. Use `X-metadata-token-ttl-seconds` or "
+    "`X-aws-ec2-metadata-token-ttl-seconds` header to specify the token's lifetime."
 )
 
 

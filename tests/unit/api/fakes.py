@@ -34,6 +34,7 @@ class FakeVmm(Microvm):
     def version(self) -> str:
         return FIRECRACKER_VERSION
 
+    @property
     def instance_info(self) -> InstanceInfo:
         return InstanceInfo("test", self.state, FIRECRACKER_VERSION, APP_NAME)
 

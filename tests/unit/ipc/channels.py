@@ -20,7 +20,7 @@ from ipc.schema import Envelope
 from tests.unit.ipc.processes import PATIENCE_SECONDS, open_descriptors
 
 EPOCH = 0x1234_5678_9ABC
-HELLO = Hello(0, 4711, 12, 12288, 1024)
+HELLO = Hello(0, 4711, 12, 12288, 1024, 32764)
 
 
 class Place:

@@ -87,6 +87,7 @@ KINDS = {
         7: "MemoryCreated",
         8: "CellEnded",
         9: "Shutdown",
+        10: "SignalNoticed",
     },
     "descriptors": {
         1: "GuestMemory",

@@ -19,9 +19,12 @@ from vmm.mmds.token import MAX_TTL_SECONDS, TokenAuthority, TokenError
 
 DATA: Any = {"name": {"first": "John", "second": "Doe"}, "age": 43, "phones": ["+40"], "latest": {"api": {"x": "y"}}}
 TTL = "X-metadata-token-ttl-seconds"
-NO_TOKEN = "No MMDS token provided. Use `X-metadata-token` header to specify the session token."
+NO_TOKEN = (
+    "No MMDS token provided. Use `X-metadata-token` or `X-aws-ec2-metadata-token` header to specify the session token."
+)
 NO_TTL = (
-    "Token time to live value not found. Use `X-metadata-token-ttl-seconds` header to specify the token's lifetime."
+    "Token time to live value not found. Use `X-metadata-token-ttl-seconds` or "
+    "`X-aws-ec2-metadata-token-ttl-seconds` header to specify the token's lifetime."
 )
 
 

@@ -135,7 +135,7 @@ class StandInWorker:
 
     def hello(self, **changes: Any) -> None:
         values = {"worker": self.index, "pid": os.getpid(), "kvm_api_version": 12, "vcpu_mmap_size": RUN_PAGE_SIZE}
-        self.send(Hello(**{**values, "max_vcpus": 8, **changes}))
+        self.send(Hello(**{**values, "max_vcpus": 8, "max_memslots": 64, **changes}))
 
     def next(self) -> tuple[Any, int]:
         """Wait for the next message; returns it with its sequence number."""

@@ -59,9 +59,7 @@ def test_what_a_worker_says_is_possible_only_where_it_makes_sense(event, allowed
 def test_a_failed_worker_never_runs_again():
     state = {S.FAILED}
     for _ in WorkerState:
-        state |= {
-            after for (before, event), after in TRANSITIONS.items() if before in state and event is not E.SPAWN
-        }
+        state |= {after for (before, event), after in TRANSITIONS.items() if before in state and event is not E.SPAWN}
     assert state == {S.FAILED, S.FINISHING, S.ENDED}
 
 

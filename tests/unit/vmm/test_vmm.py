@@ -23,6 +23,7 @@ from tests.unit.vmm.standins import (
     run_page,
 )
 from vmm import exits as exits_module
+from vmm import state
 from vmm import vmm as vmm_module
 from vmm.boot.layout import IOAPIC_ADDRESS
 from vmm.console import ConsoleOutput
@@ -158,10 +159,18 @@ def test_states_and_operations(make):
     vmm.pause_vm()
     vmm.pause_vm()
     assert vmm.instance_info().state == "Paused"
-    assert [state.state for state in vmm.save_state()] == [b"state"]
+    saved = vmm.save_state()
+    assert [vcpu.state for vcpu in saved.vcpus] == [b"state"]
+    assert state.decode(state.encode(saved)) == saved == vmm.save_state()
+    assert (saved.version, saved.microvm_id, saved.groups) == (state.VERSION, "standin", ((0,),))
     assert [config.vcpu for config in vmm.dump_cpu_config()] == [0]
     assert set(vmm.exit_counters()) == {0}
     assert "vcpu 0: paused" in repr(vmm)
+    assert vmm.instance_info is not None
+    assert vmm.instance_info() == vmm.instance_info
+    assert repr(vmm.vm) == f"<Vm 1 vCPU(s) in 1 worker(s), {MEMORY_SIZE >> 20} MiB>"
+    assert (vmm.vm.vcpu_count, vmm.vm.mem_size_mib) == (1, MEMORY_SIZE >> 20)
+    assert (vmm.kvm().api_version, vmm.kvm().max_vcpus, vmm.kvm().max_memslots) == (12, 8, 64)
 
 
 def test_exits_are_served_while_an_operation_waits(make):

@@ -1,0 +1,145 @@
+"""Signals to a jailed microVM as clients see them: log, last metrics line, exit code (docs/formats/api.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.client import ClientError
+from tests.jail.harness import GID, UID, JailedMicrovm, children, microvm, wait_for
+
+#: What each signal means: exit code, group and key of the metric that becomes 1.
+ENDINGS = [
+    (signal.SIGTERM, 143, None),
+    (signal.SIGHUP, 156, "signals.sighup"),
+    (signal.SIGBUS, 149, "signals.sigbus"),
+    (signal.SIGSEGV, 150, "signals.sigsegv"),
+    (signal.SIGXFSZ, 151, "signals.sigxfsz"),
+    (signal.SIGXCPU, 154, "signals.sigxcpu"),
+    (signal.SIGILL, 157, "signals.sigill"),
+    (signal.SIGSYS, 2, "seccomp.num_faults"),
+]
+
+
+def prepare(jailed: JailedMicrovm) -> JailedMicrovm:
+    """Start a guest with a directory for log and metrics."""
+    directory = jailed.root / "out"
+    directory.mkdir(parents=True)
+    os.chown(directory, UID, GID)
+    jailed.add_guest("spin")
+    return jailed.start().wait_up().boot()
+
+
+def arguments() -> tuple[str, ...]:
+    return ("--exerciser", "--log-path", "/out/log", "--metrics-path", "/out/metrics")
+
+
+def metrics(jailed: JailedMicrovm) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (jailed.root / "out" / "metrics").read_text().splitlines()]
+
+
+def log(jailed: JailedMicrovm) -> list[str]:
+    return (jailed.root / "out" / "log").read_text().splitlines()
+
+
+def counted(line: dict[str, Any]) -> set[str]:
+    """Return the metrics about signals that are not 0."""
+    signals = {f"signals.{key}" for key, value in line["signals"].items() if value}
+    return signals | ({"seccomp.num_faults"} if line["seccomp"]["num_faults"] else set())
+
+
+@pytest.mark.parametrize(("number", "code", "key"), ENDINGS, ids=lambda value: getattr(value, "name", str(value)))
+def test_a_signal_is_logged_counted_and_ends_the_microvm(
+    base: Path, number: signal.Signals, code: int, key: str | None
+) -> None:
+    with microvm(base, arguments=arguments()) as jailed:
+        prepare(jailed)
+        assert len(metrics(jailed)) == 1
+        os.kill(jailed.pid, number)
+        assert jailed.process.wait(30) == code
+        assert f"Shutting down VM after intercepting signal {int(number)}, code 0." in "\n".join(log(jailed))
+        assert log(jailed)[-1].endswith(f"Firecracker exiting with error. exit_code={code}")
+        first, last = metrics(jailed)
+        assert counted(first) == set()
+        assert counted(last) == ({key} if key else set())
+
+
+def test_a_broken_pipe_ends_nothing(base: Path) -> None:
+    with microvm(base, arguments=arguments()) as jailed:
+        prepare(jailed)
+        os.kill(jailed.pid, signal.SIGPIPE)
+        wait_for(lambda: any("Received signal 13, code 0." in line for line in log(jailed)), "the log line")
+        assert jailed.api("PUT", "/actions", {"action_type": "FlushMetrics"}).status == 204
+        assert metrics(jailed)[1]["signals"]["sigpipe"] == 1
+        assert jailed.stop() == 143
+        assert counted(metrics(jailed)[-1]) == set()
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "key"),
+    [
+        (signal.SIGSEGV, 150, "sigsegv"),
+        (signal.SIGBUS, 149, "sigbus"),
+        (signal.SIGILL, 157, "sigill"),
+        (signal.SIGXFSZ, 151, "sigxfsz"),
+        (signal.SIGKILL, 1, None),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_a_worker_that_dies_by_a_signal_ends_the_microvm_with_its_code(
+    base: Path, number: signal.Signals, code: int, key: str | None
+) -> None:
+    with microvm(base, arguments=arguments()) as jailed:
+        prepare(jailed)
+        worker = children(jailed.pid)["vcpu 0"]
+        os.kill(worker, number)
+        assert jailed.process.wait(30) == code
+        name = signal.Signals(number).name
+        assert any(f"Worker vcpu 0 (pid {worker}) was ended by signal {name}" in line for line in log(jailed))
+        assert f"was ended by signal {int(number)} ({name})" in jailed.log()
+        assert log(jailed)[-1].endswith(f"Firecracker exiting with error. exit_code={code}")
+        last = metrics(jailed)[-1]
+        assert {name for name, value in last["signals"].items() if value} == ({key} if key else set())
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGSEGV, 150), (signal.SIGBUS, 149), (signal.SIGABRT, 1), (signal.SIGKILL, 1)]
+)
+def test_the_supervisor_reports_a_controller_that_dies_by_a_signal(
+    base: Path, number: signal.Signals, code: int
+) -> None:
+    with microvm(base, arguments=arguments()) as jailed:
+        prepare(jailed)
+        controller = children(jailed.pid)["vmm"]
+        os.kill(controller, number)
+        assert jailed.process.wait(30) == code
+        *_, how, last = jailed.log().splitlines()
+        assert f"vmm (pid {controller}) was ended by signal {int(number)} ({signal.Signals(number).name})" in how
+        assert last.endswith(f"Firecracker exiting with error. exit_code={code}")
+
+
+def test_a_file_beyond_its_limit_ends_the_microvm(base: Path) -> None:
+    """As with Firecracker, nobody gets an answer: the request that made the file grow loses its connection."""
+    limit = 16384
+    with microvm(base, "--resource-limit", f"fsize={limit}", arguments=arguments()) as jailed:
+        prepare(jailed)
+        answered: list[int] = []
+        with suppress(ConnectionError, ClientError):
+            while len(answered) < 100:
+                answered.append(jailed.api("PUT", "/actions", {"action_type": "FlushMetrics"}).status)
+        assert answered == [204] * len(answered)
+        assert 0 < len(answered) < 100
+        assert jailed.process.wait(30) == 151
+        path = jailed.root / "out" / "metrics"
+        assert path.stat().st_size <= limit
+        assert "Shutting down VM after intercepting signal 25, code 0." in "\n".join(log(jailed))
+        assert log(jailed)[-1].endswith("Firecracker exiting with error. exit_code=151")
+        # The line that went over the limit is cut off there; whole lines before it are whole.
+        *whole, _rest = path.read_bytes().split(b"\n")
+        assert all(json.loads(line) for line in whole)
