@@ -99,12 +99,8 @@ class MicrovmBuilder:
         size = machine.mem_size_mib * MIB
         descriptor = self._supervisor.create_memory(size)
         try:
-<<<<<<< HEAD
-            return self._build(resources, size, descriptor, run=run)
-=======
             with file_limit.Tolerated():  # memory is no file: who cannot write it as one has other ways
-                return self._build(resources, size, descriptor)
->>>>>>> 16e6777 (SIGXFSZ ends the microVM with 151, SIGPIPE is logged and counted, a worker's signal is counted; Vmm: vm, kvm, a complete versioned state; texts as in Firecracker's sources)
+                return self._build(resources, size, descriptor, run=run)
         finally:
             os.close(descriptor)  # the mappings keep it alive
 
@@ -166,14 +162,9 @@ class MicrovmBuilder:
                 worker.spawn(assembly.placement.assignment(worker.index))
         for worker in workers:
             worker.wait_greeted()
-<<<<<<< HEAD
-            if worker.max_vcpus < vcpu_count:
-                raise WorkerError(f"This host's KVM allows {worker.max_vcpus} vCPUs, not {vcpu_count}.")
-        setup = _cpu_setup(resources, workers[0])
-=======
             if worker.kvm.max_vcpus < vcpu_count:
                 raise WorkerError(f"This host's KVM allows {worker.kvm.max_vcpus} vCPUs, not {vcpu_count}.")
->>>>>>> 16e6777 (SIGXFSZ ends the microVM with 151, SIGPIPE is logged and counted, a worker's signal is counted; Vmm: vm, kvm, a complete versioned state; texts as in Firecracker's sources)
+        setup = _cpu_setup(resources, workers[0])
         for worker in workers:
             executors = assembly.executors(worker)
             message = assembly.configuration(worker.assignment.vcpus, resources, boot, setup)

@@ -13,7 +13,7 @@ from tests.unit.api.fakes import Api
 JSON = "An error occurred when deserializing the json body of a request: "
 PREBOOT = "The requested operation is not supported before starting the microVM."
 POSTBOOT = "The requested operation is not supported after starting the microVM."
-NO_DEVICE = "Device manager error: Device not found"
+NO_DEVICE = "Failed perform action on device: Device not found"
 NO_PCI = "PCI is not enabled"
 VERIFY = " Please verify the request arguments."
 BUCKET = {"size": 1000, "refill_time": 100}
@@ -42,7 +42,7 @@ STATES: list[Any] = [
     ("DELETE", "/pmem/a", None, PREBOOT, NO_PCI, NO_PCI),
     ("PUT", "/network-interfaces/eth0", NET, 204, NO_PCI, NO_PCI),
     ("PATCH", "/network-interfaces/eth0", {"iface_id": "eth0"}, PREBOOT,
-     *[f"Network config error: Unable to update the network device: {NO_DEVICE}"] * 2),
+     *[f"Network config error: Unable to update the net device: {NO_DEVICE}"] * 2),
     ("DELETE", "/network-interfaces/eth0", None, PREBOOT, NO_PCI, NO_PCI),
     ("PUT", "/vsock", {"guest_cid": 3, "uds_path": "v"}, 204, POSTBOOT, POSTBOOT),
     ("PUT", "/entropy", {}, 204, POSTBOOT, POSTBOOT),

@@ -27,7 +27,7 @@ from tests.unit.api.fakes import Api
 PREBOOT = "The requested operation is not supported before starting the microVM."
 POSTBOOT = "The requested operation is not supported after starting the microVM."
 NO_PCI = "PCI is not enabled"
-DEVICE = "Device manager error: Device not found"
+DEVICE = "Failed perform action on device: Device not found"
 NAMES = st.sampled_from(["a", "b", "c"])
 NOT_STARTED, RUNNING, PAUSED = "Not started", "Running", "Paused"
 
