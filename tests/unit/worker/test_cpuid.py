@@ -202,9 +202,7 @@ def check_common(leaves, vcpu, shape):
 
 def test_vendor_and_cache_data_are_the_host_s_whatever_a_template_says():
     host = [*AMD, entry(0x8000_0005, ecx=0x2008_0140), entry(0x8000_0006, ecx=0x0200_6140, edx=0x0800_9140)]
-    base = [
-        each._replace(ebx=1, ecx=2, edx=3) if each.leaf in (0, 0x8000_0005, 0x8000_0006) else each for each in host
-    ]
+    base = [each._replace(ebx=1, ecx=2, edx=3) if each.leaf in (0, 0x8000_0005, 0x8000_0006) else each for each in host]
     base[0] = base[0]._replace(eax=7)
     leaves = by_leaf(cpuid.normalise(base, Topology(0, 1, False), host=host))
     assert leaves[0, 0] == host[0]._replace(eax=7)
