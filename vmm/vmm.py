@@ -285,9 +285,15 @@ class Vmm(Microvm):
         return [worker.request(DumpCpuConfig(vcpu), DumpedCpuConfig) for vcpu, worker in self._by_vcpu()]
 
     def send_ctrl_alt_del(self) -> None:
-        """Type Ctrl-Alt-Del on the guest's keyboard (PUT /actions SendCtrlAltDel). Raises DeviceError."""
+        """Type Ctrl-Alt-Del on the guest's keyboard (PUT /actions SendCtrlAltDel).
+
+        Raises DeviceError when the guest has not read what was typed before: the buffer has 16 bytes, this takes 4.
+        """
         self._require_alive()
-        self.device_manager.i8042.send_ctrl_alt_del()
+        try:
+            self.device_manager.i8042.send_ctrl_alt_del()
+        except DeviceError as error:
+            raise DeviceError(f"I8042 error: {error}") from error
 
     def stop(self, exit_code: int) -> None:
         """End the microVM: the main loop returns with this code. The first code counts, but 0 yields to an error."""

@@ -41,7 +41,7 @@ class ApiModel(RuleBasedStateMachine):
         self.kernel = str(Path(self.directory.name) / "kernel")
         Path(self.kernel).write_bytes(b"kernel")
         self.descriptors = len(os.listdir("/proc/self/fd"))
-        self.api = Api(str(Path(self.directory.name) / "log"))
+        self.api = self.make_api(Path(self.directory.name))
         self.state = NOT_STARTED
         self.kernel_set = False
         self.memory = 128
@@ -57,6 +57,10 @@ class ApiModel(RuleBasedStateMachine):
         self.mmds_initialized = False
         self.metrics = False
         self.boot_specific = False
+
+    def make_api(self, directory: Path) -> Any:
+        """Return what answers; another kind of it may set ``kernel``, too."""
+        return Api(str(directory / "log"))
 
     @initialize(state=st.sampled_from([NOT_STARTED, NOT_STARTED, RUNNING, PAUSED]))
     def begin(self, state: str) -> None:
@@ -92,6 +96,9 @@ class ApiModel(RuleBasedStateMachine):
 
     @rule(memory=st.sampled_from([0, 1, 64, 128, 256]), vcpus=st.sampled_from([0, 1, 2, 32, 33]), patch=st.booleans())
     def machine_config(self, memory: int, vcpus: int, patch: bool) -> None:
+        self.set_machine(memory, vcpus, patch)
+
+    def set_machine(self, memory: int, vcpus: int, patch: bool) -> None:
         refusal = None
         if not 1 <= vcpus <= 32:
             refusal = (
@@ -114,6 +121,9 @@ class ApiModel(RuleBasedStateMachine):
 
     @rule(template=st.sampled_from(["T2", "None"]))
     def static_template(self, template: str) -> None:
+        self.set_template(template)
+
+    def set_template(self, template: str) -> None:
         if self.put("/machine-config", {"cpu_template": template}, self.preboot(), "PATCH"):
             self.template = None if template == "None" else template
             self.custom_template = False
@@ -256,6 +266,9 @@ class ApiModel(RuleBasedStateMachine):
 
     @rule()
     def instance_start(self) -> None:
+        self.start_instance()
+
+    def start_instance(self) -> None:
         reason = self.why_not_startable()
         devices = self.drives or self.pmem or self.interfaces or self.devices or self.balloon is not None
         start = {"action_type": "InstanceStart"}
