@@ -75,7 +75,8 @@ class Bench:
 
     # ------------------------------------------------------------ how a microVM is started
 
-    def _cold(self, program: str, arguments: list[str]) -> Started:
+    def cold(self, program: str, arguments: list[str]) -> Started:
+        """A start from nothing: the program itself."""
         return start([str(LAUNCHERS / program), *arguments], self._account)
 
     def _warm(self, program: str, arguments: list[str]) -> Started:
@@ -151,7 +152,7 @@ class Bench:
         jail = self._jail()
         kernel = jail.add(self._kernel, "kernel")
         path = jail.root / "run" / "firecracker.socket"
-        with self._cold("jailer", jail.command()[1:]) as started:
+        with self.cold("jailer", jail.command()[1:]) as started:
             _api_ready(path, started)
             self._must(path, "/machine-config", {"vcpu_count": 1, "mem_size_mib": MEMORY_MIB})
             self._must(path, "/boot-source", {"kernel_image_path": kernel, "boot_args": ""})
@@ -188,13 +189,13 @@ class Bench:
         warm = self._warm
         return {
             QEMU_START: self.qemu,
-            JAILER_COLD: lambda: self.jailer_first(self._cold),
-            DIRECT_COLD: lambda: self.direct_first(self._cold),
+            JAILER_COLD: lambda: self.jailer_first(self.cold),
+            DIRECT_COLD: lambda: self.direct_first(self.cold),
             WARM_JAILER: lambda: self.jailer_first(warm),
             WARM_DIRECT: lambda: self.direct_first(warm),
             INSTANCE_START: self.instance_start,
-            JAILER_API: lambda: self.jailer_api(self._cold),
-            DIRECT_API: lambda: self.direct_api(self._cold),
+            JAILER_API: lambda: self.jailer_api(self.cold),
+            DIRECT_API: lambda: self.direct_api(self.cold),
             WARM_JAILER_API: lambda: self.jailer_api(warm),
             WARM_DIRECT_API: lambda: self.direct_api(warm),
         }
@@ -221,7 +222,7 @@ class Bench:
         """Memory of each cell of a cold-started, jailed microVM whose guest sleeps, and of QEMU: MiB by kind."""
         jail = self._jail()
         config = jail.write(json.dumps(self._config(jail.add(self._kernel, "kernel"))), "config.json")
-        with self._cold("jailer", jail.command((), ("--no-api", "--config-file", config))[1:]) as started:
+        with self.cold("jailer", jail.command((), ("--no-api", "--config-file", config))[1:]) as started:
             started.pipes.wait_for(FIRST_BYTE)
             time.sleep(SETTLE_SECONDS)
             cells = {Path(f"/proc/{pid}/comm").read_text().strip(): _rollup(pid) for pid in descendants(started.pid)}
@@ -327,9 +328,7 @@ def main() -> int:
     try:
         with CpuAccount() as account:
             bench = Bench(folder, account)
-            cases = {
-                name: case for name, case in bench.cases().items() if options.only in name or name == QEMU_START
-            }
+            cases = {name: case for name, case in bench.cases().items() if options.only in name or name == QEMU_START}
             samples: dict[str, list[Sample]] = {name: [] for name in cases}
             for number in range(options.rounds + 1):
                 for name, case in cases.items():
