@@ -174,15 +174,6 @@ def _help_line(flag: _Flag) -> str:
     return f"  {head:<28}  {'; '.join(notes)}"
 
 
-def print_answer(answered: tuple[str, int]) -> int:
-    """Print a text, on standard error if it is one of an error; return its exit status."""
-    text, code = answered
-    stream = sys.stderr if code else sys.stdout
-    stream.write(text)
-    stream.flush()
-    return code
-
-
 def print_error(text: str) -> None:
     """Say what went wrong on standard error, in one line."""
     try:

@@ -5,29 +5,38 @@ What still holds: one process per role, seccomp filters, no_new_privs, no capabi
 
 from __future__ import annotations
 
-from ipc import timeline
-from ipc.errno_text import errno_text
-from jailer import cli
-from jailer.errors import JailerError
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmm.cli import CommandLine
 
 EXIT_FAILED = 1
-EXIT_ARGUMENT_PARSING = 153
 
 
 def main(argv: list[str]) -> int:
     """Run the program with a command line (``argv[0]`` is the program's name); return the exit status."""
     from vmm import cli as vmm_cli
 
-    timeline.start_if_asked()
     arguments = argv[1:]
     try:
         answered = vmm_cli.answer(arguments)
-        if answered is not None:
-            return cli.print_answer(answered)
+        if answered is not None:  # before anything else is imported: --version costs little more than the interpreter
+            return vmm_cli.print_answer(answered)
         command_line = vmm_cli.parse(arguments)
     except vmm_cli.CommandLineError as error:
+        from jailer import cli
+
         cli.print_error(str(error))
         return error.exit_code
+    return _launch(arguments, command_line)
+
+
+def _launch(arguments: list[str], command_line: CommandLine) -> int:
+    from ipc import timeline
+    from ipc.errno_text import errno_text
+    from jailer import cli
+    from jailer.errors import JailerError
+
+    timeline.start_if_asked()
     try:
         timeline.mark("import libraries")
         from ipc import zmq_core

@@ -97,7 +97,7 @@ def _launch(options: cli.Options) -> int:
     try:
         answered = vmm_cli.answer(options.arguments)
         if answered is not None:
-            return cli.print_answer(answered)
+            return vmm_cli.print_answer(answered)
         line = vmm_cli.parse(("--id", resolved.microvm_id, *options.arguments))
     except vmm_cli.CommandLineError as error:
         cli.print_error(str(error))

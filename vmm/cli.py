@@ -233,6 +233,17 @@ def answer(arguments: Sequence[str]) -> tuple[str, int] | None:
     return None
 
 
+def print_answer(answered: tuple[str, int]) -> int:
+    """Print a text, on standard error if it is one of an error; return its exit status."""
+    import sys
+
+    text, code = answered
+    stream = sys.stderr if code else sys.stdout
+    stream.write(text)
+    stream.flush()
+    return code
+
+
 def help_text() -> str:
     """Return what --help prints."""
     theirs = "\n".join(flag.usage() for flag in _FIRECRACKER_FLAGS)

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from lab.client import Microvm, launch_unjailed, request
 from tests.guests.build import build
+from tests.metrics_table import EXPECTED
 
 
 class Stream:
@@ -123,6 +125,9 @@ def test_metrics_are_written_at_the_start_on_demand_and_at_the_end(vm, tmp_path)
     vm.wait()
     *_, third = metrics(tmp_path)
     assert len(metrics(tmp_path)) == 3
+    for line in metrics(tmp_path):
+        assert line.keys() == EXPECTED.keys() | {"utc_timestamp_ms"}
+        assert {group: line[group].keys() for group in EXPECTED} == EXPECTED
     assert third["vmm"]["panic_count"] == third["seccomp"]["num_faults"] == 0
 
 
@@ -143,7 +148,18 @@ def test_prometheus_and_metadata(vm):
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(vm.api_socket))
         client.sendall(b"GET /metrics/prometheus HTTP/1.1\r\n\r\n")
-        assert client.recv(1 << 20).startswith(b"HTTP/1.1 200 \r\n")
+        head, _, text = client.recv(1 << 20).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 \r\n")
+    assert f"Content-Length: {len(text)}".encode() in head
+    families = {family.name: family for family in text_string_to_metric_families(text.decode())}
+    for group, keys in EXPECTED.items():
+        for key in keys:
+            names = [f"cellblock_{group}_{key}{end}" for end in ("", "_min_us", "_max_us", "_sum_us")]
+            found = [name for name in names if name in families]
+            # Sums over devices are not shown: there is one series per device.
+            assert len(found) == (0 if group in ("block", "net", "pmem") else 3 if key.endswith("_agg") else 1), key
+    (info,) = families["cellblock_microvm_info"].samples
+    assert (info.labels["id"], info.labels["state"]) == ("plane", "Running")
     assert "Successfully added metadata to mmds from file" in vm.tail(100)
 
 

@@ -13,38 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.metrics_table import EXPECTED
 from vmm.event_manager import EventManager
 from vmm.logger import Logger
 from vmm.metrics import FLUSH_INTERVAL_NS, GROUPS, SUMMED_KINDS, Aggregate, Metrics, MetricsConfig, MetricsError
 from vmm.metrics_sources import read_devices, read_exits, read_logger
 from vmm.prometheus import exposition
-
-#: Groups and keys as clients check them, written out once more.
-EXPECTED = {
-    "api_server": {"process_startup_time_us", "process_startup_time_cpu_us"},
-    "deprecated_api": {"deprecated_http_api_calls"},
-    "get_api_requests": {"instance_info_count", "machine_cfg_count", "mmds_count", "vmm_version_count",
-                         "hotplug_memory_count"},
-    "i8042": {"error_count", "missed_read_count", "missed_write_count", "read_count", "reset_count", "write_count"},
-    "latencies_us": {f"{prefix}{name}" for prefix in ("", "vmm_") for name in (
-        "full_create_snapshot", "diff_create_snapshot", "load_snapshot", "pause_vm", "resume_vm")},
-    "logger": {"missed_metrics_count", "metrics_fails", "missed_log_count", "rate_limited_log_count"},
-    "patch_api_requests": {f"{name}_{what}" for what in ("count", "fails") for name in (
-        "drive", "network", "machine_cfg", "mmds", "hotplug_memory", "pmem")},
-    "put_api_requests": {f"{name}_{what}" for what in ("count", "fails") for name in (
-        "actions", "boot_source", "drive", "logger", "machine_cfg", "cpu_cfg", "metrics", "network", "mmds", "vsock",
-        "pmem", "serial", "hotplug_memory")},
-    "seccomp": {"num_faults"},
-    "vcpu": {"exit_io_in", "exit_io_out", "exit_mmio_read", "exit_mmio_write", "failures", "kvmclock_ctrl_fails",
-             "exit_io_in_agg", "exit_io_out_agg", "exit_mmio_read_agg", "exit_mmio_write_agg"},
-    "vmm": {"panic_count"},
-    "uart": {"error_count", "flush_count", "missed_read_count", "missed_write_count", "read_count", "write_count",
-             "rate_limiter_dropped_bytes"},
-    "signals": {"sigbus", "sigsegv", "sigxfsz", "sigxcpu", "sigpipe", "sighup", "sigill"},
-    "interrupts": {"triggers", "config_updates"},
-}  # fmt: skip
-#: How many keys the groups of devices have.
-SIZES = {"balloon": 12, "block": 20, "mmds": 13, "net": 26, "vsock": 20, "entropy": 7, "pmem": 6, "memory_hotplug": 18}
 
 
 @pytest.fixture
@@ -76,11 +50,9 @@ def test_a_line_has_exactly_the_groups_and_keys_that_clients_know(metrics, lines
     (line,) = lines()
     assert next(iter(line)) == "utc_timestamp_ms"
     assert abs(line.pop("utc_timestamp_ms") - time.time() * 1000) < 10_000
-    assert line.keys() == EXPECTED.keys() | SIZES.keys()
+    assert line.keys() == EXPECTED.keys()
     for group, keys in EXPECTED.items():
         assert line[group].keys() == keys, group
-    for group, size in SIZES.items():
-        assert len(line[group]) == size, group
     for group in line.values():
         for key, value in group.items():
             expected = {"min_us": 0, "max_us": 0, "sum_us": 0} if key.endswith("_agg") else 0

@@ -1,0 +1,256 @@
+"""Every method of ``Vmm`` on a guest that was booted, by way of its API call where it has one.
+
+The controller's parts run in this process, on a real worker with a real KVM VM; only the supervisor is a stand-in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ipc import descriptors
+from ipc.messages import Spawn, Spawned
+from ipc.plan import Assignment
+from tests.guests.build import build
+from tests.unit.api.fakes import parse_response
+from tests.unit.vmm.standins import Controller as Cells
+from tests.unit.vmm.standins import StandInSupervisor, open_descriptors, run_process
+from vcpu_worker import main as worker_main
+from vcpu_worker import state as vcpu_state
+from vmm import state
+from vmm.api.handler import ApiHandler
+from vmm.api.http import Request
+from vmm.builder import MicrovmBuilder
+from vmm.controller import Controller
+from vmm.errors import DeviceError, StateError
+from vmm.event_manager import Events
+from vmm.logger import LOG
+from vmm.resources import StartOptions, VmResources
+from vmm.vmm import Vmm
+
+NO_DEVICE = "Failed perform action on device: Device not found"
+BLOCK = f"Drive config error: Unable to patch the block device: {NO_DEVICE} Please verify the request arguments."
+NET = f"Network config error: Unable to update the net device: {NO_DEVICE}"
+BUCKET = {"size": 1, "refill_time": 1}
+PAUSE, RESUME = {"state": "Paused"}, {"state": "Resumed"}
+#: Method, its API call, what that answers on a running guest.
+CALLS: list[tuple[str, str, str, Any, Any]] = [
+    ("version", "GET", "/version", None, {"firecracker_version": "1.17.0-dev"}),
+    ("pause_vm", "PATCH", "/vm", PAUSE, None),
+    ("pause_vm", "PATCH", "/vm", PAUSE, None),
+    ("resume_vm", "PATCH", "/vm", RESUME, None),
+    ("resume_vm", "PATCH", "/vm", RESUME, None),
+    ("send_ctrl_alt_del", "PUT", "/actions", {"action_type": "SendCtrlAltDel"}, None),
+    ("update_block_device_path", "PATCH", "/drives/a", {"drive_id": "a", "path_on_host": "x"}, BLOCK),
+    ("update_block_rate_limiter", "PATCH", "/drives/a", {"drive_id": "a", "rate_limiter": {"ops": BUCKET}}, BLOCK),
+    ("update_vhost_user_block_config", "PATCH", "/drives/a", {"drive_id": "a"}, BLOCK),
+    ("update_net_rate_limiters", "PATCH", "/network-interfaces/a", {"iface_id": "a"}, NET),
+    ("update_pmem_rate_limiter", "PATCH", "/pmem/a", {"id": "a", "rate_limiter": {"ops": BUCKET}},
+     f"Pmem config error: Unable to patch the pmem device: {NO_DEVICE} Please verify the request arguments."),
+    ("balloon_config", "GET", "/balloon", None, f"Internal VMM error: {NO_DEVICE}"),
+    ("latest_balloon_stats", "GET", "/balloon/statistics", None, f"Internal VMM error: {NO_DEVICE}"),
+    ("update_balloon_config", "PATCH", "/balloon", {"amount_mib": 1}, f"Balloon update error: {NO_DEVICE}"),
+    ("update_balloon_stats_config", "PATCH", "/balloon/statistics", {"stats_polling_interval_s": 1},
+     f"Balloon update error: {NO_DEVICE}"),
+    ("memory_hotplug_status", "GET", "/hotplug/memory", None, f"Internal VMM error: {NO_DEVICE}"),
+    ("update_memory_hotplug_size", "PATCH", "/hotplug/memory", {"requested_size_mib": 2},
+     f"Memory hotplug update error: {NO_DEVICE}"),
+    ("start_balloon_hinting", "PATCH", "/balloon/hinting/start", None, f"Balloon update error: {NO_DEVICE}"),
+    ("get_balloon_hinting_status", "GET", "/balloon/hinting/status", None, f"Balloon update error: {NO_DEVICE}"),
+    ("stop_balloon_hinting", "PATCH", "/balloon/hinting/stop", None, f"Balloon update error: {NO_DEVICE}"),
+]  # fmt: skip
+#: Those that the test calls itself: no request reaches them (yet), or only at the start.
+DIRECT = (
+    "instance_info", "kvm", "shutdown_exit_code", "clear_shutdown_exit_code", "start_vcpus", "save_state",
+    "dump_cpu_config", "stop", "process", "init", "close",
+)  # fmt: skip
+
+
+def real_workers(supervisor: StandInSupervisor) -> None:
+    """Let the stand-in fork what the real supervisor forks, without walls."""
+
+    def spawn(message: Spawn, sequence: int) -> None:
+        ours, theirs = descriptors.channel_pair()
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            supervisor.channel.close()
+            kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+            run_process(
+                lambda: os._exit(worker_main.run(supervisor.plan, Assignment(*message), theirs, kvm, _no_walls))
+            )
+        theirs.close()
+        pidfd = os.pidfd_open(pid)
+        supervisor.children[pidfd] = (message.worker, pid)
+        supervisor.channel.send(Spawned(message.worker, pid), sequence, (pidfd, ours.fileno()))
+        ours.close()
+
+    supervisor.handlers[Spawn] = spawn
+
+
+def _no_walls() -> None:
+    pass
+
+
+class Machine:
+    """API, controller and a microVM of the real builder."""
+
+    def __init__(self, directory: Path) -> None:
+        self.cells = Cells(str(directory), supervisor=real_workers)
+        self.builder = MicrovmBuilder(self.cells.plan, self.cells.events, self.cells.supervisor)
+        self.resources = VmResources(StartOptions(console="none"))
+        self.controller = Controller(self.resources, "standin", self.builder.build, LOG)
+        self._handler = ApiHandler(self.controller, LOG)
+
+    def send(self, method: str, path: str, body: Any = None) -> Any:
+        """Return the body of a success, the fault message of a refusal."""
+        data = None if body is None else json.dumps(body).encode()
+        answer = self._handler(Request(method, path, "HTTP/1.1", data))
+        assert isinstance(answer, bytes)
+        status, reply, _ = parse_response(answer)
+        return reply if status < 400 else reply["fault_message"]
+
+    @property
+    def vmm(self) -> Vmm:
+        assert isinstance(self.controller.vmm, Vmm)
+        return self.controller.vmm
+
+    def start(self) -> None:
+        assert self.send("PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 64}) is None
+        assert self.send("PUT", "/boot-source", {"kernel_image_path": str(build("spin"))}) is None
+        assert self.send("PUT", "/actions", {"action_type": "InstanceStart"}) is None
+
+    def close(self) -> None:
+        if self.controller.vmm is not None:
+            self.vmm.close()
+        self.builder.close()
+        self.resources.close()
+        self.cells.close()
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[Any]:
+    path = tmp_path / "log"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    LOG.use_descriptor(descriptor)
+    yield path.read_text
+    LOG.close()
+    os.close(descriptor)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, log: Any) -> Iterator[Machine]:
+    directory = tmp_path / "ipc"
+    directory.mkdir()
+    made = Machine(directory)
+    yield made
+    made.close()
+
+
+def test_each_operation_is_reached_by_its_call(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+
+    def record(name: str) -> None:
+        original = getattr(Vmm, name)
+
+        def method(self: Vmm, *arguments: Any, **named: Any) -> Any:
+            called.append(name)
+            return original(self, *arguments, **named)
+
+        monkeypatch.setattr(Vmm, name, method)
+
+    for name in {each[0] for each in CALLS} | {"start_vcpus"}:
+        record(name)
+    machine.start()
+    assert called == ["start_vcpus", "resume_vm"]
+    for name, method, path, body, expected in CALLS:
+        called.clear()
+        assert machine.send(method, path, body) == expected, (method, path)
+        assert called == [name], (method, path)
+    assert machine.vmm.instance_info() == ("standin", "Running", "1.17.0-dev", "Firecracker")
+    assert machine.send("GET", "/") == machine.vmm.instance_info()._asdict()
+
+
+def test_what_no_request_reaches(machine: Machine, log: Any) -> None:
+    machine.start()
+    vmm = machine.vmm
+    kvm = vmm.kvm()
+    assert kvm.api_version == 12
+    assert kvm.vcpu_mmap_size >= 4096
+    assert kvm.max_vcpus >= 1
+    assert kvm.max_memslots >= 32
+    assert (vmm.vm.vcpu_count, vmm.vm.mem_size_mib) == (1, 64)
+    assert repr(vmm) == "<Vmm standin running [vcpu 0: running]>"
+    assert [worker.index for worker in vmm.vcpus_handles] == [0]
+    assert vmm.device_manager.serial is not None
+    for operation in (vmm.save_state, vmm.dump_cpu_config):
+        with pytest.raises(StateError, match="save/restore unavailable while running"):
+            operation()
+    vmm.send_ctrl_alt_del()
+    vmm.pause_vm()
+    saved = vmm.save_state()
+    assert state.decode(state.encode(saved)) == saved
+    assert saved.devices.i8042.buffer == b"\x14\x11\xe0\x71"
+    (vcpu,) = saved.vcpus
+    first = vcpu_state.decode(vcpu.state)
+    again = vcpu_state.decode(vmm.save_state().vcpus[0].state)
+    # Saving changes nothing; only time goes on.
+    for field in ("mp_state", "regs", "sregs", "events", "xsave", "lapic", "cpuid"):
+        assert getattr(first, field) == getattr(again, field), field
+    assert first.clock != bytes(len(first.clock))
+    (config,) = vmm.dump_cpu_config()
+    assert config.vcpu == 0
+    assert len(config.cpuid) > 10
+    assert len(config.msrs) > 1
+    vmm.resume_vm()
+    # Four times four codes fill the keyboard's buffer, and this guest reads none.
+    for _ in range(3):
+        vmm.send_ctrl_alt_del()
+    with pytest.raises(DeviceError, match="I8042 error: i8042 internal buffer full"):
+        vmm.send_ctrl_alt_del()
+    vmm.process(Events(7, 0, 1), None)  # type: ignore[arg-type]
+    assert "Spurious event 0x1 of descriptor 7" in log()
+
+
+def test_stop_and_the_exit_code(machine: Machine, log: Any) -> None:
+    machine.start()
+    vmm = machine.vmm
+    assert vmm.shutdown_exit_code() is None
+    vmm.stop(0)
+    assert vmm.shutdown_exit_code() == 0
+    vmm.stop(1)
+    assert vmm.shutdown_exit_code() == 1
+    vmm.stop(0)
+    assert vmm.shutdown_exit_code() == 1
+    assert log().count("Vmm is stopping.") == 1
+    assert machine.send("PATCH", "/vm", PAUSE) == "Internal VMM error: The microVM has ended."
+    vmm.clear_shutdown_exit_code()
+    assert vmm.shutdown_exit_code() is None
+    assert machine.send("PATCH", "/vm", PAUSE) is None
+
+
+def test_closing_releases_everything(tmp_path: Path, log: Any) -> None:
+    directory = tmp_path / "ipc"
+    directory.mkdir()
+    before = open_descriptors()
+    machine = Machine(directory)
+    machine.start()
+    with machine.vmm as vmm:
+        pids = [worker.pid for worker in vmm.vcpus_handles]
+    vmm.close()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    machine.close()
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("name", sorted({each[0] for each in CALLS} | set(DIRECT)))
+def test_every_method_says_what_reaches_it(name: str) -> None:
+    documented = getattr(Vmm, name).__doc__
+    assert documented
+    calls = {f"{method} /{path.split('/')[1]}" for each, method, path, *_ in CALLS if each == name}
+    assert all(call in documented for call in calls), (documented, calls)
