@@ -204,10 +204,10 @@ class Jail:
         os.chown(target, self.uid, self.gid)
         return f"/{name}"
 
-    def write(self, content: str, name: str) -> str:
-        """Write a text file into the jail; return its path inside."""
+    def write(self, content: str | bytes, name: str) -> str:
+        """Write a file into the jail; return its path inside."""
         target = self.root / name
-        target.write_text(content)
+        target.write_bytes(content.encode() if isinstance(content, str) else content)
         os.chown(target, self.uid, self.gid)
         return f"/{name}"
 

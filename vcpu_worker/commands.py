@@ -401,8 +401,6 @@ class Control:
         for runner in self._runners:
             if runner.vcpu.loop is not None:
                 runner.vcpu.loop.publish_counters()
-        if self._ghosts is not None:
-            self._ghosts.look_after()
         reply(Pong(self.state))
 
     def _finish(self, command: Finish, reply: _Reply) -> None:

@@ -19,6 +19,7 @@ from ipc.typed import Callable
 from vcpu_worker.commands import EXIT_ERROR, Control
 from vcpu_worker.descriptor_set import DescriptorSet
 from vcpu_worker.errors import WorkerError
+from vcpu_worker.ghosts import watch
 from vcpu_worker.kvm.system import KvmSystem
 from vcpu_worker.machine import Machine
 from vcpu_worker.vcpu_thread import Completions, VcpuThread, install_kick_handler
@@ -109,16 +110,22 @@ def _make_machine(system: KvmSystem, assignment: Assignment, plan: LaunchPlan) -
 def _touch_vcpus(
     machine: Machine | WorkerError, threads: list[VcpuThread], completions: Completions
 ) -> Machine | WorkerError:
-    """Let every vCPU enter KVM_RUN once, in its own thread; return the machine, or why it is of no use."""
+    """Let every vCPU enter KVM_RUN once, in its own thread, and ghosts be watched.
+
+    Return the machine, or why it is of no use.
+    """
     if not isinstance(machine, Machine):
         return machine
     results: list[object] = []
     kvms = [*(vcpu.kvm for vcpu in machine.vcpus), *machine.ghost_vcpus]
     for kvm, thread in zip(kvms, threads, strict=True):
         thread.submit(kvm.touch, results.append)
+    ghost_threads = threads[len(machine.vcpus) :]
+    for thread in ghost_threads:
+        thread.submit(watch.start, results.append)
     poll = select.poll()
     poll.register(completions.eventfd, select.POLLIN)
-    while len(results) < len(threads):
+    while len(results) < len(threads) + len(ghost_threads):
         poll.poll()
         completions.deliver()
     for result in results:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import _thread
 import ctypes
 import os
-import time
 from _queue import SimpleQueue
 from collections import deque
 
@@ -86,12 +85,6 @@ class VcpuThread:
         """Interrupt a KVM_RUN of this thread."""
         if self._identity:
             signal.pthread_kill(self._identity, KICK_SIGNAL)
-
-    def cpu_time_ns(self) -> int:
-        """Return how much processor time the thread has used, the guest's included."""
-        if not self._identity:
-            return 0
-        return time.clock_gettime_ns(time.pthread_getcpuclockid(self._identity))
 
     def end(self) -> None:
         """Let the thread end after the jobs that were submitted before."""

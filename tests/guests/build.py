@@ -1,11 +1,12 @@
-"""Builds the tiny guests: NAME.S beside this file → an ELF64 kernel, by binutils, cached by content.
+"""Builds the tiny guests: NAME.S beside this file → an ELF64 kernel, by binutils, cached by content; and the programs
+that Linux guests run: NAME.c → a static executable, by gcc.
 
 Conventions of the sources: the entry symbol is `_start` or `start` (neither: the beginning of .text); a PVH entry is
 announced by a note in section `.note.pvh` (name "Xen", type 18: XEN_ELFNOTE_PHYS32_ENTRY); text, data and bss are
 loaded at 1 MiB, writable and executable.
 Sources may `.include` *.inc files of this folder and take symbols from `defines`.
 
-`python -m tests.guests.build [NAME…]` builds guests (all, if none is named) and prints their paths.
+`python -m tests.guests.build [NAME…]` builds guests and programs (all, if none is named) and prints their paths.
 """
 
 from __future__ import annotations
@@ -71,6 +72,34 @@ def build(name: str, defines: Mapping[str, int] | None = None, *, address: int =
     return target
 
 
+def program_names() -> list[str]:
+    """Return the names of all programs for Linux guests."""
+    return sorted(path.stem for path in FOLDER.glob("*.c"))
+
+
+def build_program(name: str) -> Path:
+    """Return the static executable of a program for Linux guests; compiles it if this source was not built before.
+
+    Raises DevError with the compiler's message.
+    """
+    source = FOLDER / f"{name}.c"
+    if not source.is_file():
+        raise DevError(f"there is no program {name}; there are: {', '.join(program_names())}")
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    for file in (source, *sorted(FOLDER.glob("*.h"))):
+        digest.update(file.read_bytes())
+    target = cache_directory() / "guest-programs" / f"{name}-{digest.hexdigest()[:24]}"
+    if target.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".new-") as scratch:
+        made = Path(scratch) / name
+        options = ["-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-static", "-pthread", "-s"]
+        _tool(["gcc", *options, "-o", made, source])
+        os.replace(made, target)
+    return target
+
+
 def _tool(command: list[str | Path]) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode != 0:
@@ -80,8 +109,8 @@ def _tool(command: list[str | Path]) -> None:
 def main() -> int:
     """Build and print paths."""
     try:
-        for name in sys.argv[1:] or names():
-            print(build(name))
+        for name in sys.argv[1:] or [*names(), *program_names()]:
+            print(build_program(name) if name in program_names() else build(name))
     except DevError as error:
         print(error, file=sys.stderr)
         return 1

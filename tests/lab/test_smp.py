@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from lab.client import Microvm
+from lab.guest_image import archive
 from lab.tsc import host_tsc_khz
+from tests.conftest import IN_LAB, SOAK
+from tests.guests.build import build_program
 from tests.lab.test_boot import BOOT_TIMEOUT, CGROUP_OPTIONS, boot_args, jail
 
 REPORT = (
@@ -21,10 +25,22 @@ PINNED = (
     "sh -c 'i=0; while [ $i -lt 2000 ]; do i=$((i + 1)); done; "
     'echo pinned $(cut -d" " -f39 /proc/self/stat)\'; done'
 )
-COMPLAINTS = (
-    "dmesg | grep -v 'ommand line' | grep -Ei -A12 'clocksource.*unstable|TSC.*(warp|unstable)|lockup|rcu.*stall' "
-    "&& echo complaint || echo 'no complaint'"
+#: The lab's software CPU executes XSETBV in a nested guest without telling the hypervisor, whose CPUID then shows the
+#: size of the registers enabled before; the kernel warns of that once, with a trace, while it starts. Under QEMU's
+#: microvm with one vCPU it does the same. Nothing else is forgiven, and nowhere else.
+_FORGIVEN = (
+    "awk '/cut here/ { first = $0; getline; if (/XSAVE consistency problem/) skip = 1; else print first } "
+    "skip { if (/end trace/) skip = 0; next } { print }' |"
+    if IN_LAB
+    else ""
 )
+COMPLAINTS = (
+    f"dmesg | grep -v 'ommand line' | {_FORGIVEN} grep -Ei -A12 'clocksource.*unstable|TSC.*(warp|unstable)|lockup|"
+    "rcu.*stall|Call Trace|WARNING:|BUG:|Oops' && echo complaint || echo 'no complaint'"
+)
+#: A host on which others run beside us starves its guests, QEMU's too, for longer than their watchdogs bear. Soaks run
+#: alone, and with the kernel's own limits.
+PATIENCE = "" if SOAK else " watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=300"
 
 
 def cycles(count: int) -> str:
@@ -36,14 +52,18 @@ def cycles(count: int) -> str:
     )
 
 
-def config(made: Any, guest_image: Any, machine: dict[str, Any], run: str, end: str) -> str:
-    arguments = boot_args(run, end) + f" tsc_early_khz={host_tsc_khz()}"
+def config(
+    made: Any, guest_image: Any, machine: dict[str, Any], run: str, end: str, *, programs: Sequence[str] = ()
+) -> str:
+    """Write a configuration file; ``programs`` of tests/guests are in the guest's /bin."""
+    arguments = boot_args(run, end) + f" tsc_early_khz={host_tsc_khz()}{PATIENCE}"
+    more = archive({f"bin/{name}": build_program(name).read_bytes() for name in programs}) if programs else b""
     path: str = made.write(
         json.dumps(
             {
                 "boot-source": {
                     "kernel_image_path": made.add(guest_image.vmlinux, "vmlinux"),
-                    "initrd_path": made.add(guest_image.initramfs, "initramfs"),
+                    "initrd_path": made.write(guest_image.initramfs.read_bytes() + more, "initramfs"),
                     "boot_args": arguments,
                 },
                 "drives": [],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 from elftools.elf.elffile import ELFFile
 from elftools.elf.segments import NoteSegment
@@ -73,3 +75,21 @@ def test_errors_tell_the_assemblers_word(folder):
 @pytest.mark.parametrize("name", builder.names())
 def test_every_guest_builds(name):
     assert builder.build(name).read_bytes()[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("name", builder.program_names())
+def test_every_program_is_static(name):
+    with builder.build_program(name).open("rb") as file:
+        assert not {segment["p_type"] for segment in ELFFile(file).iter_segments()} & {"PT_INTERP", "PT_DYNAMIC"}
+
+
+def test_programs_are_cached_by_content(folder):
+    (folder / "small.c").write_text("int main(void) { return 7; }\n")
+    first = builder.build_program("small")
+    assert subprocess.run([first], check=False).returncode == 7
+    assert builder.build_program("small") == first
+    (folder / "small.c").write_text("int main(void) { return x; }\n")
+    with pytest.raises(DevError, match="undeclared"):
+        builder.build_program("small")
+    with pytest.raises(DevError, match="there is no program nothing; there are: small"):
+        builder.build_program("nothing")

@@ -43,8 +43,6 @@ from vcpu_worker.vcpu_thread import Completions, Done, VcpuThread
 
 #: Events that the controller was told of and has not dealt with. More of them wait here: the channel is bounded.
 MAX_OPEN_EVENTS = 16
-#: A ghost that has used more processor time than this between two heartbeats is looked at.
-SUSPICIOUS_CPU_NS = 10_000_000
 FIRST_STOP_PAUSE_NS = 1_000_000
 LAST_STOP_PAUSE_NS = 64_000_000
 _MAX_TEXT = 512
@@ -92,13 +90,12 @@ class Forwarder:
 class GhostRunner:
     """A ghost with its thread and what the control thread knows of it."""
 
-    __slots__ = ("cpu_ns", "ghost", "running", "thread", "when_stopped")
+    __slots__ = ("ghost", "running", "thread", "when_stopped")
 
     def __init__(self, ghost: Ghost, thread: VcpuThread) -> None:
         self.ghost = ghost
         self.thread = thread
         self.running = False
-        self.cpu_ns = 0
         self.when_stopped: list[Callable[[], None]] = []
 
     def stop(self) -> None:
@@ -130,6 +127,8 @@ class GhostControl:
         self._send = send
         self._failed = failed
         self._forwarder = Forwarder(send)
+        #: What ghosts' threads have told and this thread has not taken yet: so that no flood makes the queue long.
+        self._told: set[Key] = set()
         self._runners: dict[int, GhostRunner] = {}
         ghost_threads = threads[len(machine.vcpus) :]
         for kvm, thread in zip(machine.ghost_vcpus, ghost_threads, strict=True):
@@ -159,9 +158,13 @@ class GhostControl:
 
     def _reported(self, event: int, vcpu: int, vector: int) -> None:
         """A ghost's thread tells of something."""
-        self._completions.put(self._forward, (event, vcpu, vector))
+        key = (event, vcpu, vector)
+        if key not in self._told:
+            self._told.add(key)
+            self._completions.put(self._forward, key)
 
     def _forward(self, key: Key) -> None:
+        self._told.discard(key)  # before it is sent: what comes from now on is news
         self._forwarder.add(*key)
 
     def _recovered(self, vcpu: int, text: str) -> None:
@@ -254,15 +257,6 @@ class GhostControl:
         waiting, self._parking = self._parking, []
         for reply in waiting:
             reply(GhostsParked(self._drained))
-
-    def look_after(self) -> None:
-        """Kick ghosts that have used suspiciously much processor time: a halted one uses none. At every heartbeat."""
-        for runner in self._runners.values():
-            used = runner.thread.cpu_time_ns()
-            if used - runner.cpu_ns > SUSPICIOUS_CPU_NS and runner.running:
-                runner.ghost.inspect()
-                runner.thread.kick()
-            runner.cpu_ns = used
 
     def _report(self, command: ReportGhosts, reply: Reply) -> None:
         ghosts = [runner.ghost for runner in self._runners.values()]

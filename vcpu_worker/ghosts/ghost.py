@@ -1,6 +1,7 @@
 """One ghost: it waits for INIT and SIPI as a processor that is off does, then runs the stub.
 
-Everything here but ``ask_to_stop``, ``allow_to_run``, ``inspect`` and the counters is for the ghost's own thread.
+Everything here but ``ask_to_stop``, ``allow_to_run`` and the counters is for the ghost's own thread. A kick that does
+not ask it to stop (vcpu_worker.ghosts.watch) makes it look whether it still runs the stub.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ EAGAIN = 11
 IDLE = "idle"
 BUSY = "busy"
 
-#: More recoveries in this time are the guest's fault: it writes over stacks, or sends what nobody sends.
+#: So many recoveries in this time are the guest's fault: it writes over stacks, or sends what nobody sends.
 MAX_RECOVERIES = 3
 RECOVERY_WINDOW_NS = 1_000_000_000
 #: How often the state of a ghost between INIT and SIPI is looked at: nothing tells when the SIPI comes.
@@ -34,6 +35,10 @@ _EVENTS_NMI_INJECTED = 12
 _EVENTS_NMI_PENDING = 13
 _EVENTS_NMI_MASKED = 14
 _EVENTS_FLAGS = 20
+_EVENT_VALID_SMM = 8
+
+#: Nothing injected, nothing blocked, not in system management mode; a pending NMI stays.
+_NO_EVENTS = bytes(_EVENTS_FLAGS) + _EVENT_VALID_SMM.to_bytes(4, "little") + bytes(abi.VCPU_EVENTS_SIZE - 24)
 
 #: Called in the ghost's thread: (what, vCPU, vector), see ipc.messages.GhostEvent.
 Report = Callable[[int, int, int], None]
@@ -63,7 +68,8 @@ class Ghost:
         self._startup_vector: int | None = None
         self._recovery_times: list[int] = []
         self._stop = False
-        self._inspect = False
+        #: Its LAPIC as it was before anything reached it.
+        self._pristine_lapic = b""
 
     @property
     def index(self) -> int:
@@ -82,10 +88,6 @@ class Ghost:
         self.kvm.run8[abi.RUN_IMMEDIATE_EXIT] = 0
         self._stop = False
 
-    def inspect(self) -> None:
-        """Let it look, at the next kick, whether it still runs the stub."""
-        self._inspect = True
-
     # ------------------------------------------------------------ the ghost's thread
 
     def configure(self, configure: Callable[[KvmVcpu], None]) -> None:
@@ -102,7 +104,9 @@ class Ghost:
         kvm = self.kvm
         kvm.set_sregs(stub.sregs(kvm.get_sregs(), self.index))
         kvm.set_msrs((MsrValue(stub.X2APIC_SPURIOUS, stub.SPURIOUS_ENABLED),))
-        kvm.set_events(bytes(abi.VCPU_EVENTS_SIZE))
+        if not self._pristine_lapic:
+            self._pristine_lapic = _without_interrupts(kvm.get_lapic())
+        kvm.set_events(_NO_EVENTS)
         self._arm()
         kvm.set_regs(stub.regs(self.index))
         kvm.set_mp_state(abi.MP_STATE_RUNNABLE)
@@ -138,7 +142,7 @@ class Ghost:
                 ioctl(descriptor, abi.KVM_RUN)
             except OSError as error:
                 if self._stop:
-                    return BUSY if self._is_busy() else IDLE
+                    return self._stopped()
                 if error.errno == EINTR:
                     self._look()
                 elif error.errno != EAGAIN or self.is_stub:
@@ -200,13 +204,24 @@ class Ghost:
         self._arm()
         self.kvm.set_regs(_without_trap_flag(regs))
 
-    def _look(self) -> None:
-        if self._inspect:
-            self._inspect = False
-            if self.is_stub and not stub.runs_stub(self.kvm.get_regs(), self.kvm.get_sregs()):
-                self._recover("it ran other code than the stub")
+    def _look(self) -> bool:
+        """Put it back if it was led out of the stub; True if it was."""
+        if not self.is_stub or self.kvm.get_mp_state() == abi.MP_STATE_INIT_RECEIVED:
+            return False
+        regs, sregs = self.kvm.get_regs(), self.kvm.get_sregs()
+        if stub.is_sound(regs, sregs, self.index):
+            return False
+        if stub.is_starting(regs, sregs):
+            self._started(sregs)  # the kick came between the SIPI and the trap
+        else:
+            self._recover("it ran other code than the stub")
+        return True
 
     # ------------------------------------------------------------ what is in it
+
+    def _stopped(self) -> str:
+        """What it holds can only come out of it by the stub: one that a guest led astray is put back first."""
+        return BUSY if self._look() or self._is_busy() else IDLE
 
     def _is_busy(self) -> bool:
         """Is an interrupt or an NMI on its way through the stub?"""
@@ -224,22 +239,20 @@ class Ghost:
         self.recoveries += 1
         self._recovery_times = [each for each in self._recovery_times if now - each < RECOVERY_WINDOW_NS] + [now]
         self._settle()
-        lapic = bytearray(self.kvm.get_lapic())
+        lapic = self.kvm.get_lapic()
         for vector in _vectors(lapic, abi.APIC_ISR):
-            if vector >= stub.FIRST_VECTOR:
-                self._report(GHOST_INTERRUPT, self.index, vector)
-        for offset in range(abi.APIC_ISR, abi.APIC_ISR + 0x80, 16):
-            lapic[offset : offset + 4] = bytes(4)
+            self._report(GHOST_INTERRUPT, self.index, vector)
         self._place()
-        self._clear_in_service(lapic)
+        self._restore_lapic(lapic)
         text = f"the ghost of vCPU {self.index} left its stub ({text}) and was put back"
-        if len(self._recovery_times) > MAX_RECOVERIES:
+        if len(self._recovery_times) >= MAX_RECOVERIES:
             raise GhostError(f"{text}, {len(self._recovery_times)} times within a second: the guest damages it")
         self._recovered(self.index, text)
 
-    def _clear_in_service(self, cleared: bytes | bytearray) -> None:
-        lapic = bytearray(self.kvm.get_lapic())
-        lapic[abi.APIC_ISR : abi.APIC_ISR + 0x80] = cleared[abi.APIC_ISR : abi.APIC_ISR + 0x80]
+    def _restore_lapic(self, found: bytes) -> None:
+        """Let nothing of what was done to its LAPIC last (timer, priority), but what it has requested."""
+        lapic = bytearray(self._pristine_lapic)
+        lapic[abi.APIC_IRR : abi.APIC_IRR + 0x80] = found[abi.APIC_IRR : abi.APIC_IRR + 0x80]
         self.kvm.set_lapic(lapic)
 
     def _settle(self) -> None:
@@ -258,8 +271,18 @@ def _without_trap_flag(regs: bytes) -> bytes:
     return abi.REGS.pack(*values)
 
 
+def _without_interrupts(lapic: bytes) -> bytes:
+    """Return the LAPIC page with ISR, TMR and IRR, which follow each other, empty."""
+    return lapic[: abi.APIC_ISR] + bytes(abi.APIC_IRR + 0x80 - abi.APIC_ISR) + lapic[abi.APIC_IRR + 0x80 :]
+
+
 def _vectors(lapic: bytes | bytearray, register: int) -> list[int]:
-    """Return the vectors whose bits are set in the IRR or ISR of a LAPIC page."""
+    """Return the vectors whose bits are set in the IRR or ISR of a LAPIC page.
+
+    Those below 16 do not count: no processor takes them (their priority class is 0), however long they are there.
+    """
     return [
-        vector for vector in range(256) if lapic[register + (vector >> 5) * 16 + (vector >> 3 & 3)] >> (vector & 7) & 1
+        vector
+        for vector in range(stub.FIRST_VECTOR, 256)
+        if lapic[register + (vector >> 5) * 16 + (vector >> 3 & 3)] >> (vector & 7) & 1
     ]

@@ -35,6 +35,9 @@ _VECTOR_COUNT = 256
 _GDT = (0, 0x00CF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF)
 _SHARED = bytes.fromhex("89daee31c031d2b90b0800000f3089ecfbf4ebfa")
 _NMI = bytes.fromhex("5052b00289daeef7442410000200005a5875bbc20800")
+#: Where an instruction of the shared code, and of the NMI's, begins.
+_SHARED_BOUNDARIES = (0, 2, 3, 5, 7, 12, 14, 16, 17, 18)
+_NMI_BOUNDARIES = (0, 1, 2, 4, 6, 7, 15, 16, 17, 19)
 _GATE = struct.Struct("<4H")
 _ENTRY = struct.Struct("<BBBix")  # MOV AL, vector; JMP shared
 _INTERRUPT_GATE = 0x8E00
@@ -43,6 +46,7 @@ _DATA_SELECTOR = 16
 _TSS_SELECTOR = 24
 _BUSY_TSS = 11
 _CR0 = 0x11  # PE, ET
+_CR0_PE = 1
 _APIC_BASE = 0xFEE0_0C00  # enabled, x2APIC
 _APIC_BASE_BSP = 0x100
 _RFLAGS = 2
@@ -125,3 +129,38 @@ def runs_stub(regs_now: bytes, sregs_now: bytes) -> bool:
     rip = int.from_bytes(regs_now[abi.REGS_RIP : abi.REGS_RIP + 8], "little")
     code = sregs_now[abi.SREGS_CS : abi.SREGS_CS + abi.SEGMENT_SIZE]
     return BASE <= rip < BASE + CODE_SIZE and code == segment(_CODE_SELECTOR, _GDT[1])
+
+
+def _boundaries() -> frozenset[int]:
+    """Return the offsets of all instructions of the stub."""
+    entries = (_ENTRIES_OFFSET + vector * _ENTRY.size for vector in range(_VECTOR_COUNT))
+    return frozenset(
+        (
+            *(entry + part for entry in entries for part in (0, 2)),
+            *(_SHARED_OFFSET + offset for offset in _SHARED_BOUNDARIES),
+            *(_NMI_OFFSET + offset for offset in _NMI_BOUNDARIES),
+        )
+    )
+
+
+_INSTRUCTIONS = _boundaries()
+
+
+def is_sound(regs_now: bytes, sregs_now: bytes, ghost: int) -> bool:
+    """Is a ghost with these registers on its way to the stub's HLT?
+
+    It is if it executes one of the stub's instructions, from its beginning, with its own port and stack: there is no
+    loop in the stub but through HLT. Where it was led into the middle of an instruction, anything may follow.
+    """
+    if not runs_stub(regs_now, sregs_now):
+        return False
+    values = dict(zip(abi.REGS_NAMES, abi.REGS.unpack(regs_now), strict=True))
+    stack = STACKS + (ghost + 1) * STACK_SIZE
+    return values["rip"] - BASE in _INSTRUCTIONS and values["rbx"] == PORT + ghost and values["rbp"] == stack
+
+
+def is_starting(regs_now: bytes, sregs_now: bytes) -> bool:
+    """Is a ghost with these registers where a SIPI has led it, before the first instruction there?"""
+    rip = int.from_bytes(regs_now[abi.REGS_RIP : abi.REGS_RIP + 8], "little")
+    cr0 = int.from_bytes(sregs_now[abi.SREGS_CR0 : abi.SREGS_CR0 + 8], "little")
+    return rip == 0 and not cr0 & _CR0_PE

@@ -36,3 +36,42 @@ def test_registers(ghost):
     (base,) = struct.unpack_from("<Q", sregs, abi.SREGS_APIC_BASE)
     assert base == 0xFEE0_0C00 | (0x100 if ghost == 0 else 0)
     assert not any(sregs[abi.SREGS_APIC_BASE + 8 :])
+
+
+def at(ghost: int, **changes: int) -> bytes:
+    values = dict(zip(abi.REGS_NAMES, abi.REGS.unpack(stub.regs(ghost)), strict=True)) | changes
+    return abi.REGS.pack(*(values[name] for name in abi.REGS_NAMES))
+
+
+def instructions(binary: Path, start: int, stop: int) -> set[int]:
+    """Offsets of the instructions in a part of the stub, as the disassembler finds them."""
+    part = [f"--start-address={start}", f"--stop-address={stop}"]
+    command = ["objdump", "-D", "-w", "-b", "binary", "-m", "i386", *part, str(binary)]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {int(line.partition(":")[0], 16) for line in listing.splitlines() if ":\t" in line}
+
+
+def test_a_ghost_is_sound_at_the_instructions_of_the_stub_and_nowhere_else(tmp_path):
+    sregs = stub.sregs(bytes(abi.SREGS_SIZE), 3)
+    offsets = range(stub.CODE_SIZE)
+    sound = {offset for offset in offsets if stub.is_sound(at(3, rip=stub.BASE + offset), sregs, 3)}
+    binary = tmp_path / "stub.bin"
+    binary.write_bytes(stub.image())
+    code = instructions(binary, 0x1800, 0x1814) | instructions(binary, 0x1840, 0x1856)
+    for vector in range(256):
+        entry = 0x1000 + 8 * vector
+        code |= instructions(binary, entry, entry + 7) if vector % 64 == 0 else {entry, entry + 2}
+    assert sound == code
+    idle = abi.REGS.unpack(stub.regs(3))[abi.REGS_NAMES.index("rip")]
+    assert stub.is_sound(at(3, rip=idle), sregs, 3)
+    assert not stub.is_sound(at(3, rbx=stub.PORT + 2), sregs, 3)
+    assert not stub.is_sound(at(3, rbp=stub.STACKS), sregs, 3)
+    assert not stub.is_sound(at(3), bytes(abi.SREGS_SIZE), 3)
+    assert not stub.is_sound(at(3, rip=0x100000), sregs, 3)
+
+
+def test_a_ghost_starts_at_the_beginning_of_a_page_in_real_mode():
+    real_mode = bytes(abi.SREGS_SIZE)
+    assert stub.is_starting(at(1, rip=0), real_mode)
+    assert not stub.is_starting(at(1, rip=2), real_mode)
+    assert not stub.is_starting(at(1, rip=0), stub.sregs(real_mode, 1))

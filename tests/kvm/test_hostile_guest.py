@@ -1,0 +1,126 @@
+"""Must-show 8: a guest that attacks the ghosts of its processors harms only itself."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab.client import Microvm, descendants, launch_unjailed
+from tests.guests.build import build
+
+FLOOD, ASTRAY, FLOOD_WITH_SMIS = 0, 1, 2
+FOREVER = 1 << 30
+
+
+def config(directory: Path, kernel: Path, vcpus: int, placement: str) -> Path:
+    directory.mkdir(exist_ok=True)
+    path = directory / "config.json"
+    machine = {"vcpu_count": vcpus, "mem_size_mib": 64, "vcpu_placement": placement}
+    path.write_text(
+        json.dumps({"boot-source": {"kernel_image_path": str(kernel)}, "drives": [], "machine-config": machine})
+    )
+    return path
+
+
+@contextmanager
+def hostile(directory: Path, vcpus: int, placement: str, attack: int, rounds: int) -> Iterator[Microvm]:
+    kernel = build("hostile", {"CPUS": vcpus, "ATTACK": attack, "ROUNDS": rounds})
+    with launch_unjailed(directory, ["--config-file", str(config(directory, kernel, vcpus, placement))]) as vm:
+        vm.wait_for_api()
+        yield vm
+
+
+def ghosts(vm: Microvm) -> list[dict[str, Any]]:
+    return [ghost for vcpu in vm.must("GET", "/vcpus") for ghost in vcpu["ghosts"]]
+
+
+def cpu_seconds(vm: Microvm) -> float:
+    """Processor time that all processes of the microVM have used."""
+    ticks = 0
+    for pid in descendants(vm.process.pid):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / 100
+
+
+def used_while_idle(vm: Microvm, seconds: float) -> float:
+    before = cpu_seconds(vm)
+    time.sleep(seconds)
+    return cpu_seconds(vm) - before
+
+
+def recoveries_logged(vm: Microvm) -> int:
+    return len(re.findall(rb"left its stub \(it ran other code than the stub\) and was put back", vm.console))
+
+
+@pytest.mark.parametrize(("vcpus", "placement"), [(2, "Split"), (4, "0,1/2,3"), (2, "Grouped")])
+def test_a_flood_harms_nobody_and_leaves_no_load(tmp_path, no_leftovers, scale, vcpus, placement):
+    """Every vector to every processor, writes over the stub, OUT to its ports: all of that is ignored or counted."""
+    rounds = scale(3, 1_000)
+    with no_leftovers(), hostile(tmp_path / "api", vcpus, placement, FLOOD, rounds) as vm:
+        vm.expect("HOSTILE DONE", 120.0 if rounds < 10 else 7200.0)
+        assert b"SFP HOSTILE DONE" in re.sub(rb"\d{4}-\d\d-\d\dT[^\n]*\n|\{\"[^\n]*\n", b"", bytes(vm.console))
+        assert all(ghost["stub"] for ghost in ghosts(vm))
+        # A halted guest costs its heartbeats. The first second may still hold what was on its way.
+        assert used_while_idle(vm, 1.0) < 1.0
+        assert used_while_idle(vm, 3.0) < 0.6
+        for _ in range(3):
+            vm.must("PATCH", "/vm", {"state": "Paused"})
+            vm.must("PATCH", "/vm", {"state": "Resumed"})
+        assert vm.must("GET", "/")["state"] == "Running"
+
+
+def test_others_do_not_notice_a_flood(tmp_path, no_leftovers, scale):
+    """Beside a guest that floods for ever another one is as exact as ever, and the API of both answers."""
+    neighbour = build("ipi", {"CPUS": 2, "ROUNDS": scale(50, 10_000), "NMIS": 1, "RESTARTS": 3})
+    with no_leftovers(), hostile(tmp_path / "api", 3, "Split", FLOOD, FOREVER) as vm:
+        vm.expect("", 60.0)
+        path = config(tmp_path / "other", neighbour, 2, "Split")
+        with launch_unjailed(tmp_path / "other", ["--config-file", str(path), "--no-api"]) as other:
+            while other.process.poll() is None:
+                other.pump(0.2)
+                assert vm.must("GET", "/")["state"] == "Running"
+                assert len(vm.must("GET", "/vcpus")) == 3
+            assert other.wait(10.0) == 0
+        assert b"IPI DONE" in other.console
+        vm.must("PATCH", "/vm", {"state": "Paused"})
+        assert used_while_idle(vm, 1.0) < 0.6
+        vm.must("PATCH", "/vm", {"state": "Resumed"})
+
+
+def test_a_ghost_that_was_led_astray_is_put_back(tmp_path, no_leftovers):
+    """It runs a loop of the guest's: it is found by the processor time it uses, put back, counted and logged."""
+    with no_leftovers(), hostile(tmp_path, 2, "Split", ASTRAY, 1) as vm:
+        vm.expect("HOSTILE DONE", 120.0)
+        assert recoveries_logged(vm) == 1
+        assert [ghost["recoveries"] for ghost in ghosts(vm) if ghost["recoveries"]] == [1]
+        assert used_while_idle(vm, 3.0) < 0.6
+
+
+@pytest.mark.parametrize(("vcpus", "placement"), [(3, "Split"), (3, "0,2/1")])
+def test_a_guest_that_goes_on_leading_ghosts_astray_ends_itself(tmp_path, no_leftovers, vcpus, placement):
+    with no_leftovers(), hostile(tmp_path, vcpus, placement, ASTRAY, FOREVER) as vm:
+        assert vm.wait(120.0) == 1
+        assert b"times within a second: the guest damages it" in vm.console
+        assert recoveries_logged(vm) >= 3
+
+
+def test_system_management_interrupts_end_declared(tmp_path, no_leftovers):
+    """Processors and ghosts save their state over each other's: whatever becomes of the guest, it is said."""
+    with no_leftovers(), hostile(tmp_path, 2, "Split", FLOOD_WITH_SMIS, 2) as vm:
+        deadline = time.monotonic() + 120.0
+        while vm.process.poll() is None and not vm.has_come("HOSTILE"):
+            assert time.monotonic() < deadline, vm.tail()
+            vm.pump(0.1)
+        if vm.process.poll() is None:
+            assert vm.must("GET", "/")["state"] == "Running"
+            assert len(vm.must("GET", "/vcpus")) == 2
+        else:
+            assert vm.wait(1.0) in (0, 1, 148), vm.tail()
