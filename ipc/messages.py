@@ -293,6 +293,7 @@ class VcpuExited(NamedTuple):
 GHOST_INTERRUPT = 1  # an interrupt with this vector reached the ghost
 GHOST_NMI = 2
 GHOST_STARTUP = 3  # INIT and a SIPI with this vector reached the ghost
+GHOST_INIT = 5  # while the ghosts are parked: INIT reached the ghost, and no SIPI yet
 VCPU_STARTING = 4  # the worker's own vCPU got its first INIT: it waits until every other worker has a stub in its place
 
 
@@ -331,6 +332,12 @@ class StartVcpu(NamedTuple):
 
     vcpu: int
     vector: int
+
+
+class InitVcpu(NamedTuple):
+    """Give the worker's own vCPU an INIT: the answer is InterruptRaised."""
+
+    vcpu: int
 
 
 class RaiseInterrupt(NamedTuple):
@@ -373,6 +380,30 @@ class GhostsParked(NamedTuple):
     """Every ghost is parked with an empty LAPIC, every event was forwarded; ``drained`` ghosts had held something."""
 
     drained: int
+
+
+class ReadRest(NamedTuple):
+    """Say what is on its way in this worker; only while its vCPUs and ghosts are parked."""
+
+
+class GhostAtRest(NamedTuple):
+    """What a parked ghost holds, read from KVM: MP_STATE_*, how many vectors its LAPIC has requested and in service
+    (those below 16, which no processor takes, do not count), NMIs pending or injected.
+    """
+
+    vcpu: int
+    stub: bool
+    mp_state: int
+    requested: int
+    in_service: int
+    nmis: int
+
+
+class RestRead(NamedTuple):
+    """``open_events``: what was told to the controller, or waits to be, and was not dealt with."""
+
+    open_events: int
+    ghosts: tuple[GhostAtRest, ...]
 
 
 class ReadClock(NamedTuple):
@@ -491,7 +522,7 @@ WORKER.register(17, Pong, state=Text(32))
 WORKER.register(18, Finish)
 WORKER.register(19, Finished)
 WORKER.register(20, VcpuExited, vcpu=_VCPU, reason=Text(32), code=Int(U8), detail=ListOf(Int(U64), 16), text=Text(1024))
-_EVENT = Int(VCPU_STARTING, GHOST_INTERRUPT)
+_EVENT = Int(GHOST_INIT, GHOST_INTERRUPT)
 _VECTOR = Int(U8)
 _CLOCK_FIELDS: dict[str, Field] = {
     "has_tsc_offset": Flag(),
@@ -525,6 +556,18 @@ WORKER.register(39, GhostsReported, ghosts=ListOf(_GHOST, MAX_WORKERS))
 WORKER.register(40, GhostRecovered, vcpu=_VCPU, fatal=Flag(), text=Text(512))
 WORKER.register(41, ReadHostCpu)
 WORKER.register(42, HostCpuRead, cpuid=ListOf(_CPUID, MAX_CPUID_ENTRIES))
+_AT_REST = RecordOf(
+    GhostAtRest,
+    vcpu=_VCPU,
+    stub=Flag(),
+    mp_state=Int(U32),
+    requested=Int(256),
+    in_service=Int(256),
+    nmis=Int(U8),
+)
+WORKER.register(61, InitVcpu, vcpu=_VCPU)
+WORKER.register(62, ReadRest)
+WORKER.register(63, RestRead, open_events=Int(U32), ghosts=ListOf(_AT_REST, MAX_WORKERS))
 
 # ---------------------------------------------------------------- controller ↔ supervisor
 

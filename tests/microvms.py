@@ -50,3 +50,18 @@ def exerciser_counts(output: str) -> tuple[int, int, int]:
     assert found is not None, f"the exerciser did not report:\n{output}"
     counts, errors, guest = map(int, found.groups())
     return counts, errors, guest
+
+
+def smp_config(directory: Path, kernel: Path, vcpus: int, placement: str) -> Path:
+    """Write a configuration file for a bare-metal guest with several vCPUs; return its path."""
+    machine = {"vcpu_count": vcpus, "mem_size_mib": 64, "vcpu_placement": placement}
+    path = directory / "config.json"
+    path.write_text(
+        json.dumps({"boot-source": {"kernel_image_path": str(kernel)}, "drives": [], "machine-config": machine})
+    )
+    return path
+
+
+def without_log(console: bytes | bytearray) -> str:
+    """Return what the guest said. The log goes to the same place, also between two letters of the guest."""
+    return re.sub(r"\d{4}-\d\d-\d\dT[^\n]*\n|\{\"[^\n]*\n", "", console.decode(errors="replace"))

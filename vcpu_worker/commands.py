@@ -260,7 +260,8 @@ class Control:
     def _run(self, runner: Runner) -> None:
         runner.running = True
         runner.loop.allow_to_run()
-        runner.thread.submit(runner.loop.run, _bind(self._stopped, runner))
+        loop = runner.loop
+        runner.thread.submit(loop.run_held if loop.start_held else loop.run, _bind(self._stopped, runner))
 
     def _release(self, vcpu: int) -> None:
         """Every other worker is ready for this vCPU to start."""

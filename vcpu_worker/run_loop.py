@@ -137,6 +137,14 @@ class RunLoop:
 
     # ------------------------------------------------------------ the vCPU's thread
 
+    def run_held(self) -> FinalExit | None:
+        """As ``run``, of a vCPU that has not started yet. One whose state was read after its INIT came is not told of
+        that by KVM_RUN any more.
+        """
+        if self._vcpu.get_mp_state() == abi.MP_STATE_INIT_RECEIVED:
+            return exits.STARTING
+        return self.run()
+
     def run(self) -> FinalExit | None:
         """Run the vCPU. None: it was asked to stop, no exit is open. Otherwise why it cannot go on."""
         vcpu = self._vcpu

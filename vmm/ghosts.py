@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 
 from ipc.messages import (
+    GHOST_INIT,
     GHOST_INTERRUPT,
     GHOST_STARTUP,
     VCPU_STARTING,
     Failed,
     GhostEvent,
     GhostEventDone,
+    InitVcpu,
     IpiPath,
     OpenIpiSource,
     OpenIpiTarget,
@@ -81,6 +83,8 @@ class GhostForwarder:
             self._place_stubs(worker, vcpu, done)
         elif kind == GHOST_STARTUP:
             self._submit(owner, StartVcpu(vcpu, vector), done)
+        elif kind == GHOST_INIT:
+            self._submit(owner, InitVcpu(vcpu), done)
         elif kind == GHOST_INTERRUPT and ((vcpu, vector) in self._paths or len(self._paths) < MAX_PATHS):
             self._by_path(worker, owner, vcpu, vector, done)
         else:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import struct
 
 from ipc.errors import MessageError
-from ipc.messages import MemoryRegion, SavedState
+from ipc.messages import GhostAtRest, MemoryRegion, SavedState
 from ipc.plan import MAX_MEMORY_BYTES, MAX_WORKERS
 from ipc.schema import MAX_FRAME_SIZE, U8, U16, U32, U64, Bytes, Field, Flag, Int, ListOf, RecordOf, Text, pack, unpack
 from ipc.typed import NamedTuple
 from vmm.boot.layout import IOAPIC_PIN_COUNT
 from vmm.errors import VmmError
 
-VERSION = 1
+VERSION = 2
 #: 2 MiB of RAM are one region, but there are no more than the layout has holes (vmm.boot.layout.ram_regions), and some.
 MAX_REGIONS = 16
 MAX_VCPU_STATE = 128 << 10
@@ -79,6 +79,18 @@ class DevicesState(NamedTuple):
     interrupts: tuple[InterruptState, ...]
 
 
+class WorkerAtRest(NamedTuple):
+    """What one worker held beside its vCPUs: the proof that nothing else has to be saved (vmm.rest).
+
+    ``open_events`` between it and the controller, ``open_exits``: its rings that were not executed to the end.
+    """
+
+    worker: int
+    open_events: int
+    open_exits: int
+    ghosts: tuple[GhostAtRest, ...]
+
+
 class MicrovmState(NamedTuple):
     """``groups[n]`` are the vCPUs of worker n. vCPU states, in the order of the indices, hold LAPIC and clock, too."""
 
@@ -87,6 +99,7 @@ class MicrovmState(NamedTuple):
     regions: tuple[MemoryRegion, ...]
     groups: tuple[tuple[int, ...], ...]
     devices: DevicesState
+    rest: tuple[WorkerAtRest, ...]
     vcpus: tuple[SavedState, ...]
 
 
@@ -96,6 +109,7 @@ class _Head(NamedTuple):
     regions: tuple[MemoryRegion, ...]
     groups: tuple[tuple[int, ...], ...]
     devices: DevicesState
+    rest: tuple[WorkerAtRest, ...]
     vcpu_count: int
 
 
@@ -143,6 +157,28 @@ _HEAD = RecordOf(
     ),
     groups=ListOf(ListOf(_VCPU, MAX_WORKERS), MAX_WORKERS),
     devices=_DEVICES,
+    rest=ListOf(
+        # What may be held is nothing: an honest state is refused else.
+        RecordOf(
+            WorkerAtRest,
+            worker=_VCPU,
+            open_events=Int(0),
+            open_exits=Int(0),
+            ghosts=ListOf(
+                RecordOf(
+                    GhostAtRest,
+                    vcpu=_VCPU,
+                    stub=Flag(),
+                    mp_state=Int(U32),
+                    requested=Int(0),
+                    in_service=Int(0),
+                    nmis=Int(0),
+                ),
+                MAX_WORKERS,
+            ),
+        ),
+        MAX_WORKERS,
+    ),
     vcpu_count=Int(MAX_WORKERS, 1),
 )
 _SAVED = RecordOf(SavedState, vcpu=_VCPU, version=Int(U32, 1), state=Bytes(MAX_VCPU_STATE))
@@ -150,7 +186,7 @@ _SAVED = RecordOf(SavedState, vcpu=_VCPU, version=Int(U32, 1), state=Bytes(MAX_V
 
 def encode(state: MicrovmState) -> bytes:
     """Return the record as bytes. Raises MicrovmStateError if a value is out of its bounds."""
-    head = _Head(*state[:5], len(state.vcpus))
+    head = _Head(*state[:6], len(state.vcpus))
     try:
         frames = [pack(_HEAD.check(head, "state")), *[pack(_SAVED.check(vcpu, "vcpu")) for vcpu in state.vcpus]]
     except MessageError as error:
@@ -176,7 +212,9 @@ def decode(data: bytes) -> MicrovmState:
     indices = [vcpu.vcpu for vcpu in vcpus]
     if indices != list(range(len(vcpus))) or sorted(each for group in head.groups for each in group) != indices:
         raise MicrovmStateError("The vCPUs are not those of the workers.")
-    return MicrovmState(head.version, head.microvm_id, head.regions, head.groups, head.devices, tuple(vcpus))
+    if [each.worker for each in head.rest] != list(range(len(head.groups))):
+        raise MicrovmStateError("Not every worker was at rest.")
+    return MicrovmState(*head[:6], tuple(vcpus))
 
 
 def _take(data: bytes) -> tuple[bytes, bytes]:

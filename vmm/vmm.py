@@ -35,8 +35,9 @@ from vmm.metrics import METRICS, SIGNAL_KEYS
 from vmm.metrics_sources import read_devices, read_exits
 from vmm.microvm import InstanceInfo, Microvm
 from vmm.placement import Placement
+from vmm.rest import read_rest
 from vmm.state import VERSION as STATE_VERSION
-from vmm.state import MicrovmState
+from vmm.state import MicrovmState, WorkerAtRest
 from vmm.version import APP_NAME, FIRECRACKER_VERSION
 from vmm.vm import Kvm, Vm
 from vmm.workers import SECOND_NS, Worker
@@ -257,7 +258,8 @@ class Vmm(Microvm):
         self._set_state(STATE_PAUSED)
 
     def _park_ghosts(self) -> None:
-        """Let what is on its way between workers arrive; afterwards the LAPICs of the real vCPUs hold all of it.
+        """Let what is on its way between workers arrive; afterwards the LAPICs of the real vCPUs hold all of it, and it
+        is verified that nothing else does.
 
         Every vCPU is parked, so nothing new is sent; a worker answers when its ghosts are empty and what they held was
         forwarded, which the controller confirms only when it has arrived.
@@ -267,17 +269,26 @@ class Vmm(Microvm):
         pending = [(worker, worker.park_ghosts()) for worker in self.vcpus_handles]
         for worker, sequence in pending:
             worker.collect_parked_ghosts(sequence)
+        self._read_rest()
+
+    def _read_rest(self) -> tuple[WorkerAtRest, ...]:
+        open_exits = [
+            sum(not self._executors[vcpu].idle for vcpu in worker.assignment.vcpus) for worker in self.vcpus_handles
+        ]
+        return read_rest(self.vcpus_handles, open_exits)
 
     def save_state(self) -> MicrovmState:
         """Return the complete, versioned state but for the content of guest memory (PUT /snapshot/create).
 
-        It can be taken repeatedly and changes nothing. Raises StateError unless paused, WorkerError.
+        It can be taken repeatedly and changes nothing. Raises StateError unless paused, WorkerError (also if
+        anything is on its way between workers).
         """
         self._require_paused("save_state")
         vcpus = tuple([worker.request(SaveState(vcpu), SavedState) for vcpu, worker in self._by_vcpu()])
         memory, placement = self.vm
         devices = self.device_manager.save_state()
-        return MicrovmState(STATE_VERSION, self._id, memory.regions, placement.groups, devices, vcpus)
+        rest = self._read_rest()
+        return MicrovmState(STATE_VERSION, self._id, memory.regions, placement.groups, devices, rest, vcpus)
 
     def dump_cpu_config(self) -> list[DumpedCpuConfig]:
         """Return CPUID and MSRs of every vCPU (no API call). Raises StateError unless paused, WorkerError."""

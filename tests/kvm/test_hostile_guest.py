@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterator
@@ -14,25 +13,16 @@ import pytest
 
 from lab.client import Microvm, descendants, launch_unjailed
 from tests.guests.build import build
+from tests.microvms import smp_config, without_log
 
 FLOOD, ASTRAY, FLOOD_WITH_SMIS = 0, 1, 2
 FOREVER = 1 << 30
 
 
-def config(directory: Path, kernel: Path, vcpus: int, placement: str) -> Path:
-    directory.mkdir(exist_ok=True)
-    path = directory / "config.json"
-    machine = {"vcpu_count": vcpus, "mem_size_mib": 64, "vcpu_placement": placement}
-    path.write_text(
-        json.dumps({"boot-source": {"kernel_image_path": str(kernel)}, "drives": [], "machine-config": machine})
-    )
-    return path
-
-
 @contextmanager
 def hostile(directory: Path, vcpus: int, placement: str, attack: int, rounds: int) -> Iterator[Microvm]:
     kernel = build("hostile", {"CPUS": vcpus, "ATTACK": attack, "ROUNDS": rounds})
-    with launch_unjailed(directory, ["--config-file", str(config(directory, kernel, vcpus, placement))]) as vm:
+    with launch_unjailed(directory, ["--config-file", str(smp_config(directory, kernel, vcpus, placement))]) as vm:
         vm.wait_for_api()
         yield vm
 
@@ -60,13 +50,14 @@ def recoveries_logged(vm: Microvm) -> int:
     return len(re.findall(rb"left its stub \(it ran other code than the stub\) and was put back", vm.console))
 
 
+@pytest.mark.soak("smp")
 @pytest.mark.parametrize(("vcpus", "placement"), [(2, "Split"), (4, "0,1/2,3"), (2, "Grouped")])
 def test_a_flood_harms_nobody_and_leaves_no_load(tmp_path, no_leftovers, scale, vcpus, placement):
     """Every vector to every processor, writes over the stub, OUT to its ports: all of that is ignored or counted."""
     rounds = scale(3, 1_000)
-    with no_leftovers(), hostile(tmp_path / "api", vcpus, placement, FLOOD, rounds) as vm:
+    with no_leftovers(), hostile(tmp_path, vcpus, placement, FLOOD, rounds) as vm:
         vm.expect("HOSTILE DONE", 120.0 if rounds < 10 else 7200.0)
-        assert b"SFP HOSTILE DONE" in re.sub(rb"\d{4}-\d\d-\d\dT[^\n]*\n|\{\"[^\n]*\n", b"", bytes(vm.console))
+        assert "SFP HOSTILE DONE" in without_log(vm.console)
         assert all(ghost["stub"] for ghost in ghosts(vm))
         # A halted guest costs its heartbeats. The first second may still hold what was on its way.
         assert used_while_idle(vm, 1.0) < 1.0
@@ -77,13 +68,16 @@ def test_a_flood_harms_nobody_and_leaves_no_load(tmp_path, no_leftovers, scale, 
         assert vm.must("GET", "/")["state"] == "Running"
 
 
+@pytest.mark.soak("smp")
 def test_others_do_not_notice_a_flood(tmp_path, no_leftovers, scale):
     """Beside a guest that floods for ever another one is as exact as ever, and the API of both answers."""
+    other_directory = tmp_path / "other"
+    other_directory.mkdir()
     neighbour = build("ipi", {"CPUS": 2, "ROUNDS": scale(50, 10_000), "NMIS": 1, "RESTARTS": 3})
-    with no_leftovers(), hostile(tmp_path / "api", 3, "Split", FLOOD, FOREVER) as vm:
+    with no_leftovers(), hostile(tmp_path, 3, "Split", FLOOD, FOREVER) as vm:
         vm.expect("", 60.0)
-        path = config(tmp_path / "other", neighbour, 2, "Split")
-        with launch_unjailed(tmp_path / "other", ["--config-file", str(path), "--no-api"]) as other:
+        path = smp_config(other_directory, neighbour, 2, "Split")
+        with launch_unjailed(other_directory, ["--config-file", str(path), "--no-api"]) as other:
             while other.process.poll() is None:
                 other.pump(0.2)
                 assert vm.must("GET", "/")["state"] == "Running"

@@ -5,10 +5,8 @@ The guest has no page tables: so its vCPUs may be in several workers also where 
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import re
 import signal
 import time
 from collections.abc import Iterator
@@ -20,30 +18,26 @@ import pytest
 
 from lab.client import Microvm, descendants, launch_unjailed
 from tests.guests.build import build
+from tests.microvms import smp_config, without_log
 
 #: So many rounds never end within a test.
 FOREVER = 1 << 30
 
 
+@pytest.mark.soak("smp")
 @pytest.mark.parametrize(
     ("vcpus", "placement"), [(2, "Grouped"), (4, "Grouped"), (2, "Split"), (3, "Split"), (4, "0,1/2,3"), (3, "0,2/1")]
 )
 def test_every_kind_of_ipi_arrives_once(tmp_path, scale, no_leftovers, vcpus, placement):
     rounds = scale(200, 10_000)
-    # A renewed INIT is trapped by single-stepping where the host has second-stage paging, by breakpoints else.
+    # A renewed INIT is trapped by single-stepping where the host has second-stage paging, by breakpoints else. Nothing
+    # returns from an NMI where KVM emulates ring 0: there is one of them here (more of them in tests/lab).
     kernel = build("ipi", {"CPUS": vcpus, "ROUNDS": rounds, "NMIS": 1, "RESTARTS": scale(3, 100)})
-    config = tmp_path / "config.json"
-    machine = {"vcpu_count": vcpus, "mem_size_mib": 64, "vcpu_placement": placement}
-    config.write_text(
-        json.dumps({"boot-source": {"kernel_image_path": str(kernel)}, "drives": [], "machine-config": machine})
-    )
+    config = smp_config(tmp_path, kernel, vcpus, placement)
     with no_leftovers(tmp_path), launch_unjailed(tmp_path, ["--config-file", str(config), "--no-api"]) as vm:
-        status = vm.wait(300.0)
-        output = vm.console.decode(errors="replace")
+        status = vm.wait(scale(300.0, 7200.0))
         config.unlink()
-    # The log goes to the same place, also between two letters of the guest.
-    said = re.sub(r"\d{4}-\d\d-\d\dT[^\n]*\n|\{\"[^\n]*\n", "", output)
-    assert "SFLCMBYOAXNPR IPI DONE" in said, output[-3000:]
+    assert "SFLCMBYOAXNPR IPI DONE" in without_log(vm.console), vm.tail()
     assert status == 0
 
 
@@ -87,6 +81,7 @@ def test_vcpus_tell_where_they_run(tmp_path, no_leftovers):
         assert {each["state"] for each in vm.must("GET", "/vcpus")} == {"paused"}
 
 
+@pytest.mark.soak("smp")
 def test_pauses_lose_no_interrupt(tmp_path, scale, seed, no_leftovers):
     """The guest ends itself when one does not come, or comes twice: it must still run in the end."""
     generator = random.Random(seed)
@@ -98,6 +93,27 @@ def test_pauses_lose_no_interrupt(tmp_path, scale, seed, no_leftovers):
             time.sleep(generator.random() * 0.01)
         assert vm.must("GET", "/")["state"] == "Running"
         assert b"IPI" not in vm.console, vm.tail()
+
+
+@pytest.mark.parametrize(("vcpus", "placement"), [(2, "Grouped"), (2, "Split"), (3, "Split"), (3, "0,1/2")])
+def test_a_pause_between_init_and_sipi(tmp_path, no_leftovers, vcpus, placement):
+    """The INIT reaches the real processor before the microVM is at rest; the SIPI that comes afterwards starts it."""
+    kernel = build("init", {"CPUS": vcpus})
+    with no_leftovers(), launch_unjailed(tmp_path) as vm:
+        vm.wait_for_api()
+        vm.must("PUT", "/boot-source", {"kernel_image_path": str(kernel)})
+        machine = {"vcpu_count": vcpus, "mem_size_mib": 64, "vcpu_placement": placement}
+        vm.must("PUT", "/machine-config", machine)
+        vm.must("PUT", "/actions", {"action_type": "InstanceStart"})
+        for _ in range(2):
+            vm.expect("I\n", 60.0)
+            for _ in range(3):
+                vm.must("PATCH", "/vm", {"state": "Paused"})
+                vm.must("PATCH", "/vm", {"state": "Resumed"})
+            vm.type("x")
+            vm.expect("S\n", 60.0)
+        assert vm.wait(60.0) == 0
+        assert b"INIT DONE" in vm.console
 
 
 @pytest.mark.parametrize("worker", [0, 1, 2])

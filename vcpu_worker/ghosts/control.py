@@ -6,9 +6,7 @@ import time
 
 from ipc.errors import IpcError
 from ipc.messages import (
-    GHOST_INTERRUPT,
-    GHOST_NMI,
-    GHOST_STARTUP,
+    VCPU_STARTING,
     ClockRead,
     ClockSet,
     Failed,
@@ -18,6 +16,7 @@ from ipc.messages import (
     GhostReport,
     GhostsParked,
     GhostsReported,
+    InitVcpu,
     InterruptRaised,
     IpiPathOpen,
     Noted,
@@ -27,14 +26,16 @@ from ipc.messages import (
     PlaceStub,
     RaiseInterrupt,
     ReadClock,
+    ReadRest,
     ReportGhosts,
+    RestRead,
     SetClock,
     StartVcpu,
     StubPlaced,
 )
 from ipc.typed import Any, Callable
 from vcpu_worker.descriptor_set import DescriptorSet
-from vcpu_worker.errors import ConfigurationError, WorkerError
+from vcpu_worker.errors import ConfigurationError, StateError, WorkerError
 from vcpu_worker.ghosts.ghost import BUSY, Ghost
 from vcpu_worker.kvm import abi
 from vcpu_worker.kvm.vcpu import KvmVcpu
@@ -64,9 +65,9 @@ class Forwarder:
         self._waiting: dict[Key, None] = {}
 
     @property
-    def empty(self) -> bool:
-        """True when the controller has dealt with everything."""
-        return not self._open and not self._waiting
+    def count(self) -> int:
+        """How many events the controller has not dealt with."""
+        return len(self._open) + len(self._waiting)
 
     def add(self, event: int, vcpu: int, vector: int) -> None:
         """Something happened."""
@@ -145,10 +146,12 @@ class GhostControl:
             GhostEventDone: self._event_done,
             PlaceStub: self._place_stub,
             StartVcpu: self._start_vcpu,
+            InitVcpu: self._init_vcpu,
             RaiseInterrupt: self._raise_interrupt,
             OpenIpiTarget: self._open_target,
             OpenIpiSource: self._open_source,
             ParkGhosts: self._park,
+            ReadRest: self._read_rest,
             ReadClock: self._read_clock,
             SetClock: self._set_clock,
             ReportGhosts: self._report,
@@ -180,7 +183,7 @@ class GhostControl:
 
     def _event_done(self, command: GhostEventDone, reply: Reply) -> None:
         self._forwarder.done(*command)
-        if command.event not in (GHOST_INTERRUPT, GHOST_NMI, GHOST_STARTUP):
+        if command.event == VCPU_STARTING:
             self.on_own_event_done(command.vcpu)
         reply(Noted())
         self._check_parked()
@@ -251,12 +254,32 @@ class GhostControl:
             self._stop_all()
 
     def _check_parked(self) -> None:
-        if not self._parking or not self._forwarder.empty or any(each.running for each in self._runners.values()):
+        if not self._parking or self._forwarder.count or any(each.running for each in self._runners.values()):
             return
         self.due_ns = 0
         waiting, self._parking = self._parking, []
         for reply in waiting:
             reply(GhostsParked(self._drained))
+
+    def _read_rest(self, command: ReadRest, reply: Reply) -> None:
+        """Each ghost's thread reads what the ghost holds."""
+        if any(runner.running for runner in self._runners.values()):
+            raise StateError("ghosts are running: park them first")
+        found: list[Any] = []
+
+        def read(result: Any) -> None:
+            found.append(result)
+            if len(found) == len(self._runners):
+                answer()
+
+        def answer() -> None:
+            failures = [each for each in found if isinstance(each, Exception)]
+            reply(_failed(failures[0]) if failures else RestRead(self._forwarder.count, tuple(sorted(found))))
+
+        for runner in self._runners.values():
+            runner.thread.submit(runner.ghost.at_rest, read)
+        if not self._runners:
+            answer()
 
     def _report(self, command: ReportGhosts, reply: Reply) -> None:
         ghosts = [runner.ghost for runner in self._runners.values()]
@@ -297,6 +320,9 @@ class GhostControl:
     def _start_vcpu(self, command: StartVcpu, reply: Reply) -> None:
         self._machine.signal(command.vcpu, _INIT)
         reply(InterruptRaised(self._machine.signal(command.vcpu, _STARTUP | command.vector)))
+
+    def _init_vcpu(self, command: InitVcpu, reply: Reply) -> None:
+        reply(InterruptRaised(self._machine.signal(command.vcpu, _INIT)))
 
     def _raise_interrupt(self, command: RaiseInterrupt, reply: Reply) -> None:
         data = _NMI if command.vector == _NMI_VECTOR else command.vector

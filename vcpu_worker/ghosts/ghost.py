@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import time
 
-from ipc.messages import GHOST_INTERRUPT, GHOST_NMI, GHOST_STARTUP, MsrValue
+from ipc.messages import GHOST_INIT, GHOST_INTERRUPT, GHOST_NMI, GHOST_STARTUP, GhostAtRest, MsrValue
 from ipc.typed import Callable
 from vcpu_worker.errors import KvmError, WorkerError
 from vcpu_worker.ghosts import stub
@@ -68,6 +68,8 @@ class Ghost:
         self._startup_vector: int | None = None
         self._recovery_times: list[int] = []
         self._stop = False
+        #: The INIT that it holds was told of already.
+        self._init_told = False
         #: Its LAPIC as it was before anything reached it.
         self._pristine_lapic = b""
 
@@ -95,8 +97,12 @@ class Ghost:
         configure(self.kvm)
 
     def place_stub(self) -> None:
-        """Turn it into the stub, whatever state it is in, if it does not run it already."""
-        if not self.is_stub:
+        """Turn it into the stub, if it does not run it already.
+
+        One that has got an INIT waits for its SIPI and becomes the stub then: there is nothing that it could lose
+        meanwhile, and the SIPI would be lost on the stub.
+        """
+        if not self.is_stub and self.kvm.get_mp_state() != abi.MP_STATE_INIT_RECEIVED:
             self._place()
 
     def _place(self) -> None:
@@ -163,6 +169,7 @@ class Ghost:
         """INIT has come: wait for the SIPI, never by KVM_RUN: that would run the guest's code. False: asked to stop."""
         while self.kvm.get_mp_state() != abi.MP_STATE_RUNNABLE:
             if self._stop:
+                self._tell_init()
                 return False
             time.sleep(_SIPI_POLL_S)
         self._started(self.kvm.get_sregs())
@@ -173,6 +180,7 @@ class Ghost:
         self._startup_vector = vector
         self._place()
         self.startups += 1
+        self._init_told = False
         self._report(GHOST_STARTUP, self.index, vector)
 
     def _output(self) -> None:
@@ -221,17 +229,34 @@ class Ghost:
 
     def _stopped(self) -> str:
         """What it holds can only come out of it by the stub: one that a guest led astray is put back first."""
-        return BUSY if self._look() or self._is_busy() else IDLE
+        if self.kvm.get_mp_state() == abi.MP_STATE_INIT_RECEIVED:
+            self._tell_init()
+            return IDLE
+        return BUSY if self.is_stub and (self._look() or self._is_busy()) else IDLE
+
+    def _tell_init(self) -> None:
+        """The real vCPU is to have the INIT before its state is saved. It comes again with the SIPI, without harm."""
+        if not self._init_told:
+            self._init_told = True
+            self._report(GHOST_INIT, self.index, 0)
 
     def _is_busy(self) -> bool:
         """Is an interrupt or an NMI on its way through the stub?"""
-        if not self.is_stub or self.kvm.get_mp_state() == abi.MP_STATE_INIT_RECEIVED:
-            return False
+        _, _, _, requested, in_service, nmis = self.at_rest()
+        return bool(requested or in_service or nmis)
+
+    def at_rest(self) -> GhostAtRest:
+        """Read what it holds; while it is not running."""
         events = self.kvm.get_events()
-        if events[_EVENTS_NMI_INJECTED] or events[_EVENTS_NMI_PENDING]:
-            return True
         lapic = self.kvm.get_lapic()
-        return bool(_vectors(lapic, abi.APIC_IRR) or _vectors(lapic, abi.APIC_ISR))
+        return GhostAtRest(
+            self.index,
+            self.is_stub,
+            self.kvm.get_mp_state(),
+            len(_vectors(lapic, abi.APIC_IRR)),
+            len(_vectors(lapic, abi.APIC_ISR)),
+            events[_EVENTS_NMI_INJECTED] + min(events[_EVENTS_NMI_PENDING], 2),
+        )
 
     def _recover(self, text: str) -> None:
         """Put it back into the stub. What its LAPIC has in service is passed on, what it has requested stays."""

@@ -76,6 +76,9 @@ KINDS = {
         40: "GhostRecovered",
         41: "ReadHostCpu",
         42: "HostCpuRead",
+        61: "InitVcpu",
+        62: "ReadRest",
+        63: "RestRead",
     },
     "supervisor": {
         1: "Failed",

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipc.messages import MemoryRegion, SavedState
+from ipc.messages import GhostAtRest, MemoryRegion, SavedState
 from vmm import state
 from vmm.boot.layout import COM1_PORT, I8042_DATA_PORT, IOAPIC_PIN_COUNT
 from vmm.devices.manager import DeviceManager
@@ -18,10 +18,12 @@ from vmm.state import (
     MicrovmState,
     MicrovmStateError,
     SerialState,
+    WorkerAtRest,
     decode,
     encode,
 )
 
+ZEROS = [st.just(0)] * 3
 BYTE = st.integers(0, 255)
 DEVICES = st.builds(
     DevicesState,
@@ -52,12 +54,15 @@ DEVICES = st.builds(
 def states(draw: st.DrawFn) -> MicrovmState:
     count = draw(st.integers(1, 4))
     split = draw(st.booleans())
+    groups = tuple((index,) for index in range(count)) if split else (tuple(range(count)),)
+    ghosts = draw(st.lists(st.builds(GhostAtRest, st.integers(0, 3), st.booleans(), st.integers(0, 4), *ZEROS)))
     return MicrovmState(
         state.VERSION,
         draw(st.text("abc-", min_size=1, max_size=64)),
         (MemoryRegion(0, draw(st.integers(1, 1 << 30)), 0),),
-        tuple((index,) for index in range(count)) if split else (tuple(range(count)),),
+        groups,
         draw(DEVICES),
+        tuple(WorkerAtRest(worker, 0, 0, tuple(ghosts[:31])) for worker in range(len(groups))),
         tuple(SavedState(index, 1, draw(st.binary(max_size=100))) for index in range(count)),
     )
 
@@ -128,14 +133,18 @@ def test_arbitrary_bytes(data):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version"),
+        ({"version": 1}, "version"),
+        ({"rest": ()}, "at rest"),
+        ({"rest": (WorkerAtRest(0, 1, 0, ()),)}, "open_events"),
+        ({"rest": (WorkerAtRest(0, 0, 0, (GhostAtRest(1, True, 0, 0, 1, 0),)),)}, "in_service"),
         ({"groups": ((0,), (1,))}, "not those of the workers"),
         ({"vcpus": ()}, "vcpu_count"),
     ],
 )
 def test_what_is_out_of_bounds_is_refused(change, message):
     devices = fresh_devices()
-    saved = MicrovmState(1, "a", (MemoryRegion(0, 1, 0),), ((0,),), devices, (SavedState(0, 1, b""),))
+    rest = (WorkerAtRest(0, 0, 0, ()),)
+    saved = MicrovmState(2, "a", (MemoryRegion(0, 1, 0),), ((0,),), devices, rest, (SavedState(0, 1, b""),))
     assert decode(encode(saved)) == saved
     with pytest.raises(MicrovmStateError, match=message):
         decode(encode(saved._replace(**change)))

@@ -34,6 +34,7 @@ from vmm.handover import WorkerDescriptors
 from vmm.logger import LOG
 from vmm.memory import GuestMemory
 from vmm.placement import Placement
+from vmm.state import WorkerAtRest
 from vmm.vmm import Vmm
 
 COM1 = 0x3F8
@@ -163,6 +164,7 @@ def test_states_and_operations(make):
     assert [vcpu.state for vcpu in saved.vcpus] == [b"state"]
     assert state.decode(state.encode(saved)) == saved == vmm.save_state()
     assert (saved.version, saved.microvm_id, saved.groups) == (state.VERSION, "standin", ((0,),))
+    assert saved.rest == (WorkerAtRest(0, 0, 0, ()),)
     assert [config.vcpu for config in vmm.dump_cpu_config()] == [0]
     assert set(vmm.exit_counters()) == {0}
     assert "vcpu 0: paused" in repr(vmm)

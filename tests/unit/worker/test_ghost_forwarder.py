@@ -17,10 +17,10 @@ def test_an_event_that_comes_again_meanwhile_is_sent_again():
     assert len(sent) == 1
     forwarder.done(*sent[0])
     assert len(sent) == 2
-    assert not forwarder.empty
+    assert forwarder.count
     forwarder.done(*sent[1])
     assert len(sent) == 2
-    assert forwarder.empty
+    assert not forwarder.count
 
 
 def test_any_order_of_events_and_answers(seed):
@@ -53,4 +53,4 @@ def test_any_order_of_events_and_answers(seed):
                 due.pop((event.event, event.vcpu, event.vector), None)
             taken = len(sent)
         assert not due
-        assert forwarder.empty
+        assert not forwarder.count

@@ -1,0 +1,71 @@
+"""The bare-metal guests of tests/kvm where KVM has second-stage paging: IPIs and NMIs, attacks, moved interrupts.
+
+There a renewed INIT is trapped by single-stepping, and ring 0 runs natively.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from lab.client import launch_unjailed
+from tests.guests.build import build
+from tests.kvm.test_hostile_guest import ASTRAY, FLOOD, ghosts, hostile
+from tests.lab.test_boot import BOOT_TIMEOUT
+from tests.lab.test_smp import SOAK_ONLY
+from tests.microvms import smp_config, without_log
+
+
+@pytest.mark.soak("smp")
+@pytest.mark.parametrize(
+    ("vcpus", "placement"),
+    [
+        (2, "Split"),
+        pytest.param(2, "Grouped", marks=SOAK_ONLY),
+        pytest.param(4, "Split", marks=SOAK_ONLY),
+        pytest.param(4, "0,1/2,3", marks=SOAK_ONLY),
+    ],
+)
+def test_every_kind_of_ipi_arrives_once(tmp_path, scale, no_leftovers, vcpus, placement):
+    rounds = scale(100, 10_000)
+    kernel = build("ipi", {"CPUS": vcpus, "ROUNDS": rounds, "NMIS": rounds, "RESTARTS": scale(3, 1_000)})
+    config = smp_config(tmp_path, kernel, vcpus, placement)
+    with no_leftovers(tmp_path), launch_unjailed(tmp_path, ["--config-file", str(config), "--no-api"]) as vm:
+        status = vm.wait(scale(BOOT_TIMEOUT, 7200.0))
+        config.unlink()
+    assert "SFLCMBYOAXNPR IPI DONE" in without_log(vm.console), vm.tail()
+    assert status == 0
+
+
+@SOAK_ONLY
+@pytest.mark.parametrize(("vcpus", "placement"), [(3, "Split"), (4, "0,2/1,3")])
+def test_interrupts_arrive_once_while_they_are_moved(tmp_path, no_leftovers, vcpus, placement):
+    rounds = 5_000
+    config = smp_config(tmp_path, build("retarget", {"CPUS": vcpus, "ROUNDS": rounds}), vcpus, placement)
+    with no_leftovers(tmp_path), launch_unjailed(tmp_path, ["--config-file", str(config), "--no-api"]) as vm:
+        status = vm.wait(7200.0)
+        config.unlink()
+    found = re.search(r"(\.+)([0-9a-f]{8}) RETARGET DONE", without_log(vm.console))
+    assert found, vm.tail()
+    assert len(found.group(1)) == rounds
+    print(f"{vcpus} vCPUs, {placement}: {rounds} interrupts, the entry was written {int(found.group(2), 16)} times")
+    assert status == 0
+
+
+@SOAK_ONLY
+@pytest.mark.parametrize(("vcpus", "placement"), [(2, "Split"), (4, "0,1/2,3")])
+def test_a_flood_harms_nobody(tmp_path, no_leftovers, vcpus, placement):
+    with no_leftovers(), hostile(tmp_path, vcpus, placement, FLOOD, 100) as vm:
+        vm.expect("HOSTILE DONE", 3600.0)
+        assert "SFP HOSTILE DONE" in without_log(vm.console)
+        assert all(ghost["stub"] for ghost in ghosts(vm))
+        vm.must("PATCH", "/vm", {"state": "Paused"})
+        vm.must("PATCH", "/vm", {"state": "Resumed"})
+
+
+@SOAK_ONLY
+def test_a_ghost_that_was_led_astray_is_put_back(tmp_path, no_leftovers):
+    with no_leftovers(), hostile(tmp_path, 2, "Split", ASTRAY, 1) as vm:
+        vm.expect("HOSTILE DONE", 600.0)
+        assert [ghost["recoveries"] for ghost in ghosts(vm) if ghost["recoveries"]] == [1]
