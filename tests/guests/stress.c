@@ -11,6 +11,8 @@
  * futex    a lock that all processors take: the sum must come out
  * clock    CLOCK_MONOTONIC and TSC must not go back between two processors ("warp")
  *
+ * They take turns of half a second, then all of them have one together.
+ *
  * Ends with one line: "STRESS done seconds=… remap=… … errors=N warps=N". Static: runs without a C library beside it. */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -39,6 +41,10 @@
 #define FORK_PAGES 32
 #define MAX_MESSAGES 40
 
+#define TURN_US 500000
+
+enum { REMAP, PROTECT, ANON, FORK, PIPE, FUTEX, CLOCK, ALL };
+static atomic_int turn;
 static int cpus;
 static atomic_int stop;
 static atomic_ulong errors, warps, largest_warp;
@@ -48,6 +54,31 @@ static void error(const char *what, unsigned long expected, unsigned long found)
 {
 	if (atomic_fetch_add(&errors, 1) < MAX_MESSAGES)
 		printf("STRESS error: %s: expected %lu, found %lu\n", what, expected, found);
+}
+
+/* To be called while waiting for another thread of the same kind: others may have their turn. */
+static void wait_a_moment(int kind)
+{
+	int now = atomic_load(&turn);
+	if (now == kind)
+		_mm_pause();
+	else if (now == ALL)
+		sched_yield();
+	else
+		usleep(1000);
+}
+
+/* To be called before each round of a kind; 0 at the end. */
+static int may_go_on(int kind)
+{
+	for (;;) {
+		int now = atomic_load(&turn);
+		if (atomic_load(&stop))
+			return 0;
+		if (now == kind || now == ALL)
+			return 1;
+		usleep(1000);
+	}
 }
 
 static void pin(int cpu)
@@ -79,7 +110,7 @@ static struct { _Alignas(64) atomic_ulong seen; } readers[MAX_CPUS];
 static void *remap_writer(void *unused)
 {
 	pin(0);
-	for (unsigned long generation = 1; !stop; generation++) {
+	for (unsigned long generation = 1; may_go_on(REMAP); generation++) {
 		map_pages((void *)remap_area, REMAP_PAGES);
 		for (int page = 0; page < REMAP_PAGES; page++)
 			remap_area[page * WORDS] = generation;
@@ -87,7 +118,7 @@ static void *remap_writer(void *unused)
 		remaps++;
 		for (int cpu = 1; cpu < cpus; cpu++)
 			while (atomic_load(&readers[cpu].seen) < generation && !stop)
-				sched_yield();
+				wait_a_moment(REMAP);
 	}
 	return unused;
 }
@@ -100,7 +131,7 @@ static void *remap_reader(void *number)
 		unsigned long generation = atomic_load(&published);
 		/* The writer waits for all readers: until we say that we have seen this one, nothing newer is mapped. */
 		if (generation == atomic_load(&readers[cpu].seen)) {
-			sched_yield();
+			wait_a_moment(REMAP);
 			continue;
 		}
 		for (int page = 0; page < REMAP_PAGES; page++) {
@@ -133,7 +164,7 @@ static int wait_while(int value)
 	while (atomic_load(&phase) == value) {
 		if (stop)
 			return 0;
-		sched_yield();
+		wait_a_moment(PROTECT);
 	}
 	return 1;
 }
@@ -141,7 +172,7 @@ static int wait_while(int value)
 static void *protect_owner(void *unused)
 {
 	pin(1);
-	while (!stop) {
+	while (may_go_on(PROTECT)) {
 		if (mprotect((void *)guarded, PAGE, PROT_READ | PROT_WRITE))
 			error("mprotect", 0, errno);
 		atomic_store(&phase, WRITABLE);
@@ -182,7 +213,7 @@ static void *protect_writer(void *unused)
 			expects_fault = 0;
 			atomic_store(&phase, TRIED);
 		} else {
-			sched_yield();
+			wait_a_moment(PROTECT);
 		}
 	}
 	return unused;
@@ -194,7 +225,7 @@ static void *anon(void *number)
 {
 	unsigned random = (unsigned)(long)number * 7919 + 1;
 	pin((long)number);
-	while (!stop) {
+	while (may_go_on(ANON)) {
 		size_t pages = 1 + random % 64;
 		uint64_t *area = map_pages(NULL, pages);
 		for (size_t word = 0; word < pages * WORDS; word += 64)
@@ -234,7 +265,7 @@ static void *forker(void *number)
 	long cpu = (long)number;
 	uint64_t *area = map_pages(NULL, FORK_PAGES);
 	pin(cpu);
-	for (uint64_t round = 0; !stop; round++) {
+	for (uint64_t round = 0; may_go_on(FORK); round++) {
 		uint64_t base = round << 32 | cpu;
 		int status;
 		for (size_t word = 0; word < FORK_PAGES * WORDS; word += 128)
@@ -271,7 +302,7 @@ static void *pipe_station(void *number)
 		expected = token + cpus;
 		token++;
 		hops++;
-		if (stop || write(ring[(station + 1) % cpus][1], &token, sizeof token) != sizeof token)
+		if (!may_go_on(PIPE) || write(ring[(station + 1) % cpus][1], &token, sizeof token) != sizeof token)
 			break;
 	}
 	close(ring[(station + 1) % cpus][1]); /* the next one reads the end of file */
@@ -290,7 +321,7 @@ static void *futex_locker(void *number)
 {
 	unsigned long rounds = 0;
 	pin((long)number);
-	while (!stop) {
+	while (may_go_on(FUTEX)) {
 		unsigned value = 0;
 		if (!atomic_compare_exchange_strong(&lock_word, &value, 1))
 			while (atomic_exchange(&lock_word, 2))
@@ -326,7 +357,7 @@ static uint64_t now(int tsc)
 static void *clock_reader(void *number)
 {
 	pin((long)number);
-	while (!stop) {
+	while (may_go_on(CLOCK)) {
 		for (int burst = 0; burst < 2000; burst++) {
 			int kind = burst & 1;
 			unsigned long before = atomic_load(&latest[kind]);
@@ -340,7 +371,6 @@ static void *clock_reader(void *number)
 				;
 		}
 		clock_reads += 2000;
-		usleep(20000);
 	}
 	return NULL;
 }
@@ -401,7 +431,10 @@ int main(int count, char **arguments)
 	if (write(ring[0][1], &token, sizeof token) != sizeof token)
 		error("write to the pipe", sizeof token, errno);
 	for (unsigned long second = 1; second <= seconds; second++) {
-		sleep(1);
+		for (int part = 0; part < 1000000 / TURN_US; part++) {
+			usleep(TURN_US);
+			turn = (turn + 1) % (ALL + 1);
+		}
 		if (second % 10 == 0 && second < seconds)
 			report("at", second);
 	}
