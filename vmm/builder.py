@@ -114,6 +114,7 @@ class MicrovmBuilder:
             memory.close()
             raise
         vmm = assembly.vmm
+        vmm.restarts = machine.restarts
         if machine.vcpu_count > 1:
             _log_placement(placement, self._plan)
         try:
@@ -265,7 +266,7 @@ class _Assembly:
             self._output.transmit(byte)
 
     def _reset(self) -> None:
-        self.vmm.stop(0)
+        self.vmm.guest_reset()
 
     def _set_routes(self, routes: Sequence[Route], done: Callable[[], None]) -> None:
         """Device interrupts are bound in the VM of the worker that runs the destination vCPU."""

@@ -153,7 +153,7 @@ class PrebootController:
         with _prefixed("Start microvm error"):
             self.resources.check_startable()
             self.vmm = self._builder(self.resources)
-        self.resources.close()
+        self.resources.started()
 
 
 class RuntimeController:
@@ -319,6 +319,10 @@ class Controller:
     def resources(self) -> VmResources:
         """The configuration."""
         return self._current.resources
+
+    def restarted(self, vmm: Microvm) -> None:
+        """Another machine has taken the place of the one that ran."""
+        self._current = RuntimeController(self.resources, vmm, self._logger, self._metrics)
 
     def execute(self, action: Action) -> JsonValue:
         """Execute an action; returns what the client gets, None for nothing. Raises ActionError."""

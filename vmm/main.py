@@ -32,7 +32,10 @@ from vmm.microvm import Microvm
 from vmm.resources import StartOptions, VmResources
 from vmm.supervisor import SupervisorClient
 from vmm.version import FIRECRACKER_VERSION
-from vmm.vmm import Vmm
+from vmm.vmm import STATE_PAUSED, Vmm
+
+#: From a start to the next one that the guest's reset makes.
+RESTART_INTERVAL_NS = 1_000_000_000
 
 
 def warm(*, kernel_cache: bool) -> None:
@@ -85,6 +88,7 @@ class Program:
         self._vmm: Vmm | None = None
         self._controller = Controller(self._resources, command_line.id, self._build, LOG, self._started)
         self._server: ApiServer | None = None
+        self._started_ns = 0
         self._streams = EventStreams(EVENTS)
 
     def run(self, seal: Callable[[], None]) -> int:
@@ -111,6 +115,8 @@ class Program:
                 self._events.add_subscriber(self._server)
             while (code := self._end()) is None:
                 self._events.run()
+                if self._vmm is not None and self._vmm.restart_wanted and self._end() is None:
+                    self._restart(self._vmm)
         except file_limit.FileSizeLimitReached as error:
             LOG.error(str(error))
             METRICS["signals"].store("sigxfsz", 1)
@@ -132,6 +138,38 @@ class Program:
         cpu_us = time.process_time_ns() // 1000 - self._plan.start_time_cpu_us + self._plan.parent_cpu_time_us
         group.store("process_startup_time_cpu_us", max(0, cpu_us))
 
+    def _restart(self, ended: Vmm) -> None:
+        """The guest has reset its machine: make it anew in place. API requests wait until it runs.
+
+        Everything is made as at the start (memory, devices, workers with their VMs), so nothing of the old machine can
+        be in the new one; id, API socket, configuration and metadata stay.
+        """
+        try:
+            if self._server is not None:
+                self._server.exclusively(lambda: self._start_anew(ended))
+            else:
+                self._start_anew(ended)
+        except VmmError as error:
+            LOG.error(f"The machine could not be started anew: {error}")
+            self._exit_code = exit_codes.GENERIC_ERROR
+
+    def _start_anew(self, ended: Vmm) -> None:
+        LOG.info("The guest has reset its machine, which starts anew.")
+        EVENTS.emit("microvm-restarting")
+        # A guest that resets at once, again and again, costs no more than a start a second.
+        self._events.run_until(lambda: self._end() is not None, self._started_ns + RESTART_INTERVAL_NS)
+        if self._end() is not None:
+            return
+        paused = ended.instance_info().state == STATE_PAUSED
+        METRICS.sources.remove(ended.read_metrics)
+        self._vmm = None
+        ended.close()
+        vmm = self._build(self._resources)
+        METRICS.sources.append(vmm.read_metrics)
+        self._controller.restarted(vmm)
+        if paused:
+            vmm.pause_vm()
+
     def _started(self, _vmm: Microvm) -> None:
         """The microVM runs: write the first line of metrics, and one a minute from now on."""
         assert self._vmm is not None
@@ -140,6 +178,7 @@ class Program:
         self._events.add_subscriber(METRICS)
 
     def _build(self, resources: VmResources) -> Vmm:
+        self._started_ns = time.monotonic_ns()
         self._vmm = self._builder.build(resources)
         return self._vmm
 

@@ -56,6 +56,12 @@ class BootSourceError(VmmError):
     code = "vmm.boot_source"
 
 
+#: What the reboot of a guest does: the microVM ends, as with Firecracker, or its machine starts anew.
+REBOOT_EXIT = "Exit"
+REBOOT_RESTART = "Restart"
+REBOOT_ACTIONS = (REBOOT_EXIT, REBOOT_RESTART)
+
+
 class SerialError(VmmError):
     """The file for the serial console cannot be opened."""
 
@@ -78,6 +84,7 @@ class MachineConfigUpdate(NamedTuple):
     track_dirty_pages: bool | None = None
     huge_pages: str | None = None
     vcpu_placement: str | None = None
+    reboot_action: str | None = None
 
 
 class MachineConfig(NamedTuple):
@@ -90,6 +97,12 @@ class MachineConfig(NamedTuple):
     track_dirty_pages: bool = False
     huge_pages: str = HUGE_PAGES_NONE
     vcpu_placement: str | None = None
+    reboot_action: str | None = None
+
+    @property
+    def restarts(self) -> bool:
+        """Whether a guest that reboots gets a machine that starts anew, in the place of the end."""
+        return self.reboot_action == REBOOT_RESTART
 
     @property
     def mem_size_bytes(self) -> int:
@@ -126,12 +139,14 @@ class MachineConfig(NamedTuple):
             self.track_dirty_pages if update.track_dirty_pages is None else update.track_dirty_pages,
             huge_pages,
             placed,
+            self.reboot_action if update.reboot_action is None else update.reboot_action,
         )
 
     def to_json(self) -> dict[str, JsonValue]:
-        """Return what GET /machine-config shows: CPU template and vCPU placement only if they were set."""
+        """Return what GET /machine-config shows: CPU template and what is ours only if they were set."""
         template: dict[str, JsonValue] = {} if self.cpu_template is None else {"cpu_template": self.cpu_template}
         placed: dict[str, JsonValue] = {} if self.vcpu_placement is None else {"vcpu_placement": self.vcpu_placement}
+        reboot: dict[str, JsonValue] = {} if self.reboot_action is None else {"reboot_action": self.reboot_action}
         return {
             "vcpu_count": self.vcpu_count,
             "mem_size_mib": self.mem_size_mib,
@@ -140,6 +155,7 @@ class MachineConfig(NamedTuple):
             "track_dirty_pages": self.track_dirty_pages,
             "huge_pages": self.huge_pages,
             **placed,
+            **reboot,
         }
 
 
@@ -392,6 +408,11 @@ class VmResources:
             "pmem": [pmem.to_json() for pmem in self.pmem.configs],
             "memory-hotplug": None if self.memory_hotplug is None else self.memory_hotplug.to_json(),
         }
+
+    def started(self) -> None:
+        """The microVM has started: close what it needs no more. One that restarts needs its kernel again."""
+        if not self.machine_config.restarts:
+            self.close()
 
     def close(self) -> None:
         """Close the files that are held open for the start."""

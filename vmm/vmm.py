@@ -49,6 +49,9 @@ STATE_NOT_STARTED = "Not started"
 STATE_RUNNING = "Running"
 STATE_PAUSED = "Paused"
 
+#: VcpuExited.reason of a triple fault, by which guests reset their machine, too.
+VCPU_SHUTDOWN = "shutdown"
+
 #: A worker that answers no ping for this long is reported as stalled; a dead one is known at once by its pidfd.
 HEARTBEAT_INTERVAL_NS = 1 * SECOND_NS
 STALL_AFTER_NS = 3 * SECOND_NS
@@ -85,6 +88,9 @@ class Vmm(Microvm):
         self._console_input: ConsoleInput | None = None
         self._state = STATE_NOT_STARTED
         self._shutdown_exit_code: int | None = None
+        #: A guest that reboots gets a machine that starts anew (``restart_wanted``), which is for the owner to do.
+        self.restarts = False
+        self.restart_wanted = False
         self._last_pong: dict[int, int] = {}
         self._last_beat = 0
         self._stalled: set[int] = set()
@@ -314,6 +320,13 @@ class Vmm(Microvm):
         if not self._shutdown_exit_code:
             self._shutdown_exit_code = exit_code
 
+    def guest_reset(self) -> None:
+        """The guest has reset the machine."""
+        if not self.restarts:
+            self.stop(exit_codes.OK)
+        elif self._shutdown_exit_code is None:
+            self.restart_wanted = True
+
     def _by_vcpu(self) -> list[tuple[int, Worker]]:
         return sorted((vcpu, worker) for worker in self.vcpus_handles for vcpu in worker.assignment.vcpus)
 
@@ -333,6 +346,10 @@ class Vmm(Microvm):
         if self._shutdown_exit_code is not None:
             # A guest that was reset runs on until its worker ends, into a triple fault: that is no news.
             LOG.debug(text)
+            return
+        if self.restart_wanted or (self.restarts and event.reason == VCPU_SHUTDOWN):
+            LOG.debug(text)
+            self.guest_reset()
             return
         EVENTS.emit("vcpu-exited", vcpu=event.vcpu, reason=event.reason, exit_code=event.code)
         if event.code:
@@ -439,6 +456,8 @@ class Vmm(Microvm):
         if self._closed:
             return
         self._closed = True
+        if self.restart_wanted and self._shutdown_exit_code is None:
+            self._shutdown_exit_code = exit_codes.OK  # that its workers end now is no news
         try:
             end_workers(self.vcpus_handles)
             for executor in self._executors.values():

@@ -29,6 +29,7 @@ from vmm.resources import (
     CPU_TEMPLATES,
     HUGE_PAGES,
     HUGE_PAGES_NONE,
+    REBOOT_ACTIONS,
     BootSourceConfig,
     MachineConfigUpdate,
     SerialConfig,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 _CPU_TEMPLATE = Variant(*CPU_TEMPLATES)
 _HUGE_PAGES = Variant(*HUGE_PAGES)
+_REBOOT_ACTION = Variant(*REBOOT_ACTIONS)
 
 MACHINE_CONFIG = Object(
     "MachineConfig",
@@ -55,6 +57,7 @@ MACHINE_CONFIG = Object(
     Field("track_dirty_pages", BOOLEAN, False),
     Field("huge_pages", _HUGE_PAGES, HUGE_PAGES_NONE),
     Field("vcpu_placement", Option(STRING), extension=True),
+    Field("reboot_action", Option(_REBOOT_ACTION), extension=True),
 )
 _MACHINE_CONFIG_UPDATE = Object(
     "MachineConfigUpdate",
@@ -66,6 +69,7 @@ _MACHINE_CONFIG_UPDATE = Object(
     Field("track_dirty_pages", Option(BOOLEAN)),
     Field("huge_pages", Option(_HUGE_PAGES)),
     Field("vcpu_placement", Option(STRING), extension=True),
+    Field("reboot_action", Option(_REBOOT_ACTION), extension=True),
 )
 BOOT_SOURCE = Object(
     "BootSourceConfig",

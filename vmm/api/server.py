@@ -13,7 +13,7 @@ from collections import deque
 
 from ipc.errno_text import errno_text
 from ipc.plain import socket
-from ipc.typed import TYPE_CHECKING, Final
+from ipc.typed import TYPE_CHECKING, Final, TypeVar
 from vmm.api.http import (
     SERVER_FULL,
     Continue,
@@ -44,6 +44,8 @@ READ_SIZE: Final = 4096
 CLIENT_TIMEOUT_NS: Final = 30_000_000_000
 #: Accepting goes on after this time when there were no descriptors left.
 ACCEPT_RETRY_NS: Final = 100_000_000
+
+Result = TypeVar("Result")
 
 
 class ApiSocketError(VmmError):
@@ -253,9 +255,13 @@ class ApiServer:
         if isinstance(event, ProtocolError):
             self._logger.error(f"A malformed API request was refused: {event.text}", thread=API_THREAD)
             return render_protocol_error(event.text)
+        return self.exclusively(lambda: self._handle(event))
+
+    def exclusively(self, operation: Callable[[], Result]) -> Result:
+        """Do something during which no request is executed: those that come meanwhile wait for its end."""
         self._executing = True
         try:
-            return self._handle(event)
+            return operation()
         finally:
             self._executing = False
             for connection in self._held:

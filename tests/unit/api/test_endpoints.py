@@ -504,3 +504,13 @@ def test_an_impossible_placement_changes_nothing(api, change, message):
     message = message or "The vCPU placement is Automatic, Split, Grouped, or groups of vCPU numbers such as 0,1/2,3."
     assert api.fault("PATCH", "/machine-config", change) == f"Machine config error: {message}"
     assert api.send("GET", "/machine-config")[1]["vcpu_placement"] == "0,1/2,3"
+
+
+@pytest.mark.parametrize("action", ["Exit", "Restart"])
+def test_a_reboot_action_is_shown_only_if_it_was_set(api, action):
+    shown = api.send("GET", "/machine-config")[1]
+    assert "reboot_action" not in shown
+    assert api.send("PATCH", "/machine-config", {"reboot_action": action})[0] == 204
+    assert api.send("GET", "/machine-config")[1] == {**shown, "reboot_action": action}
+    assert api.send("PATCH", "/machine-config", {"reboot_action": "Halt"})[0] == 400
+    assert api.send("GET", "/machine-config")[1] == {**shown, "reboot_action": action}
