@@ -177,7 +177,8 @@ class Vmm(Microvm):
         """Return what GET /vcpus shows: one record per vCPU, in order of their indices.
 
         ``exits`` are those that were answered until the last heartbeat. ``ghosts`` are those of the vCPU's worker
-        (its other vCPUs show the same); null if the worker does not answer.
+        (its other vCPUs show the same); null if the worker does not answer. ``clock_ahead_ns`` is how far the worker's
+        kvmclock was ahead of worker 0's when it was set; null with one vCPU, or where the host cannot tell.
         """
         ghosts = self._ghost_counters()
         return [
@@ -188,6 +189,7 @@ class Vmm(Microvm):
                 "placement": self.vm.placement.kind,
                 "state": "stalled" if worker.index in self._stalled else worker.state.value,
                 "exits": self._executors[vcpu].counters()[COUNTER_EXITS],
+                "clock_ahead_ns": worker.clock_ahead_ns,
                 "ghosts": ghosts.get(worker.index),
             }
             for vcpu, worker in self._by_vcpu()

@@ -72,6 +72,9 @@ def test_vcpus_tell_where_they_run(tmp_path, no_leftovers):
         assert [each["worker"] for each in vcpus] == [0, 1, 2, 0]
         assert {each["placement"] for each in vcpus} == {"Mixed"}
         assert {each["state"] for each in vcpus} == {"running"}
+        # Both clocks are read one after the other, by threads that may have to wait for a CPU meanwhile.
+        assert vcpus[0]["clock_ahead_ns"] == 0
+        assert all(abs(each["clock_ahead_ns"]) < 1_000_000_000 for each in vcpus)
         pids = [each["pid"] for each in vcpus]
         assert len(set(pids)) == 3
         assert set(pids) <= set(descendants(vm.process.pid))
