@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 import time
@@ -51,6 +52,27 @@ def check_counts(counts: dict[str, int]) -> None:
         assert counts[name] > 0, counts
 
 
+def move_serial_interrupt(vm: Microvm, lines: int, generator: random.Random) -> None:
+    """Must-show 9: type text while the UART's interrupt goes from processor to processor a hundred times a second.
+
+    Every byte arrives once, and both processors take interrupts.
+    """
+    run(vm, "irq=$(awk -F: '/ttyS0/ { print $1 + 0 }' /proc/interrupts); echo $irq > /irq; grep ttyS0 /proc/interrupts")
+    run(vm, "(while :; do for m in 1 2; do echo $m > /proc/irq/$(cat /irq)/smp_affinity; usleep 10000; done; done) &")
+    text = "".join(f"{generator.randbytes(30).hex()}\n" for _ in range(lines))
+    vm.type("cat > /typed\n")
+    for line in text.splitlines(keepends=True):
+        vm.type(line)
+        vm.expect(line.strip(), 60.0)  # its echo
+    vm.type("\x04")
+    vm.expect("CELLBLOCK-RUN end", 60.0)
+    output = run(vm, "md5sum /typed; grep ttyS0 /proc/interrupts")
+    assert hashlib.md5(text.encode()).hexdigest() in output, output
+    counts = re.search(r"^\s*\d+:\s+(\d+)\s+(\d+) .*ttyS0", output, re.MULTILINE)
+    assert counts, output
+    assert min(map(int, counts.groups())) > 0, output
+
+
 @pytest.mark.soak("smp")
 @pytest.mark.parametrize("vcpus", [2, pytest.param(4, marks=SOAK_ONLY)])
 def test_stress_while_pausing_and_resuming(guest_image, no_leftovers, scale, seed, vcpus):
@@ -61,6 +83,7 @@ def test_stress_while_pausing_and_resuming(guest_image, no_leftovers, scale, see
         with made.launch((*CGROUP_OPTIONS, "--cleanup"), ("--config-file", path)) as vm:
             vm.expect("CELLBLOCK-READY", BOOT_TIMEOUT)
             check_counts(stress(vm, scale(20, 600), pause_and_resume, random.Random(seed)))
+            move_serial_interrupt(vm, scale(40, 4_000), random.Random(seed))
             assert "\nno complaint" in run(vm, COMPLAINTS)
             assert not any(ghost["recoveries"] for vcpu in vm.must("GET", "/vcpus") for ghost in vcpu["ghosts"])
             vm.type("exit\n")

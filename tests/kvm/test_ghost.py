@@ -1,0 +1,154 @@
+"""One ghost in a VM of its own: what it tells of, and what it holds when it is stopped."""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Iterator
+
+import pytest
+
+from ipc.messages import GHOST_INIT, GHOST_INTERRUPT, GHOST_NMI, GHOST_STARTUP, GhostAtRest
+from ipc.plan import Assignment
+from vcpu_worker.cpu import boot_state, cpuid
+from vcpu_worker.cpu.topology import Topology
+from vcpu_worker.ghosts import watch
+from vcpu_worker.ghosts.ghost import BUSY, IDLE, Ghost
+from vcpu_worker.kvm import abi
+from vcpu_worker.kvm.system import KvmSystem
+from vcpu_worker.machine import MSI_ADDRESS_BASE, Machine
+from vcpu_worker.vcpu_thread import Completions, VcpuThread, install_kick_handler
+
+INIT, SIPI, NMI = 0x4500, 0x4600, 0x400
+VECTOR = 0x55
+
+
+class Bench:
+    """The ghost of vCPU 1 with its thread."""
+
+    def __init__(self) -> None:
+        install_kick_handler()
+        descriptor = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+        self.machine = Machine(KvmSystem(descriptor), Assignment(0, (0,), (1,)))
+        os.close(descriptor)
+        stub = self.machine._stub
+        assert stub is not None
+        stub.give_to(self.machine.vm)
+        self.told: list[tuple[int, int, int]] = []
+        self.recovered: list[str] = []
+        self.completions = Completions()
+        self.thread = VcpuThread("ghost 1", self.completions)
+        self.thread.start()
+        (kvm,) = self.machine.ghost_vcpus
+        tell = lambda *what: self.completions.put(self.told.append, what)  # noqa: E731
+        recovered = lambda vcpu, text: self.completions.put(self.recovered.append, text)  # noqa: E731
+        self.ghost = Ghost(kvm, tell, recovered, single_step=False)
+        self.results: list[object] = []
+        for each in (self.machine.vcpus[0].kvm, kvm):
+            each.set_cpuid(cpuid.normalise(self.machine.supported_cpuid, Topology(each.index, 2, False)))
+            each.set_lapic(boot_state.boot_lapic(each.get_lapic()))
+        self.do(watch.start)
+
+    def send(self, data: int) -> None:
+        self.machine.vm.signal_msi(MSI_ADDRESS_BASE | 1 << 12, data)
+
+    def do(self, job: object) -> object:
+        self.thread.submit(job, self.results.append)  # type: ignore[arg-type]
+        return self.result()
+
+    def result(self) -> object:
+        self.await_(lambda: bool(self.results))
+        result = self.results.pop()
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def run(self) -> None:
+        self.ghost.allow_to_run()
+        self.thread.submit(self.ghost.run, self.results.append)
+
+    def stop(self) -> object:
+        self.ghost.ask_to_stop()
+        while not self.results:
+            self.thread.kick()
+            self.turn(1)
+        return self.result()
+
+    def turn(self, timeout_ms: int) -> None:
+        poll = select.poll()
+        poll.register(self.completions.eventfd, select.POLLIN)
+        poll.poll(timeout_ms)
+        self.completions.deliver()
+
+    def await_(self, condition: object) -> None:
+        while not condition():  # type: ignore[operator]
+            self.turn(1000)
+
+    def expect(self, *event: int) -> None:
+        self.await_(lambda: bool(self.told))
+        assert self.told.pop(0) == event
+
+    def at_rest(self) -> GhostAtRest:
+        held = self.do(self.ghost.at_rest)
+        assert isinstance(held, GhostAtRest)
+        return held
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    yield made
+    made.thread.end()
+
+
+def test_a_ghost_that_is_stopped_between_init_and_sipi_says_so_once(bench):
+    bench.run()
+    bench.send(INIT)
+    while bench.stop() == IDLE and not bench.told:  # the INIT may not have been taken yet
+        bench.run()
+    bench.expect(GHOST_INIT, 1, 0)
+    assert bench.at_rest() == GhostAtRest(1, False, abi.MP_STATE_INIT_RECEIVED, 0, 0, 0)
+    bench.run()
+    assert bench.stop() == IDLE
+    assert not bench.told
+    bench.do(bench.ghost.place_stub)  # another processor's start must not make it forget the INIT
+    assert not bench.ghost.is_stub
+    bench.run()
+    bench.send(SIPI | 0x70)
+    bench.expect(GHOST_STARTUP, 1, 0x70)
+    assert bench.stop() in (IDLE, BUSY)
+    assert bench.at_rest() == GhostAtRest(1, True, abi.MP_STATE_HALTED, 0, 0, 0) or bench.at_rest().mp_state == 0
+    # Once more, from the stub.
+    bench.run()
+    bench.send(INIT)
+    while bench.stop() == IDLE and not bench.told:
+        bench.run()
+    bench.expect(GHOST_INIT, 1, 0)
+    assert bench.at_rest().mp_state == abi.MP_STATE_INIT_RECEIVED
+
+
+def test_what_a_stopped_ghost_holds_is_counted(bench):
+    bench.do(bench.ghost.place_stub)
+    bench.send(VECTOR)
+    bench.send(VECTOR + 1)
+    bench.send(NMI)
+    held = bench.at_rest()
+    assert (held.requested, held.in_service, held.nmis) == (2, 0, 1)
+    bench.run()
+    bench.await_(lambda: len(bench.told) == 3)
+    while bench.stop() == BUSY:
+        bench.run()
+        bench.turn(1)
+    assert sorted(bench.told) == [(GHOST_INTERRUPT, 1, VECTOR), (GHOST_INTERRUPT, 1, VECTOR + 1), (GHOST_NMI, 1, 2)]
+    held = bench.at_rest()
+    assert (held.requested, held.in_service, held.nmis) == (0, 0, 0)
+
+
+def test_a_vector_that_no_processor_takes_does_not_keep_a_ghost_busy(bench):
+    bench.do(bench.ghost.place_stub)
+    bench.send(5)
+    bench.run()
+    assert bench.stop() == IDLE
+    assert bench.at_rest().requested == 0
+    assert not bench.told
+    assert not bench.recovered
