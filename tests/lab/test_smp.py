@@ -88,17 +88,24 @@ def check_report(output: str, vcpus: int) -> None:
 SOAK_ONLY = pytest.mark.soak("smp", only=True)
 
 
+@pytest.mark.soak("smp")
 @pytest.mark.parametrize(
     ("vcpus", "placement"),
     [
         (2, "Grouped"),
         (2, "Split"),
-        pytest.param(4, "Grouped", marks=SOAK_ONLY),
         pytest.param(3, None, marks=SOAK_ONLY),
+        pytest.param(3, "Grouped", marks=SOAK_ONLY),
+        pytest.param(3, "0,2/1", marks=SOAK_ONLY),
+        pytest.param(4, "Split", marks=SOAK_ONLY),
+        pytest.param(4, "Grouped", marks=SOAK_ONLY),
         pytest.param(4, "0,1/2,3", marks=SOAK_ONLY),
+        pytest.param(8, "Split", marks=SOAK_ONLY),
+        pytest.param(8, "Grouped", marks=SOAK_ONLY),
+        pytest.param(8, "0,1,2/3,4/5,6,7", marks=SOAK_ONLY),
     ],
 )
-def test_debian_boots_with_several_vcpus(guest_image, no_leftovers, vcpus, placement):
+def test_debian_boots_with_several_vcpus(guest_image, no_leftovers, scale, vcpus, placement):
     name = f"smp-{vcpus}-{(placement or 'automatic').replace(',', '').replace('/', '-').lower()}"
     with jail(name) as made, no_leftovers(names=(name,)):
         script = f"{REPORT}; {PINNED}; {COMPLAINTS}; {cycles(3)}; {COMPLAINTS}"
@@ -106,7 +113,7 @@ def test_debian_boots_with_several_vcpus(guest_image, no_leftovers, vcpus, place
         path = config(made, guest_image, machine, script, "reboot")
         options = (*CGROUP_OPTIONS, "--cleanup")
         with made.launch(options, ("--config-file", path, "--no-api", "--level", "Debug")) as vm:
-            output = vm.expect("CELLBLOCK-DONE", BOOT_TIMEOUT)
+            output = vm.expect("CELLBLOCK-DONE", scale(BOOT_TIMEOUT, 10 * BOOT_TIMEOUT))
             assert vm.wait(60.0) == 0, vm.tail()
     print(output)
     check_report(output, vcpus)
@@ -122,9 +129,9 @@ def run(vm: Microvm, command: str) -> str:
 
 
 @SOAK_ONLY
-def test_split_guest_is_paused_and_resumed_under_load(guest_image, no_leftovers, scale):
+def test_split_guest_is_paused_and_resumed_under_load(guest_image, no_leftovers):
     """The cut is consistent: no ghost holds anything, and the guest goes on without a complaint."""
-    rounds = scale(10, 200)
+    rounds = 200
     with jail("smp-pause") as made, no_leftovers(names=("smp-pause",)):
         path = config(made, guest_image, {"vcpu_count": 3, "vcpu_placement": "Split"}, "", "stay")
         with made.launch((*CGROUP_OPTIONS, "--cleanup"), ("--config-file", path)) as vm:
