@@ -144,6 +144,7 @@ def _boundaries() -> frozenset[int]:
 
 
 _INSTRUCTIONS = _boundaries()
+_RIP, _RBX, _RBP = (abi.REGS_NAMES.index(name) for name in ("rip", "rbx", "rbp"))
 
 
 def is_sound(regs_now: bytes, sregs_now: bytes, ghost: int) -> bool:
@@ -154,9 +155,9 @@ def is_sound(regs_now: bytes, sregs_now: bytes, ghost: int) -> bool:
     """
     if not runs_stub(regs_now, sregs_now):
         return False
-    values = dict(zip(abi.REGS_NAMES, abi.REGS.unpack(regs_now), strict=True))
+    values = abi.REGS.unpack(regs_now)
     stack = STACKS + (ghost + 1) * STACK_SIZE
-    return values["rip"] - BASE in _INSTRUCTIONS and values["rbx"] == PORT + ghost and values["rbp"] == stack
+    return values[_RIP] - BASE in _INSTRUCTIONS and values[_RBX] == PORT + ghost and values[_RBP] == stack
 
 
 def is_starting(regs_now: bytes, sregs_now: bytes) -> bool:
