@@ -17,6 +17,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
@@ -43,7 +44,7 @@
 
 #define TURN_US 500000
 
-enum { REMAP, PROTECT, ANON, FORK, PIPE, FUTEX, CLOCK, ALL };
+enum { REMAP, PROTECT, ANON, FORK, PIPE, FUTEX, CLOCK, ALL, ENDED };
 static atomic_int turn;
 static int cpus;
 static atomic_int stop;
@@ -56,6 +57,18 @@ static void error(const char *what, unsigned long expected, unsigned long found)
 		printf("STRESS error: %s: expected %lu, found %lu\n", what, expected, found);
 }
 
+static void futex(void *word, int operation, unsigned value)
+{
+	syscall(SYS_futex, word, operation | FUTEX_PRIVATE_FLAG, value, NULL, NULL, 0);
+}
+
+/* The next turn; sleepers need no timer, which would be most of the load. */
+static void change_turn(int next)
+{
+	atomic_store(&turn, next);
+	futex(&turn, FUTEX_WAKE, INT_MAX);
+}
+
 /* To be called while waiting for another thread of the same kind: others may have their turn. */
 static void wait_a_moment(int kind)
 {
@@ -64,8 +77,8 @@ static void wait_a_moment(int kind)
 		_mm_pause();
 	else if (now == ALL)
 		sched_yield();
-	else
-		usleep(1000);
+	else if (!stop)
+		futex(&turn, FUTEX_WAIT, now);
 }
 
 /* To be called before each round of a kind; 0 at the end. */
@@ -77,7 +90,7 @@ static int may_go_on(int kind)
 			return 0;
 		if (now == kind || now == ALL)
 			return 1;
-		usleep(1000);
+		futex(&turn, FUTEX_WAIT, now);
 	}
 }
 
@@ -312,11 +325,6 @@ static void *pipe_station(void *number)
 static _Alignas(64) atomic_uint lock_word; /* 0 free, 1 taken, 2 taken and waited for */
 static _Alignas(64) unsigned long guarded_sum, guarded_copy;
 
-static void futex(int operation, unsigned value)
-{
-	syscall(SYS_futex, &lock_word, operation | FUTEX_PRIVATE_FLAG, value, NULL, NULL, 0);
-}
-
 static void *futex_locker(void *number)
 {
 	unsigned long rounds = 0;
@@ -325,7 +333,7 @@ static void *futex_locker(void *number)
 		unsigned value = 0;
 		if (!atomic_compare_exchange_strong(&lock_word, &value, 1))
 			while (atomic_exchange(&lock_word, 2))
-				futex(FUTEX_WAIT, 2);
+				futex(&lock_word, FUTEX_WAIT, 2);
 		unsigned long sum = guarded_sum;
 		if (guarded_copy != sum)
 			error("sum under the lock", sum, guarded_copy);
@@ -334,7 +342,7 @@ static void *futex_locker(void *number)
 			sched_yield(); /* so that the others have to wait */
 		guarded_copy = sum + 1;
 		if (atomic_exchange(&lock_word, 0) == 2)
-			futex(FUTEX_WAKE, 1);
+			futex(&lock_word, FUTEX_WAKE, 1);
 	}
 	atomic_fetch_add(&locks, rounds);
 	return NULL;
@@ -433,12 +441,13 @@ int main(int count, char **arguments)
 	for (unsigned long second = 1; second <= seconds; second++) {
 		for (int part = 0; part < 1000000 / TURN_US; part++) {
 			usleep(TURN_US);
-			turn = (turn + 1) % (ALL + 1);
+			change_turn((turn + 1) % (ALL + 1));
 		}
 		if (second % 10 == 0 && second < seconds)
 			report("at", second);
 	}
 	stop = 1;
+	change_turn(ENDED);
 	for (int thread = 0; thread < thread_count; thread++)
 		pthread_join(threads[thread], NULL);
 	if (guarded_sum != locks)
