@@ -36,7 +36,7 @@ _FORGIVEN = (
 )
 COMPLAINTS = (
     f"dmesg | grep -v 'ommand line' | {_FORGIVEN} grep -Ei -A12 'clocksource.*unstable|TSC.*(warp|unstable)|lockup|"
-    "rcu.*stall|Call Trace|WARNING:|BUG:|Oops' && echo complaint || echo 'no complaint'"
+    "detected.*stall|Call Trace|WARNING:|BUG:|Oops' && echo complaint || echo 'no complaint'"
 )
 #: A host on which others run beside us starves its guests, QEMU's too, for longer than their watchdogs bear. Soaks run
 #: alone, and with the kernel's own limits.
@@ -55,9 +55,15 @@ def cycles(count: int) -> str:
 def config(
     made: Any, guest_image: Any, machine: dict[str, Any], run: str, end: str, *, programs: Sequence[str] = ()
 ) -> str:
-    """Write a configuration file; ``programs`` of tests/guests are in the guest's /bin."""
-    arguments = boot_args(run, end) + f" tsc_early_khz={host_tsc_khz()}{PATIENCE}"
-    more = archive({f"bin/{name}": build_program(name).read_bytes() for name in programs}) if programs else b""
+    """Write a configuration file; ``programs`` of tests/guests are in the guest's /bin.
+
+    What is to be run comes in an archive of its own: it is too long for a command line.
+    """
+    arguments = boot_args("", end) + f" tsc_early_khz={host_tsc_khz()}{PATIENCE}"
+    files = {f"bin/{name}": build_program(name).read_bytes() for name in programs}
+    if run:
+        files["cellblock/script"] = run.encode()
+    more = archive(files) if files else b""
     path: str = made.write(
         json.dumps(
             {
