@@ -83,7 +83,6 @@ class Worker:
         self.tsc_khz = 0
         #: What the worker said of the host's KVM.
         self.kvm = Kvm(0, 0, 0, 0)
-        self.max_vcpus = 0
         #: How far the kvmclock of its VM is ahead of that of worker 0, in ns; None if that was not measured.
         self.clock_ahead_ns: int | None = None
         self.ended: CellEnded | None = None
