@@ -288,7 +288,8 @@ class _Assembly:
         """Attach what the command line asks for beside the standard devices."""
         if options.boot_timer:
             start = plan.start_time_us or time.monotonic_ns() // 1000
-            self.devices.attach_boot_timer(start, plan.start_time_cpu_us)
+            # What the parent has used until it forked us is not in our own CPU time.
+            self.devices.attach_boot_timer(start, plan.start_time_cpu_us - plan.parent_cpu_time_us)
         if options.exerciser:
             self.devices.attach_exerciser(self.vmm.stop)
 
