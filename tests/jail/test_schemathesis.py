@@ -96,7 +96,7 @@ def test_generated_requests(base: Path, state: str, scale: Scale, seed: int) -> 
             jailed.boot()
         if state == "paused":
             assert jailed.api("PATCH", "/vm", {"state": "Paused"}).status == 204
-        fuzz = Fuzz(jailed.api_socket, scale(4, 500), seed)
+        fuzz = Fuzz(jailed.api_socket, scale(1, 60), seed)
         fuzz.run()
         print(f"\n{state}: {fuzz.sent} requests, {fuzz.statuses}, slowest {fuzz.slowest:.3f} s, seed {seed}")
         described = {f"{method.upper()} {path}" for path, item in prepared()["paths"].items() for method in item
