@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 from devtool.project import LAUNCHERS
+from lab.client import launch_unjailed
 from tests.conftest import NoLeftovers
+from tests.guests.build import build
 
 #: Changes that every KVM takes over: see tests/kvm/test_worker_cpu.py.
 TEMPLATE = {
@@ -97,3 +100,35 @@ def test_a_config_file(tmp_path: Path):
     document = {"boot-source": {"kernel_image_path": "/nix"}, "drives": [], "machine-config": machine}
     config.write_text(json.dumps(document | {"cpu-config": TEMPLATE}))
     assert run("template", "verify", "-c", config).startswith("The guest gets all ")
+
+
+def test_a_template_that_does_not_fit_leaves_the_microvm_configurable(tmp_path: Path):
+    vendor = re.search(r"^vendor_id\s+: (\S+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    assert vendor
+    other = "T2" if vendor[1] == "AuthenticAMD" else "T2A"
+    with launch_unjailed(tmp_path) as vm:
+        vm.wait_for_api()
+        vm.must("PUT", "/boot-source", {"kernel_image_path": str(build("spin"))})
+
+        def refused() -> str:
+            reply = vm.api("PUT", "/actions", {"action_type": "InstanceStart"})
+            assert reply.status == 400
+            assert vm.must("GET", "/")["state"] == "Not started"
+            text: str = reply.body["fault_message"]
+            return text.removeprefix("Start microvm error: ")
+
+        vm.must("PATCH", "/machine-config", {"cpu_template": other})
+        assert refused() == ("Failed to get CPU template: CPU vendor mismatched between actual CPU and CPU template.")
+        # The last one set counts: the static template is gone.
+        leaf = {"leaf": "0xffffffff", "subleaf": "0x1", "flags": 1, "modifiers": []}
+        vm.must("PUT", "/cpu-config", {"cpuid_modifiers": [leaf]})
+        assert "cpu_template" not in vm.must("GET", "/machine-config")
+        assert refused() == (
+            "System configuration error: Failed to create guest config: Template changes a CPUID entry not supported "
+            "by KVM: Leaf: ffffffff, Subleaf: 1"
+        )
+        vm.must("PUT", "/cpu-config", {"kvm_capabilities": ["4095"]})
+        assert refused() == "Kvm error: Missing KVM capabilities: 0xfff"
+        vm.must("PUT", "/cpu-config", TEMPLATE)
+        vm.must("PUT", "/actions", {"action_type": "InstanceStart"})
+        vm.expect("spinning")

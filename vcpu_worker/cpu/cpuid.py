@@ -17,6 +17,7 @@ VENDOR_AMD = b"AuthenticAMD"
 # Leaf 1
 _CLFLUSH_LINE = 8  # in units of 8 bytes
 _ECX1_MONITOR = 1 << 3
+_ECX1_VMX = 1 << 5
 _ECX1_PDCM = 1 << 15
 _ECX1_X2APIC = 1 << 21
 _ECX1_TSC_DEADLINE = 1 << 24
@@ -32,7 +33,9 @@ _ECX7_WAITPKG = 1 << 5
 _EDX7_ARCH_CAPABILITIES = 1 << 29
 #: L1 and L2 caches and TLBs, as AMD describes them
 _HOST_CACHE_LEAVES = (0x8000_0005, 0x8000_0006)
+_SVM_LEAF = 0x8000_000A
 # 0x80000001, 0x80000007 (AMD)
+_ECX8_SVM = 1 << 2
 _ECX8_TOPOLOGY_EXTENSIONS = 1 << 22
 _EDX8_INVARIANT_TSC = 1 << 8
 # KVM leaves
@@ -75,6 +78,7 @@ def normalise(
     _extended_topology(leaves, topology, 0xB)
     _kvm(leaves)
     _invariant_tsc(leaves)
+    _no_nesting(leaves)
     if maker == VENDOR_INTEL:
         _intel(leaves, topology)
     elif maker == VENDOR_AMD:
@@ -104,7 +108,9 @@ def _of_function(leaves: _Leaves, function: int) -> list[_Key]:
 def _feature_information(leaves: _Leaves, topology: Topology) -> None:
     def change(entry: CpuidEntry) -> CpuidEntry:
         ebx = entry.ebx & 0xFF | _CLFLUSH_LINE << 8 | topology.logical_id_space << 16 | topology.apic_id << 24
-        ecx = entry.ecx & ~(_ECX1_PDCM | _ECX1_MONITOR) | _ECX1_X2APIC | _ECX1_TSC_DEADLINE | _ECX1_HYPERVISOR
+        ecx = (
+            entry.ecx & ~(_ECX1_PDCM | _ECX1_MONITOR | _ECX1_VMX) | _ECX1_X2APIC | _ECX1_TSC_DEADLINE | _ECX1_HYPERVISOR
+        )
         edx = entry.edx | _EDX1_HTT if topology.vcpu_count > 1 else entry.edx & ~_EDX1_HTT
         return entry._replace(ebx=ebx, ecx=ecx, edx=edx)
 
@@ -136,6 +142,15 @@ def _kvm(leaves: _Leaves) -> None:
 def _invariant_tsc(leaves: _Leaves) -> None:
     """Without it Linux does not settle on the TSC, and a kvm-clock read is slower. KVM needs an invariant host TSC."""
     _change(leaves, (0x8000_0007, 0), lambda entry: entry._replace(edx=entry.edx | _EDX8_INVARIANT_TSC))
+
+
+def _no_nesting(leaves: _Leaves) -> None:
+    """No VMX (leaf 1) and no SVM: a guest that is spread over several KVM VMs cannot run virtual machines.
+
+    Each VM would follow only its own vCPU's changes of their page tables.
+    """
+    _change(leaves, (0x8000_0001, 0), lambda entry: entry._replace(ecx=entry.ecx & ~_ECX8_SVM))
+    _change(leaves, (_SVM_LEAF, 0), lambda entry: entry._replace(eax=0, ebx=0, ecx=0, edx=0))
 
 
 def _cache_sharing(entry: CpuidEntry, topology: Topology) -> int:

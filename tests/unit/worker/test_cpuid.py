@@ -28,7 +28,7 @@ def text_entries(text: bytes) -> list[CpuidEntry]:
 
 
 COMMON = [
-    entry(1, eax=0xA10F11, ebx=ONES, ecx=1 << 15 | 1 << 3 | 1, edx=1 << 28 | 1),
+    entry(1, eax=0xA10F11, ebx=ONES, ecx=1 << 15 | 1 << 5 | 1 << 3 | 1, edx=1 << 28 | 1),
     entry(0xB, 0, eax=7, edx=99),
     entry(0xB, 1, eax=7, edx=99),
     entry(0xB, 2, eax=7, edx=99),
@@ -55,7 +55,8 @@ AMD = [
     vendor_entry(b"AuthenticAMD"),
     *COMMON,
     entry(7, 0, ebx=1, ecx=ONES, edx=ONES),
-    entry(0x8000_0001, ecx=1),
+    entry(0x8000_0001, ecx=1 | 1 << 2),
+    entry(0x8000_000A, eax=1, ebx=8, edx=ONES),
     entry(0x8000_0008, eax=0x3030, ecx=0xF_7001),
     entry(0x8000_001D, 0, eax=0x121 | 0xFFF << 14),
     entry(0x8000_001D, 3, eax=0x4163 | 0xFFF << 14),
@@ -114,7 +115,7 @@ def test_topology_leaves(topology, supported):
 def test_features(supported: list[CpuidEntry]):
     leaves = by_leaf(cpuid.normalise(supported, Topology(0, 1, False)))
     ecx = leaves[1, 0].ecx
-    assert ecx == 1 << 31 | 1 << 24 | 1 << 21 | 1  # hypervisor, TSC deadline, x2APIC; PDCM and MONITOR gone
+    assert ecx == 1 << 31 | 1 << 24 | 1 << 21 | 1  # hypervisor, TSC deadline, x2APIC; PDCM, VMX and MONITOR gone
     assert leaves[0x4000_0000, 0].eax == 0x4000_0001
     assert (leaves[0x4000_0001, 0].eax, leaves[0x4000_0001, 0].edx) == (0x0100_000B, 0)
     assert (0x4000_0010, 0) not in leaves
@@ -141,6 +142,7 @@ def test_amd():
     leaves = by_leaf(cpuid.normalise(AMD, Topology(3, 4, True)))
     assert leaves[7, 0].edx == ONES & ~(1 << 29)
     assert leaves[0x8000_0001, 0].ecx == 1 | 1 << 22
+    assert leaves[0x8000_000A, 0][3:] == (0, 0, 0, 0)
     assert leaves[0x8000_0008, 0].ecx == 0xF_5003
     assert leaves[0x8000_001D, 0].eax >> 14 & 0xFFF == 1
     assert leaves[0x8000_001D, 3].eax >> 14 & 0xFFF == 3
