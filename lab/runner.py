@@ -41,10 +41,11 @@ class LabTimeoutError(LabError):
 
 
 class Machine(NamedTuple):
-    """Size of the emulated machine."""
+    """Size of the emulated machine; ``cpu_model`` is QEMU's -cpu."""
 
     cpus: int = 2
     memory_mib: int = 6144
+    cpu_model: str = "max"
 
 
 def qemu_command(machine: Machine, image: LabImage, exchange: Path, ports: Mapping[str, int]) -> list[str]:
@@ -57,7 +58,7 @@ def qemu_command(machine: Machine, image: LabImage, exchange: Path, ports: Mappi
     # fmt: off
     command = [
         "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
-        "-machine", "q35,hpet=off", "-accel", "tcg,thread=multi,tb-size=1024", "-cpu", "max",
+        "-machine", "q35,hpet=off", "-accel", "tcg,thread=multi,tb-size=1024", "-cpu", machine.cpu_model,
         "-smp", str(machine.cpus), "-m", f"{machine.memory_mib}M",
         "-kernel", str(image.vmlinux), "-initrd", str(image.initramfs), "-append", append,
         "-serial", f"file:{exchange / '.lab' / 'console.log'}",

@@ -78,6 +78,34 @@ def test_round_trip_on_this_kvm(tmp_path: Path):
     assert run("template", "verify", "-t", tmp_path / "changed_stripped.json").startswith("The guest gets all ")
 
 
+def host_model() -> tuple[str, int, int, int]:
+    """Return vendor, family, model and stepping of the processor that the lab (or this host) has."""
+    text = Path("/proc/cpuinfo").read_text()
+    words = [re.search(rf"^{key}\s+: (\S+)$", text, re.MULTILINE) for key in
+             ("vendor_id", "cpu family", "model", "stepping")]  # fmt: skip
+    vendor, *numbers = (word[1] if word else "0" for word in words)
+    family, model, stepping = map(int, numbers)
+    return vendor, family, model, stepping
+
+
+def test_the_static_template_t2a(tmp_path: Path):
+    """On a Milan guests get all of it, elsewhere none starts. The lab is one with this: ./dev lab
+    --cpu-model max,family=25,model=1,stepping=1 .venv/bin/python -m pytest tests/lab/test_cpu_templates.py
+    """
+    config = tmp_path / "config.json"
+    machine = {"vcpu_count": 1, "mem_size_mib": 128, "cpu_template": "T2A"}
+    source = {"boot-source": {"kernel_image_path": "/nix"}, "drives": []}
+    config.write_text(json.dumps(source | {"machine-config": machine}))
+    permitted = host_model() == ("AuthenticAMD", 25, 1, 1)
+    output = run("template", "verify", "-c", config, status=0 if permitted else 1)
+    if permitted:
+        assert output.startswith("The guest gets all ")
+    elif host_model()[0] == "AuthenticAMD":
+        assert output.endswith(": The current CPU model is not permitted to apply the CPU template.\n")
+    else:
+        assert output.endswith(": CPU vendor mismatched between actual CPU and CPU template.\n")
+
+
 def cpuid_seen(output: str) -> list[dict[tuple[str, str], int]]:
     """Return what the program printed on each CPU: (leaf, register) → value."""
     seen: list[dict[tuple[str, str], int]] = []
