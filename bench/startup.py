@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from bench import template
 from bench.measure import BenchError, CpuAccount, Started, median, spread, start, table, verdict
@@ -44,6 +44,7 @@ AIMS = ((JAILER_COLD, 2.0), (DIRECT_COLD, 2.0), (WARM_JAILER, 0.2), (WARM_DIRECT
 PRIVATE_DIRTY_AIM_MIB = 7.0
 PROPORTIONAL_ANONYMOUS_AIM_MIB = 16.0
 
+Value = TypeVar("Value")
 Launch = Callable[[str, list[str]], Started]
 
 
@@ -218,16 +219,21 @@ class Bench:
         end = (first - started.start) * 1e3
         return [mark for mark in marks if mark[2] <= end] + [(-1, "the guest's byte was read", end, 0.0)]
 
-    def memory(self) -> dict[str, dict[str, float]]:
-        """Memory of each cell of a cold-started, jailed microVM whose guest sleeps, and of QEMU: MiB by kind."""
+    def settled(self, look: Callable[[int], Value]) -> dict[str, Value]:
+        """Start a jailed microVM, cold; return what ``look`` says of each cell (a pid) when the guest sleeps."""
         jail = self._jail()
         config = jail.write(json.dumps(self._config(jail.add(self._kernel, "kernel"))), "config.json")
         with self.cold("jailer", jail.command((), ("--no-api", "--config-file", config))[1:]) as started:
             started.pipes.wait_for(FIRST_BYTE)
             time.sleep(SETTLE_SECONDS)
-            cells = {Path(f"/proc/{pid}/comm").read_text().strip(): _rollup(pid) for pid in descendants(started.pid)}
+            cells = {Path(f"/proc/{pid}/comm").read_text().strip(): look(pid) for pid in descendants(started.pid)}
             started.end()
         jail.remove()
+        return cells
+
+    def memory(self) -> dict[str, dict[str, float]]:
+        """Memory of each cell of a cold-started, jailed microVM whose guest sleeps, and of QEMU: MiB by kind."""
+        cells = self.settled(_rollup)
         with start(qemu_command(self._kernel), self._account) as started:
             started.pipes.wait_for(FIRST_BYTE)
             time.sleep(SETTLE_SECONDS)

@@ -23,11 +23,15 @@ _READY = b"ready"
 
 def serve(requests: int, ready: int) -> None:
     """Be the template: import, warm up, say so, and run the program whose name and arguments come."""
-    from ipc import zmq_core
+    from jailer import hot
+
+    hot.intern_names()
+    from ipc import msgpack_core, zmq_core
 
     zmq_core.install()
+    msgpack_core.install()
     from ipc.plan import SECCOMP_KILL
-    from jailer import direct, firecracker, main, settings, start, template  # noqa: F401
+    from jailer import direct, firecracker, launch, main, settings, start, template  # noqa: F401
     from vmm import cli  # noqa: F401
 
     start.load_filters(SECCOMP_KILL, janitor=True)

@@ -6,8 +6,8 @@ for them; what a peer sends all the same is dropped by the kernel and the messag
 
 from __future__ import annotations
 
-import array
 import os
+import struct
 
 from ipc.errors import DescriptorError
 from ipc.plain import socket
@@ -16,7 +16,7 @@ from ipc.typed import Sequence
 
 #: SCM_MAX_FD of the kernel is 253; no message of ours needs more than a few.
 MAX_DESCRIPTORS = 64
-_INT_SIZE = array.array("i").itemsize
+_INT_SIZE = struct.calcsize("i")
 
 
 class OwnedDescriptors:
@@ -57,7 +57,7 @@ def send(channel: socket.socket, frame: bytes, descriptors: Sequence[int] = ()) 
     assert frame, "an empty frame would read as the end of the channel"
     ancillary = []
     if descriptors:
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(descriptors)}i", *descriptors))]
     try:
         channel.sendmsg([frame], ancillary, socket.MSG_NOSIGNAL)
     except OSError as error:
@@ -79,10 +79,10 @@ def receive(channel: socket.socket, maximum: int = 0, flags: int = 0) -> tuple[b
         return b"", OwnedDescriptors()
     except OSError as error:
         raise DescriptorError(f"cannot receive on the descriptor channel: {error.strerror}") from None
-    numbers = array.array("i")
+    numbers: list[int] = []
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            numbers.frombytes(data[: len(data) - len(data) % _INT_SIZE])
+            numbers += struct.unpack_from(f"{len(data) // _INT_SIZE}i", data)
     owned = OwnedDescriptors(numbers)
     if len(owned) > maximum:  # CMSG_SPACE rounds up: the kernel fills the room for one with two
         owned.close()

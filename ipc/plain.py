@@ -1,9 +1,9 @@
-"""``signal`` and ``socket`` without their enumerations: the C modules behind them, which have the same functions.
+"""``signal``, ``socket`` and ``deque`` from the C modules behind the standard library's, which have the same functions.
 
 The standard library's modules build a hundred enumeration members at import (with ``enum``, ``functools`` and
 ``selectors``: a tenth of a cold start), and wrap each call in conversions to them. Here a signal is a number.
 A type checker sees the standard modules; what is not there: ``signal.Signals``, and of sockets ``makefile`` and others
-that the product has no use for.
+that the product has no use for. ``collections`` is a millisecond of classes that nothing here uses.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from ipc.typed import TYPE_CHECKING
 if TYPE_CHECKING:
     import signal
     import socket
+    from collections import deque
 else:
     import _signal as signal
     import _socket
     import sys
+    from _collections import deque
 
     class Socket(_socket.socket):
         """A socket with those of the additions of ``socket.socket`` that we use."""
@@ -55,4 +57,4 @@ def signal_name(number: int) -> str:
     return f"real-time signal {number}"
 
 
-__all__ = ["signal", "signal_name", "socket"]
+__all__ = ["deque", "signal", "signal_name", "socket"]

@@ -39,9 +39,10 @@ def _launch(arguments: list[str], command_line: CommandLine) -> int:
     timeline.start_if_asked()
     try:
         timeline.mark("import libraries")
-        from ipc import zmq_core
+        from ipc import msgpack_core, zmq_core
 
         zmq_core.install()
+        msgpack_core.install()
         from jailer import direct, start, template
 
         def load_roles() -> template.Roles:

@@ -102,10 +102,14 @@ def _launch(options: cli.Options) -> int:
     except vmm_cli.CommandLineError as error:
         cli.print_error(str(error))
         return error.exit_code
+    from jailer import hot
+
+    hot.intern_names()
     timeline.mark("import libraries")
-    from ipc import zmq_core
+    from ipc import msgpack_core, zmq_core
 
     zmq_core.install()
+    msgpack_core.install()
     from jailer import launch, start, template
 
     started = start.started_now()

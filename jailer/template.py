@@ -9,6 +9,8 @@ import time
 from ipc.plain import socket
 from ipc.plan import Assignment, LaunchPlan
 from ipc.typed import Callable, NamedTuple
+from jailer import hot
+from jailer.hot import heap
 
 Seal = Callable[[], None]
 
@@ -29,14 +31,27 @@ def load_roles(*, kernel_cache: bool = False) -> Roles:
     return Roles(vmm.main.run, vcpu_worker.main.run)
 
 
+_warmed = False
+
+
 def warm() -> None:
-    """Touch what Python and the C library load on first use, and freeze the heap so that forks share it."""
+    """Touch what Python and the C library load on first use, and arrange the heap so that forks share most of it.
+
+    Called by a launch before its first fork; a template that waits for its launch has done it ahead.
+    """
+    global _warmed
+    if _warmed:
+        return
+    _warmed = True
     for encoding in ("utf-8", "ascii", "latin-1"):
         "".encode(encoding)
     time.localtime()  # reads /etc/localtime, once
     sys.stdout.flush() if sys.stdout else None
     sys.stderr.flush() if sys.stderr else None
     gc.collect(1)
-    gc.freeze()
+    heap.close_gaps()
+    hot.gather_code()
     # Its entries hold names: each one that a cell replaces would cost it a page, for the count of the old name.
     sys._clear_type_cache()
+    gc.freeze()
+    heap.close_gaps()

@@ -13,9 +13,8 @@ import _thread
 import ctypes
 import os
 from _queue import SimpleQueue
-from collections import deque
 
-from ipc.plain import signal
+from ipc.plain import deque, signal
 from ipc.typed import Any, Callable
 
 KICK_SIGNAL = signal.SIGRTMIN

@@ -18,9 +18,9 @@ from __future__ import annotations
 import errno
 import select
 import time
-from collections import deque
-from heapq import heapify, heappop, heappush
+from _heapq import heapify, heappop, heappush
 
+from ipc.plain import deque
 from ipc.typed import TYPE_CHECKING, Protocol
 from vmm.errors import VmmError
 

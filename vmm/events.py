@@ -6,8 +6,8 @@ An event is rendered once, when it happens. The last ones are kept for listeners
 from __future__ import annotations
 
 import time
-from collections import deque
 
+from ipc.plain import deque
 from ipc.typed import TYPE_CHECKING
 from vmm.api.text import json_text
 

@@ -6,7 +6,7 @@ import errno
 import os
 import resource
 
-import prctl
+import _prctl
 
 from ipc.plain import signal
 from jailer import syscalls
@@ -43,7 +43,7 @@ def clear_capabilities() -> None:
 
 def set_no_new_privileges() -> None:
     """PR_SET_NO_NEW_PRIVS: for good, inherited by every child. Raises OSError."""
-    prctl.set_no_new_privs(1)
+    _prctl.prctl(_prctl.PR_SET_NO_NEW_PRIVS, 1)
 
 
 def die_with(parent: int) -> None:
@@ -51,14 +51,14 @@ def die_with(parent: int) -> None:
 
     The kernel forgets the death signal when credentials change, hence this comes after everything else.
     """
-    prctl.set_pdeathsig(signal.SIGKILL)
+    _prctl.prctl(_prctl.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         raise CellError("the supervisor ended while the cell was being made")
 
 
 def set_dumpable(dumpable: bool) -> None:
     """Allow or forbid tracing by the same user and core files. Raises OSError."""
-    prctl.set_dumpable(int(dumpable))
+    _prctl.prctl(_prctl.PR_SET_DUMPABLE, int(dumpable))
 
 
 def forbid_core_files() -> None:
@@ -76,4 +76,4 @@ def forbid_processes() -> None:
 
 def set_name(name: str) -> None:
     """Set the name that ps shows (15 bytes)."""
-    prctl.set_name(name[:15])
+    _prctl.prctl(_prctl.PR_SET_NAME, name[:15])

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import errno
 import time
-from collections import deque
 
 from ipc.errno_text import errno_text
-from ipc.plain import socket
+from ipc.plain import deque, socket
 from ipc.typed import TYPE_CHECKING, Final, TypeVar
 from vmm.api.http import (
     SERVER_FULL,

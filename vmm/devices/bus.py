@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import select
-from bisect import bisect_right
+from _bisect import bisect_right
 
 from ipc.device_page import FLAG_READ_LOCAL, FLAG_WRITE_LAZY, FLAG_WRITE_POSTED, DevicePage
 from ipc.errors import LayoutError

@@ -6,9 +6,8 @@ one then; what is signalled between stays in the eventfd and is raised when it i
 
 from __future__ import annotations
 
-from collections import deque
-
 from ipc.messages import Route
+from ipc.plain import deque
 from ipc.typed import Callable, Protocol, Sequence
 
 _DESTINATION_SHIFT = 12
