@@ -68,6 +68,13 @@ class Assignment(NamedTuple):
     ghosts: tuple[int, ...]
 
 
+#: What the worker that is forked ahead is made for: nearly every microVM has one vCPU.
+FORKED_AHEAD = Assignment(0, (0,), ())
+#: The first frame on a worker's descriptor channel, from the supervisor: the controller has asked for this worker, and
+#: therefore bound its endpoint.
+ENDPOINT_BOUND = b"bound"
+
+
 def cell_name(role: str, index: int) -> str:
     """Name a cell the way logs, walls and events do: ``vmm``, ``vcpu 0``."""
     return role if role != ROLE_VCPU else f"{role} {index}"

@@ -28,7 +28,7 @@ from ipc.messages import (
     Spawned,
 )
 from ipc.plain import signal, signal_name, socket
-from ipc.plan import MAX_WORKERS, ROLE_VCPU, SECCOMP_OFF, Assignment
+from ipc.plan import ENDPOINT_BOUND, MAX_WORKERS, ROLE_VCPU, SECCOMP_OFF, Assignment
 from ipc.typed import Any, Callable
 from jailer import cell, syscalls, verify, wall_report, walls
 from jailer.cells import SEAL_TIMEOUT_S, Cell, Setup
@@ -64,6 +64,8 @@ class Supervisor:
         self._ended = False
         self._reported = False
         self._log_end = False
+        #: The worker that was forked without being asked for, and the controller's end of its descriptor channel.
+        self._ahead: tuple[Assignment, Cell, socket.socket] | None = None
         self._handlers: dict[type[Any], Callable[[Any, int], None]] = {
             Spawn: self._spawn,
             SignalCell: self._signal_cell,
@@ -77,6 +79,7 @@ class Supervisor:
         faults.visit("supervisor.start")
         if self._plan.drills:
             sys.modules["ipc.drills"].__dict__["controller_pid"] = self._controller.pid
+        self._fork_ahead()
         while not self._ended:
             self._turn()
         self._bury_workers()
@@ -200,6 +203,9 @@ class Supervisor:
             self._log.error(f"{record.name} (pid {record.pid}) was ended by signal {number} ({signal_name(number)})")
         if record is self._controller:
             self._controller_ended(record, number, code)
+        elif self._ahead is not None and record is self._ahead[1]:
+            self._ahead[2].close()
+            self._ahead = None  # the controller does not know of it; when it asks, another one is forked
         else:
             self._send(CellEnded(record.index, record.pid, code, number, record.wall))
         record.close()
@@ -316,30 +322,63 @@ class Supervisor:
             self._send(refusal, sequence)
             return
         faults.visit("supervisor.spawn.requested")
+        try:
+            record, ours = self._take_ahead(request) or self._fork_worker(Assignment(*request))
+        except OSError as error:
+            self._send(Failed("supervisor.fork", f"cannot fork a worker: {error.strerror}"), sequence)
+            return
+        try:
+            descriptors.send(ours, ENDPOINT_BOUND)
+        except IpcError:
+            pass  # it has ended already, which is told as any other end
+        self._send(Spawned(request.worker, record.pid), sequence, (record.pidfd, ours.fileno()))
+        ours.close()
+        faults.visit("supervisor.spawn.answered")
+
+    def _fork_ahead(self) -> None:
+        """Fork the first worker before the controller can ask: its VM is made while the controller starts."""
+        assignment = self._setup.roles.ahead
+        if assignment is None or self._setup.kvm_fd < 0:
+            return
+        try:
+            self._ahead = (assignment, *self._fork_worker(assignment))
+        except OSError:
+            pass  # the controller's request will meet the same, and be told
+
+    def _is_ahead(self, request: Spawn) -> bool:
+        """Is the worker that was forked ahead the one that is asked for?"""
+        return self._ahead is not None and self._ahead[0] == Assignment(*request)
+
+    def _take_ahead(self, request: Spawn) -> tuple[Cell, socket.socket] | None:
+        if not self._is_ahead(request):
+            return None
+        assert self._ahead is not None
+        (_, record, ours), self._ahead = self._ahead, None
+        return record, ours
+
+    def _fork_worker(self, assignment: Assignment) -> tuple[Cell, socket.socket]:
+        """Fork a worker; return its record and the controller's end of its descriptor channel. Raises OSError."""
         ours, theirs = descriptors.channel_pair()
         seal, cell_seal = descriptors.channel_pair()
         faults.visit("supervisor.spawn.prepared")
         try:
             pid = os.fork()
-        except OSError as error:
+        except OSError:
             for each in (ours, theirs, seal, cell_seal):
                 each.close()
-            self._send(Failed("supervisor.fork", f"cannot fork a worker: {error.strerror}"), sequence)
-            return
+            raise
         if pid == 0:
-            timeline.enter(2 + request.worker)
+            timeline.enter(2 + assignment.worker)
             ours.close()
             seal.close()
-            self._become_worker(request, theirs, cell_seal)
+            self._become_worker(assignment, theirs, cell_seal)
         cell.count_faults()
         faults.visit("supervisor.spawn.forked")
         theirs.close()
         cell_seal.close()
-        record = Cell(ROLE_VCPU, request.worker, pid, os.pidfd_open(pid), seal)
+        record = Cell(ROLE_VCPU, assignment.worker, pid, os.pidfd_open(pid), seal)
         self._cells[pid] = record
-        self._send(Spawned(request.worker, pid), sequence, (record.pidfd, ours.fileno()))
-        ours.close()
-        faults.visit("supervisor.spawn.answered")
+        return record, ours
 
     def _refuse_spawn(self, request: Spawn) -> Failed | None:
         index = request.worker
@@ -347,7 +386,7 @@ class Supervisor:
             return Failed("supervisor.plan", refusal)
         if index >= self._plan.max_workers:
             return Failed("supervisor.plan", f"the plan allows {self._plan.max_workers} workers")
-        if self._worker(index) is not None:
+        if self._worker(index) is not None and not self._is_ahead(request):
             return Failed("supervisor.exists", f"worker {index} exists already")
         if self._exit_code is not None:
             return Failed("supervisor.ending", "the microVM is ending")
@@ -355,10 +394,9 @@ class Supervisor:
             return Failed("supervisor.kvm", f"Error creating KVM object: {self._setup.kvm_error}")
         return None
 
-    def _become_worker(self, request: Spawn, channel: socket.socket, seal: socket.socket) -> None:
+    def _become_worker(self, assignment: Assignment, channel: socket.socket, seal: socket.socket) -> None:
         """In the child: let go of everything of the supervisor, then be the worker; does not return."""
-        index = request.worker
-        assignment = Assignment(*request)
+        index = assignment.worker
         context = cell.CellContext(self._plan, ROLE_VCPU, index, self._pid, seal, self._setup.filters.get(ROLE_VCPU))
         setup = self._setup
 
@@ -381,6 +419,8 @@ class Supervisor:
             if record.seal is not None:
                 record.seal.detach()
         self._cells.clear()
+        if self._ahead is not None:
+            self._ahead[2].detach()
 
     # ------------------------------------------------------------ walls
 

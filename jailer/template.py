@@ -7,7 +7,7 @@ import sys
 import time
 
 from ipc.plain import socket
-from ipc.plan import Assignment, LaunchPlan
+from ipc.plan import FORKED_AHEAD, Assignment, LaunchPlan
 from ipc.typed import Callable, NamedTuple
 from jailer import hot
 from jailer.hot import heap
@@ -16,10 +16,14 @@ Seal = Callable[[], None]
 
 
 class Roles(NamedTuple):
-    """The entry points of the cells; tests pass stand-ins. They return the exit code of the cell."""
+    """The entry points of the cells; tests pass stand-ins. They return the exit code of the cell.
+
+    ``ahead`` is the worker that the supervisor forks without being asked, if there is one.
+    """
 
     vmm: Callable[[LaunchPlan, socket.socket, Seal], int]
     vcpu: Callable[[LaunchPlan, Assignment, socket.socket, int, Seal], int]
+    ahead: Assignment | None = None
 
 
 def load_roles(*, kernel_cache: bool = False) -> Roles:
@@ -28,7 +32,7 @@ def load_roles(*, kernel_cache: bool = False) -> Roles:
     import vmm.main
 
     vmm.main.warm(kernel_cache=kernel_cache)
-    return Roles(vmm.main.run, vcpu_worker.main.run)
+    return Roles(vmm.main.run, vcpu_worker.main.run, FORKED_AHEAD)
 
 
 _warmed = False

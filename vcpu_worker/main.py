@@ -11,10 +11,11 @@ import zmq
 
 from ipc import faults
 from ipc.channel import Channel, PairChannel
+from ipc.descriptors import receive
 from ipc.errors import ChannelError, IpcError
 from ipc.messages import DESCRIPTORS, WORKER, Hello, Welcome
 from ipc.plain import socket
-from ipc.plan import PLACEMENT_SPLIT, Assignment, LaunchPlan, endpoint
+from ipc.plan import ENDPOINT_BOUND, PLACEMENT_SPLIT, Assignment, LaunchPlan, endpoint
 from ipc.typed import Callable
 from vcpu_worker.commands import EXIT_ERROR, Control
 from vcpu_worker.descriptor_set import DescriptorSet
@@ -63,23 +64,16 @@ def _run(
     seal: Callable[[], None],
 ) -> int:
     install_kick_handler()
-    channel.setblocking(False)
     system = KvmSystem(kvm_fd)
-    context = zmq.Context(io_threads=1)
-    control_channel = Channel(context, WORKER, plan.epoch)
-    control_channel.connect(endpoint(plan.worker_ipc_directory, assignment.worker))
-    faults.visit("vcpu.hello")
-    control_channel.send(
-        Hello(
-            assignment.worker,
-            os.getpid(),
-            system.api_version(),
-            system.vcpu_mmap_size(),
-            system.max_vcpus(),
-            system.max_memslots(),
-        )
+    hello = Hello(
+        assignment.worker,
+        os.getpid(),
+        system.api_version(),
+        system.vcpu_mmap_size(),
+        system.max_vcpus(),
+        system.max_memslots(),
     )
-    # While the controller reads it: everything that takes time and needs /dev/kvm.
+    # While the controller starts: everything that takes time and needs /dev/kvm.
     machine = _make_machine(system, assignment, plan)
     completions = Completions()
     names = [*(f"fc_vcpu {index}" for index in assignment.vcpus), *(f"ghost {index}" for index in assignment.ghosts)]
@@ -88,6 +82,12 @@ def _run(
         thread.start()
     machine = _touch_vcpus(machine, threads, completions)
     os.close(kvm_fd)
+    context = zmq.Context(io_threads=1)
+    control_channel = Channel(context, WORKER, plan.epoch)
+    _await_endpoint(channel)
+    control_channel.connect(endpoint(plan.worker_ipc_directory, assignment.worker))
+    faults.visit("vcpu.hello")
+    control_channel.send(hello)
     _await_welcome(control_channel)
     seal()
     _run_drills(plan)
@@ -132,6 +132,16 @@ def _touch_vcpus(
         if isinstance(result, WorkerError):
             return result
     return machine
+
+
+def _await_endpoint(channel: socket.socket) -> None:
+    """Wait until the supervisor says that the controller wants this worker. Raises ChannelError, DescriptorError."""
+    channel.setblocking(True)
+    frame, owned = receive(channel)
+    owned.close()
+    if frame != ENDPOINT_BOUND:
+        raise ChannelError("nobody wants this worker")
+    channel.setblocking(False)
 
 
 def _await_welcome(channel: Channel) -> None:

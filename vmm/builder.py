@@ -21,7 +21,7 @@ from ipc.messages import (
     Route,
     SetClock,
 )
-from ipc.plan import LaunchPlan
+from ipc.plan import FORKED_AHEAD, LaunchPlan
 from ipc.typed import Any, Callable, Sequence
 from vmm import file_limit
 from vmm.boot.cmdline import Cmdline, complete
@@ -37,7 +37,7 @@ from vmm.exits import ExitExecutor
 from vmm.ghosts import GhostForwarder
 from vmm.logger import DEBUG, LOG
 from vmm.memory import GuestMemory
-from vmm.placement import FORKED_AHEAD, Placement, PlacementError, decide, warning
+from vmm.placement import Placement, PlacementError, decide, warning
 from vmm.resources import StartOptions, VmResources
 from vmm.supervisor import SupervisorClient
 from vmm.vmm import Vmm, end_workers

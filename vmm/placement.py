@@ -50,9 +50,6 @@ class Placement(NamedTuple):
         raise PlacementError(f"There is no vCPU {vcpu}.")
 
 
-#: What the worker that is forked ahead is made for: nearly every microVM has one vCPU.
-FORKED_AHEAD = Assignment(0, (0,), ())
-
 
 def check(text: str, vcpu_count: int) -> None:
     """Raise PlacementError if ``text`` is no placement for so many vCPUs."""

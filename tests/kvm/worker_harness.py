@@ -43,7 +43,7 @@ from ipc.messages import (
     Welcome,
     Window,
 )
-from ipc.plan import Assignment, LaunchPlan, endpoint
+from ipc.plan import ENDPOINT_BOUND, Assignment, LaunchPlan, endpoint
 from tests.guests.build import build
 from vcpu_worker import main
 
@@ -184,18 +184,16 @@ class Controller:
         path = endpoint(str(directory), 0)
         self._upper, lower = descriptors.channel_pair()
         kvm_fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
-        # Everything that the child must not inherit threads of is made after the fork, but the endpoint waits for it.
-        ready_read, ready_write = os.pipe()
+        # Everything that the child must not inherit threads of is made after the fork.
         self.pid = os.fork()
         if self.pid == 0:
-            self._child(lower, kvm_fd, ready_read, ready_write, seal)
+            self._child(lower, kvm_fd, seal)
         lower.close()
         os.close(kvm_fd)
-        os.close(ready_read)
         self.context: zmq.Context[Any] = zmq.Context(io_threads=1)
         self.channel = Channel(self.context, WORKER, self.plan.epoch)
         self.channel.bind(path)
-        os.close(ready_write)
+        descriptors.send(self._upper, ENDPOINT_BOUND)
         self.memory_fd = create_shared("guest", memory_size)
         self.memory = map_shared(self.memory_fd, memory_size)
         self.memory_size = memory_size
@@ -208,14 +206,10 @@ class Controller:
         self.descriptor_channel = PairChannel(self._upper, DESCRIPTORS, self.plan.epoch)
         self.run_page: mmap.mmap | None = None
 
-    def _child(
-        self, lower: socket.socket, kvm_fd: int, ready_read: int, ready_write: int, seal: Callable[[], None]
-    ) -> None:
+    def _child(self, lower: socket.socket, kvm_fd: int, seal: Callable[[], None]) -> None:
         status = 99
         try:
             self._upper.close()
-            os.close(ready_write)
-            os.read(ready_read, 1)
             status = main.run(self.plan, Assignment(0, (0,), ()), lower, kvm_fd, seal)
         finally:
             os._exit(status)
