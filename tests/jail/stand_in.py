@@ -29,7 +29,7 @@ from ipc.messages import (  # noqa: E402
     SignalCell,
     Spawn,
 )
-from ipc.plan import Assignment, LaunchPlan  # noqa: E402
+from ipc.plan import ENDPOINT_BOUND, FORKED_AHEAD, Assignment, LaunchPlan  # noqa: E402
 from jailer import cli, launch, main, settings, start, template  # noqa: E402
 from jailer.errors import JailerError  # noqa: E402
 
@@ -150,6 +150,33 @@ def hang_up(plan: LaunchPlan, client: Client) -> int:
     return 0
 
 
+def late(plan: LaunchPlan, client: Client) -> int:
+    """Ask for a worker when the test has looked."""
+    while not os.path.exists("/go"):
+        time.sleep(0.005)
+    spawned = client.ask(Spawn(0, (0,), ()))
+    say(f"spawned pid {spawned.pid}")
+    return idle_on(client)
+
+
+def choosy(plan: LaunchPlan, client: Client) -> int:
+    """Ask for a worker other than the one that was forked ahead, then for that one."""
+    other = client.ask(Spawn(0, (0, 1), ()))
+    say(f"other {getattr(other, 'code', 'spawned')}")
+    spawned = client.ask(Spawn(0, (0,), ()))
+    say(f"spawned pid {spawned.pid}")
+    return 0
+
+
+def idle_on(client: Client) -> int:
+    """Report what ends until the end."""
+    while True:
+        message = client.notice()
+        if isinstance(message, Shutdown):
+            return message.code
+        say(f"ended {message.worker} signal={message.signal}")
+
+
 def deaf(plan: LaunchPlan, client: Client) -> int:
     """Never read the channel, so that a shutdown goes unheard."""
     say("deaf")
@@ -241,6 +268,10 @@ def vcpu(plan: LaunchPlan, assignment: Assignment, channel: socket.socket, kvm_f
         code = BEFORE_SEAL[name]()
         if code is not None:
             return code
+    frame = channel.recv(16)
+    if frame != ENDPOINT_BOUND:
+        say(f"worker {assignment.worker} was told {frame!r}")
+        return 98
     seal()
     say(f"worker {assignment.worker} sealed")
     return WORKERS.get(name, wait)(channel)
@@ -252,7 +283,9 @@ def run() -> int:
     try:
         options = cli.parse(sys.argv[1:])
         resolved = settings.resolve(options)
-        return launch.JailedLaunch(options, resolved, start.started_now()).run(lambda: template.Roles(vmm, vcpu))
+        ahead = FORKED_AHEAD if "ahead" in options.arguments else None
+        roles = template.Roles(vmm, vcpu, ahead)
+        return launch.JailedLaunch(options, resolved, start.started_now()).run(lambda: roles)
     except JailerError as error:
         cli.print_error(str(error))
         return 1

@@ -239,3 +239,52 @@ def test_supervisor_holds_no_more_than_it_needs(base: Path) -> None:
         }
     finally:
         jailed.stop()
+
+
+# ---------------------------------------------------------------- the worker that is forked ahead
+
+
+def _ahead(base: Path, controller: str, *options: str) -> JailedMicrovm:
+    return stand_in(base, controller, *options, arguments=(controller, "wait", "ahead"))
+
+
+def test_the_first_worker_is_there_before_it_is_asked_for(base: Path) -> None:
+    jailed = _ahead(base, "late").start()
+    try:
+        _wait_line(jailed, "sealed")
+        ahead = wait_for(lambda: children(jailed.pid).get("vcpu 0"), "the worker")
+        assert "worker 0 sealed" not in _lines(jailed)  # nobody has asked
+        (jailed.root / "go").touch()
+        _wait_line(jailed, "worker 0 sealed")
+        assert f"spawned pid {ahead}" in _lines(jailed)
+        assert {"vmm", "vcpu 0"} == set(children(jailed.pid))
+        assert "vcpu 0" in jailed.wall_records()
+    finally:
+        assert jailed.stop() == 143
+
+
+def test_a_worker_that_dies_before_it_is_asked_for_is_replaced(base: Path) -> None:
+    jailed = _ahead(base, "late").start()
+    try:
+        _wait_line(jailed, "sealed")
+        ahead = wait_for(lambda: children(jailed.pid).get("vcpu 0"), "the worker")
+        os.kill(ahead, signal.SIGKILL)
+        wait_for(lambda: "vcpu 0" not in children(jailed.pid), "its end")
+        (jailed.root / "go").touch()
+        _wait_line(jailed, "worker 0 sealed")
+        assert f"spawned pid {ahead}" not in _lines(jailed)
+        assert not [line for line in _lines(jailed) if line.startswith("ended")]  # the controller never knew of it
+    finally:
+        assert jailed.stop() == 143
+
+
+def test_one_that_does_not_fit_is_refused(base: Path) -> None:
+    jailed = _ahead(base, "choosy")
+    assert jailed.run() == 0, jailed.output()
+    assert "other supervisor.exists" in _lines(jailed)
+    assert [line for line in _lines(jailed) if line.startswith("spawned pid")]
+
+
+def test_a_worker_that_nobody_asks_for_ends_with_the_others(base: Path, no_leftovers: NoLeftovers) -> None:
+    with no_leftovers(names=("jail-test",)):
+        assert _ahead(base, "exit-3").run() == 3
