@@ -220,6 +220,8 @@ def _ttl_name(request: GuestRequest) -> str:
 
 
 def _u32(text: str) -> int | None:
-    if not (text.isascii() and text.isdecimal()) or len(text) > 10 or int(text) > _MAX_U32:
+    """Return a decimal number of 32 bits, which may have a plus sign as Rust allows it; None if it is none."""
+    digits = text.removeprefix("+")
+    if not (digits.isascii() and digits.isdecimal()) or len(digits) > 10 or int(digits) > _MAX_U32:
         return None
-    return int(text)
+    return int(digits)
