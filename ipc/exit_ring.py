@@ -140,7 +140,8 @@ class ExitRingProducer:
         "words",
     )
 
-    def __init__(self, buffer: mmap.mmap, doorbell: int, completion: int) -> None:
+    def __init__(self, buffer: mmap.mmap, doorbell: int, completion: int, *, attached: bool = True) -> None:
+        """Without ``attached`` nothing is written yet: another producer uses the ring until :meth:`attach`."""
         _check_header(buffer)
         self._view = memoryview(buffer)
         self.words = self._view[:PAGE_SIZE].cast("Q")
@@ -153,7 +154,12 @@ class ExitRingProducer:
         poll = select.poll()
         poll.register(completion, select.POLLIN)
         self._poll = poll.poll
-        # A replacement worker goes on where its predecessor stopped, and does not wait yet.
+        self._sequence = 0
+        if attached:
+            self.attach()
+
+    def attach(self) -> None:
+        """Go on where the producer before has stopped, which will not use the ring any more."""
         self._sequence = self.words[WORD_POSTED]
         self.words[WORD_WAITING] = 0
 

@@ -1,9 +1,9 @@
 """Fault points: places where the product can be made to fail on purpose; inert unless armed by the jailer.
 
-A specification is ``POINT=ACTION[,option=value…]``. Actions: ``kill`` (SIGKILL to oneself), ``exit`` (exit at once
-with status 1), ``stop`` (SIGSTOP to oneself), ``delay`` (``ms=``), and for channels ``drop``, ``duplicate``,
-``reorder``, ``truncate``, ``corrupt``. Options: ``after=N`` (skip the first N visits), ``count=N`` (act N times,
-default 1, 0 = for ever), ``ms=N``, ``seed=N`` (for ``corrupt``).
+A specification is ``POINT=ACTION[,option=value…]``. Actions: ``kill`` (SIGKILL to oneself), ``crash`` (SIGSEGV to
+oneself), ``exit`` (exit at once with status 1), ``stop`` (SIGSTOP to oneself), ``delay`` (``ms=``), and for channels
+``drop``, ``duplicate``, ``reorder``, ``truncate``, ``corrupt``. Options: ``after=N`` (skip the first N visits),
+``count=N`` (act N times, default 1, 0 = for ever), ``ms=N``, ``seed=N`` (for ``corrupt``).
 
 Only the jailer arms (in the template, before any fork): :func:`arm` works until :func:`freeze`, and cells call
 ``freeze`` first.
@@ -41,10 +41,16 @@ FAULT_POINTS: dict[str, str] = {
     "vcpu.configured": "the worker's VM is made",
     "vcpu.resume": "the worker received Resume",
     "vcpu.pause": "the worker received Pause",
+    "vcpu.hand_over": "the worker is to hand over to another one",
+    "vcpu.save": "the worker received SaveState",
+    "vcpu.goes_on": "the worker was configured to go on for another one",
+    "vcpu.load": "the worker received LoadState",
+    "vcpu.take_over": "the worker received TakeOver",
+    "vcpu.finish": "the worker received Finish",
     "channel.send": "a frame is about to be sent on a worker's ZeroMQ channel",
     "channel.receive": "a frame was received on a worker's ZeroMQ channel",
 }
-PROCESS_ACTIONS = frozenset(("kill", "exit", "stop", "delay"))
+PROCESS_ACTIONS = frozenset(("kill", "exit", "crash", "stop", "delay"))
 CHANNEL_ACTIONS = frozenset(("drop", "duplicate", "reorder", "truncate", "corrupt"))
 _OPTIONS = ("after", "count", "ms", "seed")
 
@@ -131,6 +137,8 @@ def count(point: str) -> None:
 def _act(fault: Fault) -> None:
     if fault.action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif fault.action == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
     elif fault.action == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif fault.action == "exit":

@@ -173,8 +173,9 @@ class Configure(NamedTuple):
     """Make the VM. The descriptors were all sent on the descriptor channel before (the messages of ``DESCRIPTORS``).
 
     ``vcpus`` are the indices that this worker runs; ``boot`` is used for vCPU 0 only. ``interrupts`` are the GSIs
-    whose eventfds were sent. The last three come from the CPU template: ``cpuid`` is what HostCpuRead said with the
-    template's changes, not yet normalised (empty: without a template, what the host supports).
+    whose eventfds were sent. ``goes_on``: for another worker, whose state will come (LoadState, TakeOver). The last
+    three come from the CPU template: ``cpuid`` is what HostCpuRead said with the template's changes, not yet normalised
+    (empty: without a template, what the host supports).
     """
 
     vcpu_count: int
@@ -187,6 +188,7 @@ class Configure(NamedTuple):
     mmio: tuple[Window, ...]
     interrupts: tuple[int, ...]
     track_dirty_pages: bool
+    goes_on: bool
     cpuid: tuple[CpuidEntry, ...] = ()
     msr_changes: tuple[MsrChange, ...] = ()
     capabilities: tuple[CapabilityDemand, ...] = ()
@@ -477,6 +479,69 @@ class GhostRecovered(NamedTuple):
     text: str
 
 
+# Succession: a worker goes on for another one (docs/smp.md, "Live replacement").
+
+#: Paths that one TakeOver may bring.
+MAX_PATHS_AT_ONCE = 32
+
+
+class GhostState(NamedTuple):
+    """What a ghost is besides its registers, which are the stub's: ``stub`` if it runs it, the vector of the last SIPI
+    that reached it if ``started``, ``waiting`` for a SIPI after an INIT."""
+
+    vcpu: int
+    stub: bool
+    started: bool
+    vector: int
+    waiting: bool
+
+
+class HandOver(NamedTuple):
+    """Take every irqfd away, and do not run again before TakeBack. Only while paused. Idempotent."""
+
+
+class HandedOver(NamedTuple):
+    """What is signalled from now on waits in the eventfds; the ghosts are as told."""
+
+    ghosts: tuple[GhostState, ...]
+
+
+class TakeBack(NamedTuple):
+    """Undo HandOver; the other worker has ended. Idempotent."""
+
+
+class TakenBack(NamedTuple):
+    """The irqfds are in force again."""
+
+
+class LoadState(NamedTuple):
+    """Give a vCPU the state that another worker's SavedState told. Only to a worker that goes on for another."""
+
+    vcpu: int
+    version: int
+    state: bytes
+
+
+class StateLoaded(NamedTuple):
+    """The vCPU is as it was."""
+
+
+class TakeOver(NamedTuple):
+    """Bind these interrupts, whose eventfds were sent (Interrupt, IpiPath).
+
+    After the ``last`` one, with which ``ghosts`` come, the worker is paused.
+    """
+
+    routes: tuple[Route, ...]
+    paths: tuple[OpenIpiTarget, ...]
+    ghosts: tuple[GhostState, ...]
+    last: bool
+
+
+class TakenOver(NamedTuple):
+    """They are in force."""
+
+
 WORKER.register(1, Failed, code=_CODE, text=_TEXT)
 WORKER.register(
     2,
@@ -502,6 +567,7 @@ WORKER.register(
     mmio=ListOf(_WINDOW, 64),
     interrupts=ListOf(Int(MAX_GSI - 1), 64),
     track_dirty_pages=Flag(),
+    goes_on=Flag(),
     cpuid=ListOf(_CPUID, MAX_CPUID_ENTRIES),
     msr_changes=ListOf(_MSR_CHANGE, MAX_TEMPLATE_ITEMS),
     capabilities=ListOf(_CAPABILITY, MAX_TEMPLATE_ITEMS),
@@ -556,6 +622,23 @@ WORKER.register(39, GhostsReported, ghosts=ListOf(_GHOST, MAX_WORKERS))
 WORKER.register(40, GhostRecovered, vcpu=_VCPU, fatal=Flag(), text=Text(512))
 WORKER.register(41, ReadHostCpu)
 WORKER.register(42, HostCpuRead, cpuid=ListOf(_CPUID, MAX_CPUID_ENTRIES))
+_GHOST_STATE = RecordOf(GhostState, vcpu=_VCPU, stub=Flag(), started=Flag(), vector=_VECTOR, waiting=Flag())
+_PATH = RecordOf(OpenIpiTarget, vcpu=_VCPU, vector=_VECTOR, gsi=Int(MAX_GSI - 1))
+WORKER.register(43, HandOver)
+WORKER.register(44, HandedOver, ghosts=ListOf(_GHOST_STATE, MAX_WORKERS))
+WORKER.register(45, TakeBack)
+WORKER.register(46, TakenBack)
+WORKER.register(47, LoadState, vcpu=_VCPU, version=Int(U16), state=Bytes(128 << 10))
+WORKER.register(48, StateLoaded)
+WORKER.register(
+    49,
+    TakeOver,
+    routes=ListOf(_ROUTE, 64),
+    paths=ListOf(_PATH, MAX_PATHS_AT_ONCE),
+    ghosts=ListOf(_GHOST_STATE, MAX_WORKERS),
+    last=Flag(),
+)
+WORKER.register(50, TakenOver)
 _AT_REST = RecordOf(
     GhostAtRest,
     vcpu=_VCPU,
@@ -588,9 +671,10 @@ class Spawned(NamedTuple):
 
 
 class SignalCell(NamedTuple):
-    """Send SIGKILL, SIGSTOP or SIGCONT to a worker."""
+    """Send SIGKILL, SIGSTOP or SIGCONT to a worker; ``pid`` tells it from the one that replaces it."""
 
     worker: int
+    pid: int
     signal: int
 
 
@@ -640,7 +724,7 @@ class SignalNoticed(NamedTuple):
 SUPERVISOR.register(1, Failed, code=_CODE, text=_TEXT)
 SUPERVISOR.register(2, Spawn, worker=_WORKER, vcpus=ListOf(_VCPU, MAX_WORKERS), ghosts=ListOf(_VCPU, MAX_WORKERS))
 SUPERVISOR.register(3, Spawned, worker=_WORKER, pid=Int(U32, 1))
-SUPERVISOR.register(4, SignalCell, worker=_WORKER, signal=Int(64, 1))
+SUPERVISOR.register(4, SignalCell, worker=_WORKER, pid=Int(U32, 1), signal=Int(64, 1))
 SUPERVISOR.register(5, Signalled)
 SUPERVISOR.register(6, CreateMemory, size=Int(MAX_MEMORY_BYTES, 1))
 SUPERVISOR.register(7, MemoryCreated, size=Int(MAX_MEMORY_BYTES, 1))

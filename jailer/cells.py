@@ -6,7 +6,7 @@ import os
 import time
 
 from ipc.plain import signal, socket
-from ipc.plan import LaunchPlan, cell_name
+from ipc.plan import Assignment, LaunchPlan, cell_name
 from ipc.typed import NamedTuple
 from jailer import verify
 from jailer.log import Log
@@ -51,7 +51,7 @@ class Setup(NamedTuple):
 class Cell:
     """One child: the controller or a worker."""
 
-    __slots__ = ("deadline", "index", "listener", "pid", "pidfd", "role", "seal", "wall")
+    __slots__ = ("assignment", "deadline", "index", "listener", "pid", "pidfd", "role", "seal", "wall")
 
     def __init__(self, role: str, index: int, pid: int, pidfd: int, seal: socket.socket) -> None:
         self.role = role
@@ -60,6 +60,8 @@ class Cell:
         self.pidfd = pidfd
         self.seal: socket.socket | None = seal
         self.listener = -1
+        #: What a worker was forked for.
+        self.assignment: Assignment | None = None
         self.deadline = time.monotonic() + SEAL_TIMEOUT_S
         self.wall = ""
 

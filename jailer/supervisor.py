@@ -284,8 +284,9 @@ class Supervisor:
         return True
 
     def _signal_cell(self, request: SignalCell, sequence: int) -> None:
-        record = self._worker(request.worker)
-        if request.signal not in _CELL_SIGNALS or record is None:
+        record = self._cells.get(request.pid)
+        is_worker = record is not None and record.role == ROLE_VCPU and record.index == request.worker
+        if request.signal not in _CELL_SIGNALS or record is None or not is_worker:
             self._send(Failed("supervisor.signal", "no such worker, or not a signal that may be sent"), sequence)
             return
         try:
@@ -308,11 +309,9 @@ class Supervisor:
         self._send(MemoryCreated(request.size), sequence, (descriptor,))
         os.close(descriptor)
 
-    def _worker(self, index: int) -> Cell | None:
-        for record in self._cells.values():
-            if record.role == ROLE_VCPU and record.index == index:
-                return record
-        return None
+    def _workers(self, index: int) -> int:
+        """Count the workers with this number: there are two of it while one is being replaced."""
+        return sum(record.role == ROLE_VCPU and record.index == index for record in self._cells.values())
 
     # ------------------------------------------------------------ spawning
 
@@ -377,6 +376,7 @@ class Supervisor:
         theirs.close()
         cell_seal.close()
         record = Cell(ROLE_VCPU, assignment.worker, pid, os.pidfd_open(pid), seal)
+        record.assignment = assignment
         self._cells[pid] = record
         return record, ours
 
@@ -386,13 +386,26 @@ class Supervisor:
             return Failed("supervisor.plan", refusal)
         if index >= self._plan.max_workers:
             return Failed("supervisor.plan", f"the plan allows {self._plan.max_workers} workers")
-        if self._worker(index) is not None and not self._is_ahead(request):
-            return Failed("supervisor.exists", f"worker {index} exists already")
+        if self._workers(index) and not self._is_ahead(request) and (refusal := self._refuse_replacement(request)):
+            return Failed("supervisor.exists", refusal)
         if self._exit_code is not None:
             return Failed("supervisor.ending", "the microVM is ending")
         if self._setup.kvm_fd < 0:
             return Failed("supervisor.kvm", f"Error creating KVM object: {self._setup.kvm_error}")
         return None
+
+    def _refuse_replacement(self, request: Spawn) -> str:
+        """Say why a second worker with this number may not be forked, or nothing.
+
+        It may while one is being replaced, for the same vCPUs, one at a time: so there is never more than one cell
+        beyond the plan, however often that happens.
+        """
+        workers = [record for record in self._cells.values() if record.role == ROLE_VCPU]
+        if len({record.index for record in workers}) < len(workers):
+            return "a worker is being replaced already"
+        if any(record.index == request.worker and record.assignment != Assignment(*request) for record in workers):
+            return f"worker {request.worker} exists already, for other vCPUs"
+        return ""
 
     def _become_worker(self, assignment: Assignment, channel: socket.socket, seal: socket.socket) -> None:
         """In the child: let go of everything of the supervisor, then be the worker; does not return."""

@@ -37,8 +37,10 @@ from vcpu_worker.descriptor_set import DescriptorSet
 from vcpu_worker.errors import ConfigurationError, StateError, WorkerError
 from vcpu_worker.exits import REASON_RUN_FAILED, STARTING, FinalExit
 from vcpu_worker.ghosts.control import GhostControl
+from vcpu_worker.lifecycle import Event, State, next_state
 from vcpu_worker.machine import Machine, Vcpu
 from vcpu_worker.run_loop import RunLoop
+from vcpu_worker.succession import Succession
 from vcpu_worker.vcpu_thread import Completions, VcpuThread
 
 #: A vCPU that is asked to stop is kicked at once and again after 1, 2, 4 … ms until it is parked.
@@ -51,15 +53,9 @@ _MAX_TEXT = 1024
 EXIT_OK = 0
 EXIT_ERROR = 1
 
-CREATED = "created"
-CONFIGURING = "configuring"
-PAUSED = "paused"
-RUNNING = "running"
-PAUSING = "pausing"
-FINISHING = "finishing"
-FAILED = "failed"
-
 _Reply = Callable[[Any], None]
+#: In these it has no VM that anything could be asked of.
+_UNCONFIGURED = (State.CREATED, State.CONFIGURING, State.FAILED)
 
 
 class Runner:
@@ -99,7 +95,7 @@ class Control:
         machine: Machine | WorkerError,
         threads: list[VcpuThread],
     ) -> None:
-        self.state = CREATED
+        self.state = State.CREATED
         self._channel = channel
         self._descriptors = descriptors
         self._completions = completions
@@ -109,6 +105,8 @@ class Control:
             own = threads[: len(machine.vcpus)]
             self._runners = [Runner(vcpu, thread) for vcpu, thread in zip(machine.vcpus, own, strict=True)]
         self._waiting_for_park: list[_Reply] = []
+        #: A Resume waits for the vCPUs to park; what comes after it has to wait, too.
+        self._runs_on = False
         self._clock_failures = 0
         self._kick_pause_ms = FIRST_KICK_PAUSE_MS
         self._next_kick_ns = 0
@@ -131,6 +129,8 @@ class Control:
                 machine, threads, completions, descriptors, send=channel.send, failed=self._ghost_failed
             )
             self._ghosts.on_own_event_done = self._release
+            succession = Succession(machine, self._ghosts, self._runners, descriptors, self._advance)
+            self._commands.update(succession.commands)
 
     # ------------------------------------------------------------ loop
 
@@ -156,6 +156,10 @@ class Control:
     def _has_ended(self) -> bool:
         return self._ended
 
+    def _advance(self, event: Event) -> None:
+        """Go on to the next state. Raises StateError if the table refuses."""
+        self.state = next_state(self.state, event)
+
     def _receive(self) -> bool:
         envelope = self._channel.receive(time.monotonic_ns())
         if envelope is None:
@@ -167,7 +171,7 @@ class Control:
 
         kind = type(envelope.message)
         command = self._commands.get(kind)
-        if command is None and self._ghosts is not None and self.state not in (CREATED, CONFIGURING, FAILED):
+        if command is None and self._ghosts is not None and self.state not in _UNCONFIGURED:
             command = self._ghosts.commands.get(kind)
         if command is None:
             reply(Failed("worker.state", f"{type(envelope.message).__name__} is not a command"))
@@ -195,15 +199,18 @@ class Control:
         faults.visit("vcpu.configure")
         if isinstance(self._machine, WorkerError):
             raise self._machine
-        if self.state != CREATED:
-            raise StateError(f"the worker is {self.state}: it can be configured once only")
+        if command.goes_on:
+            faults.visit("vcpu.goes_on")
         machine = self._machine
-        self.state = FAILED  # until everything has succeeded: half a configuration cannot be repeated
-        self._descriptors.receive()
-        machine.configure(command, self._descriptors)
-        for runner in self._runners:
-            self._descriptors.send_vcpu(runner.vcpu.index, runner.vcpu.kvm.descriptor)
-        self.state = CONFIGURING
+        self._advance(Event.CONFIGURE)
+        try:
+            self._descriptors.receive()
+            machine.configure(command, self._descriptors)
+            for runner in self._runners:
+                self._descriptors.send_vcpu(runner.vcpu.index, runner.vcpu.kvm.descriptor)
+        except (WorkerError, IpcError):
+            self._advance(Event.FAIL)  # half a configuration cannot be repeated
+            raise
         ghosts = self._ghosts
         assert ghosts is not None
         results: list[Any] = []
@@ -211,10 +218,10 @@ class Control:
 
         def finished(result: Any) -> None:
             if isinstance(result, Exception):
-                self.state = FAILED
+                self._advance(Event.FAIL)
                 reply(_failed(result))
                 return
-            self.state = PAUSED
+            self._advance(Event.CONFIGURED_TO_GO_ON if command.goes_on else Event.CONFIGURED)
             faults.visit("vcpu.configured")
             reply(Configured(next(each for each in results if each is not None)))
 
@@ -232,8 +239,8 @@ class Control:
         expected += ghosts.configure(lambda kvm: machine.configure_kvm(kvm, command), configured)
 
     def _set_routes(self, command: SetRoutes, reply: _Reply) -> None:
-        if self.state in (CREATED, CONFIGURING, FAILED) or isinstance(self._machine, WorkerError):
-            raise StateError(f"the worker is {self.state}: it has no interrupts yet")
+        if self.state in _UNCONFIGURED or isinstance(self._machine, WorkerError):
+            raise StateError(f"the worker is {self.state.value}: it has no interrupts yet")
         self._machine.set_routes(command.routes)
         reply(RoutesSet())
 
@@ -241,16 +248,19 @@ class Control:
 
     def _resume(self, command: Resume, reply: _Reply) -> None:
         faults.visit("vcpu.resume")
-        if self.state == RUNNING:
-            reply(Resumed())
+        before = self.state
+        after = next_state(before, Event.RESUME)
+        if after is State.PAUSING:
+            self._runs_on = True
+            self._waiting_for_park.append(self._again(self._resume, command, reply))
             return
-        if self.state != PAUSED:
-            raise StateError(f"the worker is {self.state}: it cannot be resumed")
         for runner in self._runners:
             if runner.final is not None:
                 raise StateError(f"vCPU {runner.vcpu.index} has ended: {runner.final.text}")
-        self.state = RUNNING
+        self.state = after
         reply(Resumed())
+        if before is State.RUNNING:
+            return
         if self._ghosts is not None:
             self._ghosts.run()
         for runner in self._runners:
@@ -268,7 +278,7 @@ class Control:
         for runner in self._runners:
             if runner.vcpu.index == vcpu and runner.held:
                 runner.held = runner.loop.start_held = False
-                if self.state == RUNNING:
+                if self.state is State.RUNNING:
                     self._run(runner)
 
     def _ghost_failed(self, vcpu: int, text: str) -> None:
@@ -279,14 +289,16 @@ class Control:
 
     def _pause(self, command: Pause, reply: _Reply) -> None:
         faults.visit("vcpu.pause")
-        if self.state == PAUSED:
+        before = self.state
+        self._advance(Event.PAUSE)
+        if self.state is State.PAUSED:
             reply(Paused(0))
             return
-        if self.state not in (RUNNING, PAUSING):
-            raise StateError(f"the worker is {self.state}: it cannot be paused")
+        if self._runs_on:
+            self._waiting_for_park.append(self._again(self._pause, command, reply))
+            return
         self._waiting_for_park.append(lambda _: reply(Paused(self._clock_failures)))
-        if self.state == RUNNING:
-            self.state = PAUSING
+        if before is State.RUNNING:
             self._clock_failures = 0
             self._stop_all()
 
@@ -305,7 +317,7 @@ class Control:
         now = time.monotonic_ns()
         if not self._next_kick_ns or now < self._next_kick_ns:
             return
-        if self.state == FINISHING and now >= self._finish_deadline_ns:
+        if self.state is State.FINISHING and now >= self._finish_deadline_ns:
             self._all_parked()
             return
         for runner in self._runners:
@@ -323,7 +335,7 @@ class Control:
             self._ghosts.add_event(VCPU_STARTING, runner.vcpu.index)
             self._parked()
             return
-        if result is None and self.state == PAUSING:
+        if result is None and self.state is State.PAUSING:
             # The guest's watchdogs are told by the vCPU's own thread; it counts as running until that is done.
             runner.thread.submit(runner.vcpu.kvm.kvmclock_ctrl, _bind(self._clock_noted, runner))
             return
@@ -345,28 +357,43 @@ class Control:
         self._parked()
 
     def _parked(self) -> None:
-        if self.state in (PAUSING, FINISHING) and not any(runner.running for runner in self._runners):
+        if self.state in (State.PAUSING, State.FINISHING) and not any(runner.running for runner in self._runners):
             self._all_parked()
 
     def _all_parked(self) -> None:
         self._next_kick_ns = 0
-        if self.state == PAUSING:
-            self.state = PAUSED
-        waiting, self._waiting_for_park = self._waiting_for_park, []
+        if self.state is State.PAUSING:
+            self._advance(Event.PARKED)
+        waiting, self._waiting_for_park, self._runs_on = self._waiting_for_park, [], False
         for callback in waiting:
             callback(None)
+
+    @staticmethod
+    def _again(method: Callable[[Any, _Reply], None], command: Any, reply: _Reply) -> _Reply:
+        """Return what carries out a command that had to wait until the vCPUs were parked."""
+
+        def carry_out(_: Any) -> None:
+            try:
+                method(command, reply)
+            except WorkerError as error:
+                reply(_failed(error))
+
+        return carry_out
 
     # ------------------------------------------------------------ state
 
     def _runner(self, vcpu: int) -> Runner:
-        if self.state != PAUSED:
-            raise StateError(f"the worker is {self.state}: pause it first")
+        try:
+            self._advance(Event.SAVE)
+        except StateError:
+            raise StateError(f"the worker is {self.state.value}: pause it first") from None
         for runner in self._runners:
             if runner.vcpu.index == vcpu:
                 return runner
         raise ConfigurationError(f"this worker does not run vCPU {vcpu}")
 
     def _save_state(self, command: SaveState, reply: _Reply) -> None:
+        faults.visit("vcpu.save")
         runner = self._runner(command.vcpu)
         machine = self._machine
         assert isinstance(machine, Machine)
@@ -402,14 +429,16 @@ class Control:
         for runner in self._runners:
             if runner.vcpu.loop is not None:
                 runner.vcpu.loop.publish_counters()
-        reply(Pong(self.state))
+        reply(Pong(self.state.value))
 
     def _finish(self, command: Finish, reply: _Reply) -> None:
+        faults.visit("vcpu.finish")
+
         def parked(_: Any) -> None:
             reply(Finished())
             self._ended = True
 
-        self.state = FINISHING
+        self._advance(Event.FINISH)
         self._finish_deadline_ns = time.monotonic_ns() + FINISH_TIMEOUT_MS * 1_000_000
         self._waiting_for_park.append(parked)
         self._stop_all()

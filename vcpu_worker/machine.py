@@ -32,6 +32,8 @@ MSI_ADDRESS_BASE = 0xFEE0_0000
 _APIC_ID_SHIFT = 12
 #: KVM_CHECK_EXTENSION takes an int.
 _MAX_CAPABILITY = (1 << 31) - 1
+#: MSI data: INIT, level asserted.
+_INIT = 0x4500
 
 
 class Vcpu:
@@ -77,6 +79,8 @@ class Machine:
             abi.SYNC_X86_REGS | abi.SYNC_X86_SREGS | abi.SYNC_X86_EVENTS
         )
         self._interrupts: dict[int, int] = {}
+        #: GSIs whose irqfds were taken away for another worker.
+        self._handed_over: tuple[int, ...] = ()
         self._mappings: list[mmap.mmap] = []
 
     # ------------------------------------------------------------ Configure
@@ -106,7 +110,8 @@ class Machine:
         slots = slots_of(self._map(descriptors.device_page(), DEVICE_PAGE_SIZE, writable=False))
         for vcpu in self.vcpus:
             ring, doorbell, completion = descriptors.exit_ring(vcpu.index)
-            vcpu.ring = ExitRingProducer(self._map(ring, RING_SIZE, writable=True), doorbell, completion)
+            mapping = self._map(ring, RING_SIZE, writable=True)
+            vcpu.ring = ExitRingProducer(mapping, doorbell, completion, attached=not command.goes_on)
             vcpu.loop = RunLoop(
                 vcpu.kvm,
                 vcpu.ring,
@@ -203,16 +208,58 @@ class Machine:
         """Send an MSI to one of our own vCPUs; False if its LAPIC did not take it."""
         return self.vm.signal_msi(self._address(vcpu), data)
 
+    def send_init(self, ghost: int) -> None:
+        """Let the ghost of a vCPU wait for a SIPI, as it did in another worker."""
+        self.vm.signal_msi(MSI_ADDRESS_BASE | ghost << _APIC_ID_SHIFT, _INIT)
+
     def open_ipi_target(self, command: OpenIpiTarget, eventfd: int) -> None:
-        """Let ``eventfd``, which is closed here, raise a vector in one of our vCPUs; what it counts comes at once."""
+        """Let ``eventfd`` raise a vector in one of our vCPUs; what it counts comes at once. Takes the eventfd."""
+        self._take_paths(((command, eventfd),))
+        self.vm.assign_irqfd(command.gsi, eventfd)
+
+    def _take_paths(self, paths: Sequence[tuple[OpenIpiTarget, int]]) -> None:
+        """Make the routes of paths to our own vCPUs, and keep their eventfds: to take an irqfd away needs them, too."""
+        table = dict(self.vm.routes)
         try:
-            route = MsiRoute(self._address(command.vcpu), command.vector)
-            if command.gsi in self.vm.routes:
-                raise ConfigurationError(f"GSI {command.gsi} has a route already")
-            self.vm.set_routes({**self.vm.routes, command.gsi: route})
-            self.vm.assign_irqfd(command.gsi, eventfd)
-        finally:
-            os.close(eventfd)
+            for path, _ in paths:
+                if path.gsi in table:
+                    raise ConfigurationError(f"GSI {path.gsi} has a route already")
+                table[path.gsi] = MsiRoute(self._address(path.vcpu), path.vector)
+        except ConfigurationError:
+            for _, eventfd in paths:
+                os.close(eventfd)
+            raise
+        self._interrupts.update({path.gsi: eventfd for path, eventfd in paths})
+        self.vm.set_routes(table)
+
+    # ------------------------------------------------------------ succession
+
+    def hand_over(self) -> None:
+        """Take every irqfd away. What is signalled afterwards waits in the eventfds; what came before is in the LAPICs.
+
+        KVM_IRQFD returns from taking one away when the injections that it has begun are done (irqfd_shutdown()
+        flushes them).
+        """
+        gone = list(self._handed_over)
+        for gsi in self.vm.assigned_irqfds():
+            self.vm.deassign_irqfd(gsi)
+            gone.append(gsi)
+        self._handed_over = tuple(gone)
+
+    def take_back(self) -> None:
+        """Undo :meth:`hand_over`; no other VM may have the irqfds any more."""
+        gone, self._handed_over = self._handed_over, ()
+        for gsi in gone:
+            self.vm.assign_irqfd(gsi, self._interrupts[gsi])
+
+    def take_over(self, routes: Sequence[Route], paths: Sequence[tuple[OpenIpiTarget, int]]) -> None:
+        """Bind the interrupts that another worker has handed over."""
+        self._take_paths(paths)
+        self.set_routes(routes)
+        for path, eventfd in paths:
+            self.vm.assign_irqfd(path.gsi, eventfd)
+
+    # ------------------------------------------------------------ ghosts' paths
 
     def open_ipi_source(self, command: OpenIpiSource, eventfd: int) -> None:
         """Let the stub of a ghost signal ``eventfd``, which is closed here, when this vector reaches it."""

@@ -94,6 +94,8 @@ class RunLoop:
         self._mmio = tuple(mmio)
         self._mmio_slots: dict[int, int] = {}
         self._counts = [0] * _COUNT
+        #: What the workers before have counted.
+        self._counted_before = [0] * ring_abi.COUNTER_COUNT
         self._stop = False
         self._posted = WRITE_POSTED if posts else 0
         #: ``run`` returns STARTING when the first INIT comes, as long as this is set.
@@ -127,9 +129,16 @@ class RunLoop:
     def publish_counters(self) -> None:
         """Write the exit counters to the ring's header, for the controller."""
         counts = self._counts
+        before = self._counted_before
         shared = self._ring.counters
         for counter, parts in _SUMS:
-            shared[counter] = sum([counts[part] for part in parts])
+            shared[counter] = before[counter] + sum([counts[part] for part in parts]) & _ALL_ONES
+
+    def go_on(self, *, start_held: bool) -> None:
+        """Go on for another worker, which has parked this vCPU for good; before the first ``run``."""
+        self._ring.attach()
+        self._counted_before = list(self._ring.counters)
+        self.start_held = start_held
 
     def exits(self) -> int:
         """How many exits were answered so far (interrupted KVM_RUNs do not count)."""

@@ -5,10 +5,13 @@ Registers travel as the kernel's own structures: they are what KVM_SET_* takes b
 
 from __future__ import annotations
 
+import time
+
 from ipc.errors import MessageError
 from ipc.messages import CpuidEntry, MsrValue
 from ipc.schema import U32, U64, Bytes, Field, Flag, Int, ListOf, RecordOf, pack, unpack
 from ipc.typed import Any, NamedTuple
+from vcpu_worker.cpu.msr import IA32_TSC, IA32_TSC_DEADLINE
 from vcpu_worker.errors import StateError
 from vcpu_worker.kvm import abi
 from vcpu_worker.kvm.vcpu import KvmVcpu
@@ -26,7 +29,7 @@ class VcpuState(NamedTuple):
 
     ``sregs2`` is empty where the host lacks KVM_CAP_SREGS2; ``sregs`` is always there. ``msrs`` ends with
     TSC_DEADLINE, which arms the timer and is restored last. ``tsc_offset`` counts only if ``has_tsc_offset``.
-    ``clock`` is struct kvm_clock_data of the VM.
+    ``clock`` is struct kvm_clock_data of the VM, with the time of day even where the host's KVM does not tell it.
     """
 
     version: int
@@ -107,8 +110,68 @@ def save(vm: KvmVm, vcpu: KvmVcpu, msr_indices: list[int]) -> VcpuState:
         tsc_khz=vcpu.tsc_khz(),
         has_tsc_offset=tsc_offset is not None,
         tsc_offset=tsc_offset or 0,
-        clock=vm.get_clock(),
+        clock=_clock_with_realtime(vm),
     )
+
+
+def _clock_with_realtime(vm: KvmVm) -> bytes:
+    """Read kvmclock and when it was that: whoever restores it adds what has passed since."""
+    clock, flags, pad, realtime, host_tsc = abi.CLOCK_DATA.unpack(vm.get_clock())
+    if not flags & abi.CLOCK_REALTIME:
+        realtime = time.time_ns()
+        flags |= abi.CLOCK_REALTIME
+    return abi.CLOCK_DATA.pack(clock, flags, pad, realtime, host_tsc)
+
+
+def load(vcpu: KvmVcpu, state: VcpuState) -> None:
+    """Give a vCPU that never ran a state; its own thread only. Raises WorkerError.
+
+    The VM's clock is not part of it (:func:`load_clock`). The order matters (docs/formats/vcpu-state.md says why).
+    """
+    if state.vcpu != vcpu.index:
+        raise StateError(f"this is the state of vCPU {state.vcpu}, not of vCPU {vcpu.index}")
+    if state.tsc_khz != vcpu.tsc_khz():
+        raise StateError(f"the TSC runs at {vcpu.tsc_khz()} kHz here, not at {state.tsc_khz} kHz")
+    if not state.has_tsc_offset:
+        raise StateError("this host's KVM cannot keep the time stamp counter of a vCPU (Linux 5.16 can)")
+    vcpu.set_xcrs(state.xcrs)
+    vcpu.set_xsave(state.xsave)
+    if state.sregs2 and vcpu.has_sregs2:
+        vcpu.set_sregs2(state.sregs2)
+    else:
+        vcpu.set_sregs(state.sregs)
+    vcpu.set_tsc_offset(state.tsc_offset)
+    vcpu.set_msrs([msr for msr in state.msrs if msr.register not in (IA32_TSC, IA32_TSC_DEADLINE)])
+    vcpu.set_regs(state.regs)
+    vcpu.set_debugregs(state.debugregs)
+    vcpu.set_lapic(timer_that_goes_on(state.lapic))
+    vcpu.set_msrs([msr for msr in state.msrs if msr.register == IA32_TSC_DEADLINE])
+    vcpu.set_events(state.events)
+    vcpu.set_mp_state(state.mp_state)
+
+
+def load_clock(vm: KvmVm, state: VcpuState) -> None:
+    """Let kvmclock go on as if it had never stopped; after the TSCs of all vCPUs were set."""
+    clock, _, _, realtime, _ = abi.CLOCK_DATA.unpack(state.clock)
+    vm.set_clock(clock, realtime, abi.CLOCK_REALTIME)
+
+
+def timer_that_goes_on(lapic: bytes) -> bytes:
+    """Return a LAPIC page whose timer does not start again if it was one-shot and has delivered its interrupt.
+
+    KVM_SET_LAPIC starts the timer with the current count; an expired one (count 0) fires at once, on kernels before
+    6.3 after a whole period. Whether its interrupt was delivered can be seen as long as that is requested or in
+    service; otherwise it may still be under way, and a second one harms less than none.
+    """
+    lvt = int.from_bytes(lapic[abi.APIC_LVTT : abi.APIC_LVTT + 4], "little")
+    vector = lvt & 0xFF
+    one_shot = not lvt >> 17 & 3
+    expired = not any(lapic[abi.APIC_TMCCT : abi.APIC_TMCCT + 4])
+    offset = (vector >> 5) * 16 + (vector >> 3 & 3)
+    delivered = (lapic[abi.APIC_IRR + offset] | lapic[abi.APIC_ISR + offset]) >> (vector & 7) & 1
+    if not (one_shot and expired and delivered):
+        return lapic
+    return lapic[: abi.APIC_TMICT] + bytes(4) + lapic[abi.APIC_TMICT + 4 :]
 
 
 def encode(state: VcpuState) -> bytes:

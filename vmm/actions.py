@@ -81,6 +81,15 @@ class GetVcpus(Action):
     __slots__ = ()
 
 
+class ReplaceWorkers(Action):
+    """PATCH /vcpus and /vcpus/{index} with Replace; ``vcpu`` is None for all."""
+
+    __slots__ = ("vcpu",)
+
+    def __init__(self, vcpu: int | None) -> None:
+        self.vcpu = vcpu
+
+
 class UpdateMachineConfig(Action):
     """PUT and PATCH /machine-config: what is None stays as it is."""
 

@@ -35,13 +35,15 @@ from vmm.errors import VmmError, WorkerError
 from vmm.event_manager import EventManager
 from vmm.exits import ExitExecutor
 from vmm.ghosts import GhostForwarder
+from vmm.lifecycle import DEADLINES, WorkerState
 from vmm.logger import DEBUG, LOG
 from vmm.memory import GuestMemory
 from vmm.placement import Placement, PlacementError, decide, warning
 from vmm.resources import StartOptions, VmResources
+from vmm.succession import Interrupts, Succession
 from vmm.supervisor import SupervisorClient
 from vmm.vmm import Vmm, end_workers
-from vmm.workers import HELLO_TIMEOUT_NS, Worker, WorkerDescriptors
+from vmm.workers import Worker, WorkerDescriptors
 
 MIB = 1 << 20
 # Values of StartOptions.console (vmm.cli.CONSOLES).
@@ -67,6 +69,8 @@ class MicrovmBuilder:
         self._supervisor = supervisor
         self._context: zmq.Context[Any] = zmq.Context(io_threads=1)
         self._workers: dict[int, Worker] = {}
+        #: Those that are to replace one of the others, or have.
+        self._recruits: list[Worker] = []
         supervisor.on_cell_ended = self._cell_ended
 
     def bind(self) -> None:
@@ -85,9 +89,16 @@ class MicrovmBuilder:
         return worker
 
     def _cell_ended(self, notice: Any) -> None:
-        worker = self._workers.get(notice.worker)
-        if worker is not None:
-            worker.cell_ended(notice)
+        for worker in [*self._workers.values(), *self._recruits]:
+            if worker.index == notice.worker:
+                worker.cell_ended(notice)
+
+    def recruit(self, index: int) -> Worker:
+        """Return a worker, not spawned yet, that is to take the place of another one."""
+        self._recruits = [worker for worker in self._recruits if worker.alive]
+        worker = Worker(index, self._plan, self._context, self._events, self._supervisor)
+        self._recruits.append(worker)
+        return worker
 
     def build(self, resources: VmResources, *, run: bool = True) -> Vmm:
         """Build and start a microVM (InstanceStart); without ``run`` it stays paused before its first instruction.
@@ -109,12 +120,13 @@ class MicrovmBuilder:
         try:
             machine = resources.machine_config
             placement = decide(machine.vcpu_placement, machine.vcpu_count, self._plan)
-            assembly = _Assembly(self._events, self._plan.microvm_id, memory, descriptor, placement)
+            assembly = _Assembly(self._events, self._plan.microvm_id, memory, placement)
         except (VmmError, IpcError, OSError):
             memory.close()
             raise
         vmm = assembly.vmm
         vmm.restarts = machine.restarts
+        vmm.recruit = lambda leaver: assembly.succession(leaver, self.recruit(leaver.index))
         if machine.vcpu_count > 1:
             _log_placement(placement, self._plan)
         try:
@@ -129,8 +141,7 @@ class MicrovmBuilder:
             if run:
                 vmm.resume_vm()
         except BaseException:
-            workers = list(self._workers.values())
-            end_workers(workers)
+            end_workers(list(self._workers.values()))
             vmm.close()
             raise
         return vmm
@@ -151,7 +162,7 @@ class MicrovmBuilder:
             if not worker.alive:
                 worker.spawn(placement.assignment(worker.index))
         for worker in unfit:
-            if not worker.wait_ended(HELLO_TIMEOUT_NS):
+            if not worker.wait_ended(DEADLINES[WorkerState.SPAWNED].nanoseconds):
                 raise WorkerError(f"The worker of vCPU {worker.index} cannot be replaced: it does not end.")
             worker.spawn(placement.assignment(worker.index))
 
@@ -165,20 +176,20 @@ class MicrovmBuilder:
             worker.wait_greeted()
             if worker.kvm.max_vcpus < vcpu_count:
                 raise WorkerError(f"This host's KVM allows {worker.kvm.max_vcpus} vCPUs, not {vcpu_count}.")
-        setup = _cpu_setup(resources, workers[0])
+        assembly.prepare(resources, boot, _cpu_setup(resources, workers[0]))
         for worker in workers:
-            executors = assembly.executors(worker)
-            message = assembly.configuration(worker.assignment.vcpus, resources, boot, setup)
-            worker.configure(message, assembly.descriptors(executors))
+            assembly.make_rings(worker)
+            worker.configure(assembly.configuration(worker.assignment.vcpus), assembly.descriptors(worker))
             assembly.vmm.attach_worker(worker)
-        assembly.connect(workers)
+        assembly.connect()
         if vcpu_count > 1:
             synchronise_clocks(workers)
 
     def close(self) -> None:
         """End workers that were never used and the ZeroMQ context."""
-        end_workers(list(self._workers.values()))
-        for worker in self._workers.values():
+        workers = [*self._workers.values(), *self._recruits]
+        end_workers(workers)
+        for worker in workers:
             worker.close()
         self._context.destroy(linger=0)
 
@@ -250,18 +261,19 @@ class _Assembly:
         events: EventManager,
         microvm_id: str,
         memory: GuestMemory,
-        memory_descriptor: int,
         placement: Placement,
     ) -> None:
         self._memory = memory
-        self._memory_descriptor = memory_descriptor
         self.placement = placement
-        self._workers: list[Worker] = []
-        self._router = InterruptRouter(self._workers, self._owner)
+        self._executors: dict[int, ExitExecutor] = {}
+        self._message: Configure | None = None
+        self._ghosts: GhostForwarder | None = None
         self._output: ConsoleOutput | None = None
         devices = DeviceManager(transmit=self._transmit, reset=self._reset, set_routes=self._set_routes, log=LOG.warn)
         self.devices = devices
         self.vmm = Vmm(microvm_id, events, memory, devices, placement)
+        #: Its list of workers is everybody's: a worker that is replaced is replaced there.
+        self._router = InterruptRouter(self.vmm.vcpus_handles, self._owner)
 
     def _transmit(self, byte: int) -> None:
         if self._output is not None:
@@ -280,9 +292,21 @@ class _Assembly:
         except PlacementError:
             return -1
 
-    def connect(self, workers: Sequence[Worker]) -> None:
+    def connect(self) -> None:
         """Let the workers' ghosts reach the other workers."""
-        self.vmm.attach_ghosts(GhostForwarder(self.placement, workers, self.vmm.forwarding_failed))
+        self._ghosts = GhostForwarder(self.placement, self.vmm.vcpus_handles, self.vmm.forwarding_failed)
+        self.vmm.attach_ghosts(self._ghosts)
+
+    def succession(self, leaver: Worker, comer: Worker) -> Succession:
+        """Return what is needed to let a worker go on for another one."""
+        vcpus = leaver.assignment.vcpus
+
+        def interrupts() -> Interrupts:
+            placed = self._router.placed(leaver.index)
+            routes = [route for route in self.devices.ioapic.routes() if route.gsi in placed]
+            return Interrupts(routes, self._ghosts.paths_to(vcpus) if self._ghosts is not None else ())
+
+        return Succession(leaver, comer, self.configuration(vcpus), self.descriptors(leaver), interrupts)
 
     def attach_devices(self, options: StartOptions, plan: LaunchPlan) -> None:
         """Attach what the command line asks for beside the standard devices."""
@@ -316,15 +340,16 @@ class _Assembly:
             console_input.set_raw()
         self.vmm.attach_console(self._output, console_input)
 
-    def executors(self, worker: Worker) -> dict[int, ExitExecutor]:
+    def make_rings(self, worker: Worker) -> None:
         """Make the exit rings of a worker's vCPUs."""
-        self._workers.append(worker)
-        return {vcpu: self._executor(worker, vcpu) for vcpu in worker.assignment.vcpus}
+        for vcpu in worker.assignment.vcpus:
+            self._executors[vcpu] = self._executor(worker, vcpu)
 
     def _executor(self, worker: Worker, vcpu: int) -> ExitExecutor:
 
         def failed(text: str) -> None:
-            worker.breach(f"exit ring: {text}")
+            owner = next((each for each in self.vmm.vcpus_handles if each.index == worker.index), worker)
+            owner.breach(f"exit ring: {text}")
 
         executor = ExitExecutor(
             self.devices.ports,
@@ -336,15 +361,13 @@ class _Assembly:
         self.vmm.attach_executor(vcpu, executor)
         return executor
 
-    def configuration(
-        self, vcpus: tuple[int, ...], resources: VmResources, boot: BootRegisters, setup: CpuSetup
-    ) -> Configure:
-        """Return the Configure message for the worker of ``vcpus``."""
+    def prepare(self, resources: VmResources, boot: BootRegisters, setup: CpuSetup) -> None:
+        """Make the Configure message, once everything is attached; workers differ in their vCPUs only."""
         machine = resources.machine_config
-        return Configure(
+        self._message = Configure(
             vcpu_count=machine.vcpu_count,
             smt=machine.smt,
-            vcpus=vcpus,
+            vcpus=(),
             regions=self._memory.regions,
             memory_size=machine.mem_size_mib * MIB,
             boot=boot,
@@ -352,20 +375,26 @@ class _Assembly:
             mmio=self.devices.mmio.windows(),
             interrupts=tuple(line.gsi for line in self.devices.interrupts),
             track_dirty_pages=machine.track_dirty_pages,
+            goes_on=False,
             cpuid=setup.cpuid,
             msr_changes=setup.msr_changes,
             capabilities=setup.capabilities,
         )
 
-    def descriptors(self, executors: dict[int, ExitExecutor]) -> WorkerDescriptors:
-        """Return the descriptors that the worker with these vCPUs gets."""
+    def configuration(self, vcpus: tuple[int, ...]) -> Configure:
+        """Return the Configure message for the worker of ``vcpus``."""
+        assert self._message is not None
+        return self._message._replace(vcpus=vcpus)
+
+    def descriptors(self, worker: Worker) -> WorkerDescriptors:
+        """Return the descriptors that a worker in this place gets."""
+        executors = [(vcpu, self._executors[vcpu]) for vcpu in worker.assignment.vcpus]
         return WorkerDescriptors(
-            guest_memory=self._memory_descriptor,
+            guest_memory=self._memory.descriptor,
             memory_size=self._memory.size,
             device_page=self.devices.page_descriptor,
             rings=tuple(
-                (vcpu, executor.descriptor, executor.doorbell, executor.completion)
-                for vcpu, executor in executors.items()
+                (vcpu, executor.descriptor, executor.doorbell, executor.completion) for vcpu, executor in executors
             ),
             interrupts=tuple((line.gsi, line.eventfd) for line in self.devices.interrupts),
         )

@@ -62,6 +62,10 @@ class TokenBucket:
         return True
 
 
+#: How much of what was written is kept, for the report of a failure.
+_KEPT_OUTPUT = 4096
+
+
 class ConsoleOutput:
     """Collects transmitted bytes; :meth:`flush` writes them. The descriptor is switched to non-blocking mode.
 
@@ -73,6 +77,7 @@ class ConsoleOutput:
         self._owned = owned
         self._bucket = bucket
         self._pending = bytearray()
+        self._written = b""
         self._was_blocking = os.get_blocking(descriptor)
         self._ops: EventOps | None = None
         self._registered = False
@@ -81,6 +86,10 @@ class ConsoleOutput:
         self.lost_bytes = 0
         self.rate_limiter_dropped_bytes = 0
         os.set_blocking(descriptor, False)
+
+    def tail(self, length: int) -> bytes:
+        """Return the last bytes (at most ``length``, and at most 4096) that the guest has sent."""
+        return (self._written + self._pending)[-length:]
 
     def transmit(self, byte: int) -> None:
         """Take one byte of the guest."""
@@ -107,6 +116,7 @@ class ConsoleOutput:
                 # The reader is gone or the file is full: the guest must not notice.
                 self._lose_pending()
                 break
+            self._written = (self._written + self._pending[:written])[-_KEPT_OUTPUT:]
             del self._pending[:written]
             self.flush_count += 1
 

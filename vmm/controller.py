@@ -171,6 +171,7 @@ class RuntimeController:
             actions.GetFullConfig: lambda _: resources.to_json(),
             actions.FlushMetrics: self._flush_metrics,
             actions.GetVcpus: self._get_vcpus,
+            actions.ReplaceWorkers: self._replace_workers,
             actions.SendCtrlAltDel: self._send_ctrl_alt_del,
             actions.Pause: self._pause,
             actions.Resume: self._resume,
@@ -193,6 +194,13 @@ class RuntimeController:
     def _get_vcpus(self, _action: actions.GetVcpus) -> JsonValue:
         with _prefixed("Internal VMM error"):
             return self.vmm.vcpu_report()
+
+    def _replace_workers(self, action: actions.ReplaceWorkers) -> None:
+        with _prefixed("Replace worker error"):
+            if action.vcpu is None:
+                self.vmm.replace_vcpus()
+            else:
+                self.vmm.replace_vcpu(action.vcpu)
 
     def _send_ctrl_alt_del(self, _action: actions.SendCtrlAltDel) -> None:
         with _prefixed("Internal VMM error"):

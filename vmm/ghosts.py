@@ -28,6 +28,7 @@ from ipc.messages import (
 from ipc.typed import Any, Callable, Sequence
 from vmm.errors import VmmError
 from vmm.placement import Placement
+from vmm.succession import OpenPath
 from vmm.workers import Worker
 
 #: GSIs of ghost vectors; those below are the IOAPIC's and the devices'.
@@ -39,9 +40,11 @@ MAX_PATHS = 512
 class _Path:
     """What is sent to one vCPU with one vector."""
 
-    __slots__ = ("eventfd", "open", "sources", "waiting")
+    __slots__ = ("eventfd", "gsi", "open", "sources", "waiting")
 
-    def __init__(self) -> None:
+    def __init__(self, gsi: int) -> None:
+        #: In the VM of the owner of its vCPU.
+        self.gsi = gsi
         self.eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.open = False
         #: Workers whose end was opened or is being opened.
@@ -109,7 +112,8 @@ class GhostForwarder:
     def _by_path(self, source: Worker, owner: Worker, vcpu: int, vector: int, done: Callable[[], None]) -> None:
         path = self._paths.get((vcpu, vector))
         if path is None:
-            path = self._paths[vcpu, vector] = _Path()
+            path = self._paths[vcpu, vector] = _Path(self._next_gsi[owner.index])
+            self._next_gsi[owner.index] += 1
             os.eventfd_write(path.eventfd, 1)
             self._open_target(path, owner, vcpu, vector)
         else:
@@ -129,9 +133,6 @@ class GhostForwarder:
             path.waiting.append(open_source)
 
     def _open_target(self, path: _Path, owner: Worker, vcpu: int, vector: int) -> None:
-        gsi = self._next_gsi[owner.index]
-        self._next_gsi[owner.index] += 1
-
         def opened(_reply: Any) -> None:
             path.open = True
             waiting, path.waiting = path.waiting, []
@@ -139,7 +140,20 @@ class GhostForwarder:
                 each()
 
         owner.send_descriptor(IpiPath(vcpu, vector), path.eventfd)
-        self._submit(owner, OpenIpiTarget(vcpu, vector, gsi), opened)
+        self._submit(owner, OpenIpiTarget(vcpu, vector, path.gsi), opened)
+
+    def paths_to(self, vcpus: Sequence[int]) -> list[OpenPath]:
+        """Return the paths to these vCPUs, whose interrupts another worker's VM is to raise from now on."""
+        return [
+            OpenPath(vcpu, vector, path.gsi, path.eventfd)
+            for (vcpu, vector), path in self._paths.items()
+            if vcpu in vcpus
+        ]
+
+    def forget_sources(self, seat: int) -> None:
+        """Another worker sits there: what its ghosts signal is opened when they do it for the first time."""
+        for path in self._paths.values():
+            path.sources.discard(seat)
 
     def _submit(self, worker: Worker, message: Any, callback: Callable[[Any], None]) -> None:
         def answered(reply: Any) -> None:

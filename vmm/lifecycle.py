@@ -1,9 +1,11 @@
-"""The life cycle of a worker as a table. Sans-IO: the shell in vmm.workers feeds events and obeys."""
+"""The life cycle of a worker as a table. Sans-IO: the shell in vmm.workers feeds events, obeys, and arms the timers."""
 
 from __future__ import annotations
 
-from ipc.typed import Enum
+from ipc.typed import Enum, NamedTuple
 from vmm.errors import StateError
+
+SECOND_NS = 1_000_000_000
 
 
 class WorkerState(Enum):
@@ -13,8 +15,11 @@ class WorkerState(Enum):
     SPAWNED = "spawned"
     GREETED = "greeted"
     CONFIGURED = "configured"
+    STARTED = "started"
     RUNNING = "running"
     PAUSED = "paused"
+    SAVED = "saved"
+    REPLACED = "replaced"
     FINISHING = "finishing"
     FAILED = "failed"
     ENDED = "ended"
@@ -26,11 +31,16 @@ class WorkerEvent(Enum):
     SPAWN = "spawn"
     HELLO = "hello"
     CONFIGURED = "configured"
+    START = "start"  # it was told to run
     RESUMED = "resumed"
     PAUSED = "paused"
+    SAVED = "saved"  # the complete state of its vCPUs was read
+    LOADED = "loaded"  # it has got the state of another worker's vCPUs
+    REPLACED = "replaced"  # another worker runs its vCPUs from now on
     FINISH = "finish"
     VCPU_EXITED = "vcpu-exited"
     BREACH = "breach"
+    EXPIRED = "expired"  # the deadline of its state has passed
     DIED = "died"
 
 
@@ -42,27 +52,56 @@ TRANSITIONS: dict[tuple[WorkerState, WorkerEvent], WorkerState] = {
     (_S.ABSENT, _E.SPAWN): _S.SPAWNED,
     (_S.SPAWNED, _E.HELLO): _S.GREETED,
     (_S.GREETED, _E.CONFIGURED): _S.CONFIGURED,
-    (_S.CONFIGURED, _E.RESUMED): _S.RUNNING,
-    (_S.PAUSED, _E.RESUMED): _S.RUNNING,
+    (_S.CONFIGURED, _E.LOADED): _S.PAUSED,
+    (_S.CONFIGURED, _E.START): _S.STARTED,
+    (_S.CONFIGURED, _E.PAUSED): _S.PAUSED,
+    (_S.STARTED, _E.START): _S.STARTED,
+    (_S.STARTED, _E.RESUMED): _S.RUNNING,
+    (_S.STARTED, _E.PAUSED): _S.PAUSED,
+    (_S.RUNNING, _E.START): _S.RUNNING,
     (_S.RUNNING, _E.RESUMED): _S.RUNNING,
     (_S.RUNNING, _E.PAUSED): _S.PAUSED,
-    (_S.CONFIGURED, _E.PAUSED): _S.PAUSED,
+    (_S.PAUSED, _E.START): _S.PAUSED,
+    (_S.PAUSED, _E.RESUMED): _S.RUNNING,
     (_S.PAUSED, _E.PAUSED): _S.PAUSED,
-    (_S.CONFIGURED, _E.VCPU_EXITED): _S.FAILED,
+    (_S.PAUSED, _E.SAVED): _S.SAVED,
+    # A replacement that was rolled back: the worker goes on.
+    (_S.SAVED, _E.PAUSED): _S.PAUSED,
+    (_S.SAVED, _E.REPLACED): _S.REPLACED,
+    (_S.STARTED, _E.VCPU_EXITED): _S.FAILED,
     (_S.RUNNING, _E.VCPU_EXITED): _S.FAILED,
     (_S.PAUSED, _E.VCPU_EXITED): _S.FAILED,
     (_S.FINISHING, _E.VCPU_EXITED): _S.FINISHING,
     (_S.FAILED, _E.VCPU_EXITED): _S.FAILED,
-    (_S.FINISHING, _E.DIED): _S.ENDED,
-    (_S.FAILED, _E.DIED): _S.ENDED,
     (_S.ENDED, _E.SPAWN): _S.SPAWNED,
 }
 #: States of a worker whose process exists.
 ALIVE = frozenset(WorkerState) - {_S.ABSENT, _S.ENDED}
+#: States in which its vCPUs run, or may.
+MAY_RUN = frozenset((_S.STARTED, _S.RUNNING))
 for _state in ALIVE:
     TRANSITIONS.setdefault((_state, _E.FINISH), _S.FINISHING)
     TRANSITIONS.setdefault((_state, _E.BREACH), _S.FAILED)
     TRANSITIONS.setdefault((_state, _E.DIED), _S.ENDED)
+
+
+class Deadline(NamedTuple):
+    """How long a worker may stay in a state. Then it is killed, and takes that state's transition for EXPIRED."""
+
+    nanoseconds: int
+    text: str
+
+
+#: States that somebody waits to be left. In the others a worker may stay for ever; an operation that wants something
+#: of it has deadlines of its own (vmm.procedures). The supervisor gives the controller 0.6 s in all to end.
+DEADLINES: dict[WorkerState, Deadline] = {
+    _S.SPAWNED: Deadline(30 * SECOND_NS, "did not report"),
+    _S.REPLACED: Deadline(400_000_000, "did not end after it was replaced"),
+    _S.FINISHING: Deadline(400_000_000, "did not end"),
+    _S.FAILED: Deadline(400_000_000, "did not end although it was killed"),
+}
+TRANSITIONS.update({(state, _E.EXPIRED): state for state in DEADLINES})
+TRANSITIONS[_S.SPAWNED, _E.EXPIRED] = _S.FAILED
 
 
 def next_state(state: WorkerState, event: WorkerEvent) -> WorkerState:

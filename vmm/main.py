@@ -29,6 +29,7 @@ from vmm.logger import LOG, LoggerConfig
 from vmm.metrics import METRICS, SIGNAL_KEYS, MetricsConfig
 from vmm.metrics_sources import read_logger
 from vmm.microvm import Microvm
+from vmm.post_mortem import as_json
 from vmm.resources import StartOptions, VmResources
 from vmm.supervisor import SupervisorClient
 from vmm.version import FIRECRACKER_VERSION
@@ -248,7 +249,8 @@ class Program:
             listener.close()
         if self._vmm is not None:
             self._vmm.close()
-        EVENTS.emit("ended", exit_code=code)
+        failure = self._vmm.failure if self._vmm is not None else None
+        EVENTS.emit("ended", exit_code=code, **(as_json(failure) if failure is not None else {}))
         self._streams.close()
         self._builder.close()
         self._resources.close()

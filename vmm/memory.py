@@ -54,6 +54,11 @@ class GuestMemory:
         self.size = size
 
     @property
+    def descriptor(self) -> int:
+        """The memfd; it stays ours."""
+        return self._fd
+
+    @property
     def regions(self) -> tuple[MemoryRegion, ...]:
         """The RAM regions, in ascending order."""
         return self._regions

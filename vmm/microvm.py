@@ -68,6 +68,14 @@ class Microvm:
         """Return what GET /vcpus shows."""
         raise NotImplementedError
 
+    def replace_vcpu(self, vcpu: int) -> None:
+        """Let a new worker go on for the one that runs a vCPU (PATCH /vcpus/{index})."""
+        raise NotImplementedError
+
+    def replace_vcpus(self) -> None:
+        """Replace all workers, one after the other (PATCH /vcpus)."""
+        raise NotImplementedError
+
     def send_ctrl_alt_del(self) -> None:
         """Type Ctrl-Alt-Del (PUT /actions SendCtrlAltDel)."""
         raise NotImplementedError

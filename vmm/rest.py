@@ -22,13 +22,24 @@ def read_rest(workers: Sequence[Worker], open_exits: Sequence[int]) -> tuple[Wor
     rest = []
     for (worker, sequence), exits in zip(asked, open_exits, strict=True):
         read = worker.collect(sequence, RestRead) if sequence else RestRead(0, ())
-        if {ghost.vcpu for ghost in read.ghosts} != set(worker.assignment.ghosts):
-            worker.breach("it does not tell of all its ghosts")
-        rest.append(WorkerAtRest(worker.index, read.open_events, exits, read.ghosts))
+        rest.append(at_rest(worker, read, exits))
     for each in rest:
-        if text := unrest(each):
-            raise WorkerError(f"The microVM is not at rest: worker vcpu {each.worker} holds {text}.")
+        if text := complaint(each):
+            raise WorkerError(text)
     return tuple(rest)
+
+
+def at_rest(worker: Worker, read: RestRead, open_exits: int) -> WorkerAtRest:
+    """Return what a worker told of itself; one that leaves something out is not believed any more."""
+    if {ghost.vcpu for ghost in read.ghosts} != set(worker.assignment.ghosts):
+        worker.breach("it does not tell of all its ghosts")
+    return WorkerAtRest(worker.index, read.open_events, open_exits, read.ghosts)
+
+
+def complaint(worker: WorkerAtRest) -> str:
+    """Say why the microVM is not at rest, or nothing."""
+    text = unrest(worker)
+    return f"The microVM is not at rest: worker vcpu {worker.worker} holds {text}." if text else ""
 
 
 def unrest(worker: WorkerAtRest) -> str:

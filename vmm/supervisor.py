@@ -129,10 +129,10 @@ class SupervisorClient:
                 raise SupervisorError("The supervisor did not hand over the guest memory.")
             return owned.take()
 
-    def signal(self, worker: int, number: int) -> None:
+    def signal(self, worker: int, pid: int, number: int) -> None:
         """Have a signal sent to a worker; does not wait, and does nothing if the supervisor is gone."""
         try:
-            self._channel.send(SignalCell(worker, number))
+            self._channel.send(SignalCell(worker, pid, number))
         except IpcError:
             pass  # the end of the channel is noticed where it is read
 

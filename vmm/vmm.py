@@ -11,36 +11,37 @@ from ipc.messages import (
     DumpCpuConfig,
     DumpedCpuConfig,
     GhostRecovered,
-    GhostsReported,
-    Pause,
-    ReportGhosts,
-    Resume,
     SavedState,
     SaveState,
     VcpuExited,
 )
-from ipc.plain import signal_name
-from ipc.typed import TYPE_CHECKING, Any, Sequence
-from vmm.black_box import describe_run_page
+from ipc.typed import TYPE_CHECKING, Callable, Sequence
+from vmm.conductor import Conductor, Machine
 from vmm.console import ConsoleInput, ConsoleOutput
 from vmm.devices.manager import DeviceManager
-from vmm.errors import DeviceError, StateError, VmmError, WorkerError
+from vmm.errors import DeviceError, MicrovmEndedError, StateError, VmmError, WorkerError
 from vmm.event_manager import EventManager, EventOps, Events
 from vmm.events import EVENTS
 from vmm.exits import ExitExecutor
 from vmm.ghosts import GhostForwarder
+from vmm.heartbeat import Heartbeat
+from vmm.lifecycle import DEADLINES, SECOND_NS, WorkerState
 from vmm.logger import LOG
 from vmm.memory import GuestMemory
 from vmm.metrics import METRICS, SIGNAL_KEYS
 from vmm.metrics_sources import read_devices, read_exits
 from vmm.microvm import InstanceInfo, Microvm
 from vmm.placement import Placement
+from vmm.post_mortem import TAIL_LENGTH, Cause, Failure, of_end, of_vcpu, report
+from vmm.procedures import PAUSE, REPLACE, RESUME, Procedure
 from vmm.rest import read_rest
 from vmm.state import VERSION as STATE_VERSION
 from vmm.state import MicrovmState, WorkerAtRest
+from vmm.succession import Succession
+from vmm.vcpu_report import ghost_counters
 from vmm.version import APP_NAME, FIRECRACKER_VERSION
 from vmm.vm import Kvm, Vm
-from vmm.workers import SECOND_NS, Worker
+from vmm.workers import Worker
 
 if TYPE_CHECKING:
     from vmm.api.text import JsonValue
@@ -52,16 +53,11 @@ STATE_PAUSED = "Paused"
 #: VcpuExited.reason of a triple fault, by which guests reset their machine, too.
 VCPU_SHUTDOWN = "shutdown"
 
-#: A worker that answers no ping for this long is reported as stalled; a dead one is known at once by its pidfd.
-HEARTBEAT_INTERVAL_NS = 1 * SECOND_NS
-STALL_AFTER_NS = 3 * SECOND_NS
-#: After a pause the exits of all vCPUs must have been executed; they are by then but for the last answer's tail.
-DRAIN_TIMEOUT_NS = 5 * SECOND_NS
-#: How long GET /vcpus waits for a worker's counters.
-REPORT_TIMEOUT_NS = 1 * SECOND_NS
+#: How long a replacement waits for the end of the worker that was replaced before.
+BURY_TIMEOUT_NS = 10 * SECOND_NS
 
 
-class Vmm(Microvm):
+class Vmm(Microvm, Machine):
     """One microVM that was built. Made by ``vmm.builder``; closed once.
 
     ``vcpus_handles`` are the workers, ``device_manager`` the devices, ``vm`` memory and placement. Operations that need
@@ -91,10 +87,16 @@ class Vmm(Microvm):
         #: A guest that reboots gets a machine that starts anew (``restart_wanted``), which is for the owner to do.
         self.restarts = False
         self.restart_wanted = False
-        self._last_pong: dict[int, int] = {}
-        self._last_beat = 0
-        self._stalled: set[int] = set()
         self._closed = False
+        #: Makes what a replacement needs; set by the builder.
+        self.recruit: Callable[[Worker], Succession] = _cannot_recruit
+        self._conductor = Conductor(self, events)
+        self._heartbeat = Heartbeat(self.vcpus_handles, self.has_ended, self._conductor.pong)
+        self._retired: list[Worker] = []
+        self._ops: EventOps | None = None
+        self._replacements: dict[int, int] = {}
+        #: Why the microVM failed, if it did.
+        self.failure: Failure | None = None
 
     def __repr__(self) -> str:
         workers = ", ".join(f"vcpu {worker.index}: {worker.state.value}" for worker in self.vcpus_handles)
@@ -104,10 +106,16 @@ class Vmm(Microvm):
 
     def attach_worker(self, worker: Worker) -> None:
         """Take a configured worker over."""
+        self._own(worker)
+        self.vcpus_handles.append(worker)
+
+    def _own(self, worker: Worker) -> None:
         worker.on_vcpu_exited = self._vcpu_exited
         worker.on_failed = self._worker_failed
         worker.on_ended = self._worker_ended
-        self.vcpus_handles.append(worker)
+        if self._ghosts is not None:
+            worker.on_ghost_event = self._ghosts.handle
+            worker.on_ghost_recovered = self._ghost_recovered
 
     def attach_executor(self, vcpu: int, executor: ExitExecutor) -> None:
         """Serve the exits of one vCPU."""
@@ -118,8 +126,7 @@ class Vmm(Microvm):
         """Serve the ghosts of all workers."""
         self._ghosts = ghosts
         for worker in self.vcpus_handles:
-            worker.on_ghost_event = ghosts.handle
-            worker.on_ghost_recovered = self._ghost_recovered
+            self._own(worker)
 
     def attach_console(self, output: ConsoleOutput | None, console_input: ConsoleInput | None) -> None:
         """Connect the UART with the host."""
@@ -174,48 +181,22 @@ class Vmm(Microvm):
         return {vcpu: executor.counters() for vcpu, executor in sorted(self._executors.items())}
 
     def vcpu_report(self) -> list[JsonValue]:
-        """Return what GET /vcpus shows: one record per vCPU, in order of their indices.
-
-        ``exits`` are those that were answered until the last heartbeat. ``ghosts`` are those of the vCPU's worker
-        (its other vCPUs show the same); null if the worker does not answer. ``clock_ahead_ns`` is how far the worker's
-        kvmclock was ahead of worker 0's when it was set; null with one vCPU, or where the host cannot tell.
-        """
-        ghosts = self._ghost_counters()
+        """Return what GET /vcpus shows: one record per vCPU, in order of their indices (vmm.vcpu_report)."""
+        ghosts = ghost_counters(self.vcpus_handles, self._events)
         return [
             {
                 "index": vcpu,
                 "worker": worker.index,
                 "pid": worker.pid,
                 "placement": self.vm.placement.kind,
-                "state": "stalled" if worker.index in self._stalled else worker.state.value,
+                "state": "stalled" if self._heartbeat.is_stalled(worker) else worker.state.value,
                 "exits": self._executors[vcpu].counters()[COUNTER_EXITS],
                 "clock_ahead_ns": worker.clock_ahead_ns,
                 "ghosts": ghosts.get(worker.index),
+                "replacements": self._replacements.get(worker.index, 0),
             }
             for vcpu, worker in self._by_vcpu()
         ]
-
-    def _ghost_counters(self) -> dict[int, JsonValue]:
-        """Ask every worker for the counters of its ghosts; one that does not answer soon is left out."""
-        counters: dict[int, JsonValue] = {}
-        asked = 0
-        for worker in self.vcpus_handles:
-            if not worker.assignment.ghosts:
-                counters[worker.index] = []
-                continue
-
-            def answered(reply: Any, index: int = worker.index) -> None:
-                if isinstance(reply, GhostsReported):
-                    counters[index] = [each._asdict() for each in reply.ghosts]
-
-            try:
-                worker.submit(ReportGhosts(), answered)
-                asked += 1
-            except VmmError:
-                pass  # it has failed or ended, which its state says
-        wanted = len(counters) + asked
-        self._events.run_until(lambda: len(counters) >= wanted, time.monotonic_ns() + REPORT_TIMEOUT_NS)
-        return dict(counters)  # an answer that comes too late changes nothing any more
 
     def read_metrics(self) -> None:
         """Bring the metrics up to date with what the parts of this microVM have counted."""
@@ -235,49 +216,139 @@ class Vmm(Microvm):
 
     def start_vcpus(self) -> None:
         """Begin with every vCPU parked, as InstanceStart does before it resumes. The state becomes Paused."""
+        self._conductor.begin()
         self._set_state(STATE_PAUSED)
-        self._subscriptions.append(self._events.add_subscriber(self))
+        self._subscriptions += [self._events.add_subscriber(self), self._events.add_subscriber(self._heartbeat)]
 
     def resume_vm(self) -> None:
-        """Let all vCPUs run (PATCH /vm Resumed). Idempotent. Raises WorkerError, StateError after the end."""
-        self._require_alive()
-        pending = [(worker, worker.submit(Resume())) for worker in self.vcpus_handles]
-        for worker, sequence in pending:
-            worker.collect_resume(sequence)
-        self._set_state(STATE_RUNNING)
+        """Let all vCPUs run (PATCH /vm Resumed). Idempotent. Raises WorkerError, StateError after the end.
+
+        If a worker does not answer, all run all the same: that one as soon as it can.
+        """
+        try:
+            self._perform(RESUME)
+        except MicrovmEndedError as error:
+            LOG.debug(str(error))  # the guest has run, and has ended before the last worker could say so
 
     def pause_vm(self) -> None:
-        """Park all vCPUs at an instruction boundary, their exits executed (PATCH /vm Paused). Idempotent."""
-        self._require_alive()
-        pending = [(worker, worker.submit(Pause())) for worker in self.vcpus_handles]
-        for worker, sequence in pending:
-            METRICS["vcpu"].add("kvmclock_ctrl_fails", worker.collect_pause(sequence))
+        """Park all vCPUs at an instruction boundary, their exits executed (PATCH /vm Paused). Idempotent.
 
-        def drained() -> bool:
-            return self._shutdown_exit_code is not None or all(executor.idle for executor in self._executors.values())
-
-        if not self._events.run_until(drained, time.monotonic_ns() + DRAIN_TIMEOUT_NS):
-            for vcpu, worker in self._by_vcpu():
-                if not self._executors[vcpu].idle:
-                    worker.breach("it says that it is paused and has exits open")
-            raise WorkerError("The exits of the paused vCPUs were not executed in time.")
-        self._park_ghosts()
-        self._require_alive()
-        self._set_state(STATE_PAUSED)
-
-    def _park_ghosts(self) -> None:
-        """Let what is on its way between workers arrive; afterwards the LAPICs of the real vCPUs hold all of it, and it
-        is verified that nothing else does.
-
-        Every vCPU is parked, so nothing new is sent; a worker answers when its ghosts are empty and what they held was
-        forwarded, which the controller confirms only when it has arrived.
+        If a worker does not answer, all go on running. Raises WorkerError, StateError.
         """
-        if len(self.vcpus_handles) < 2:
+        self._perform(PAUSE)
+        self._require_alive()
+
+    def _perform(self, procedure: Procedure, succession: Succession | None = None) -> None:
+        self._require_alive()
+        try:
+            self._conductor.perform(procedure, succession)
+        finally:
+            if not self.has_ended():
+                self._set_state(self._conductor.life.state.value)
+
+    def replace_vcpu(self, vcpu: int) -> None:
+        """Let a freshly forked worker go on for the one that runs this vCPU (PATCH /vcpus/{i} Replace).
+
+        Raises StateError (nothing has changed) or WorkerError (the old worker goes on, or, with a new one, all run as
+        soon as those that stand still can).
+        """
+        self._require_alive()
+        owner = next((worker for index, worker in self._by_vcpu() if index == vcpu), None)
+        if owner is None:
+            raise StateError(f"There is no vCPU {vcpu}.")
+        self._replace(owner)
+
+    def replace_vcpus(self) -> None:
+        """Replace all workers, one after the other (PATCH /vcpus Replace). Raises as :meth:`replace_vcpu`."""
+        self._require_alive()
+        count = len(self.vcpus_handles)
+        for seat in range(count):
+            try:
+                self._replace(self.vcpus_handles[seat])
+            except VmmError as error:
+                if not seat:
+                    raise
+                raise WorkerError(f"After {seat} of {count} workers: {error}") from error
+
+    def _replace(self, leaver: Worker) -> None:
+        # The supervisor allows one worker beyond the plan: the one that was replaced last must be gone.
+        self._events.run_until(lambda: not self._retired or self.has_ended(), time.monotonic_ns() + BURY_TIMEOUT_NS)
+        self._require_alive()
+        if self._retired:
+            raise StateError("The worker that was replaced last has not ended yet.")
+        pid = leaver.pid
+        succession = self.recruit(leaver)
+        succession.on_comer_lost = self._comer_lost
+        self._perform(REPLACE, succession)
+        comer = succession.comer
+        microseconds = (self._conductor.resumed_at - self._conductor.parked_at) // 1000
+        EVENTS.emit("worker-replaced", worker=comer.index, pid=comer.pid, old_pid=pid, pause_us=microseconds)
+        LOG.info(
+            f"Worker vcpu {comer.index}: pid {comer.pid} goes on for pid {pid}; the guest stood still for "
+            f"{microseconds} us."
+        )
+
+    def _comer_lost(self, worker: Worker, how: object) -> None:
+        text = worker.failure or f"{worker.name} {worker.ended_how()}."
+        LOG.warn(f"A worker that was to replace another one failed: {text}")
+        self._conductor.lost(worker, text)
+
+    # ------------------------------------------------------------ what operations need (vmm.conductor.Machine)
+
+    def drained(self) -> bool:
+        """Have all exits of the parked vCPUs been executed?"""
+        return all(executor.idle for executor in self._executors.values())
+
+    def not_drained(self) -> None:
+        """Whoever has an exit open although it says that it is parked broke the protocol."""
+        for vcpu, worker in self._by_vcpu():
+            if not self._executors[vcpu].idle:
+                worker.breach("it says that it is paused and has exits open")
+
+    def has_ended(self) -> bool:
+        """Has the microVM ended, or is it about to, or to start anew?"""
+        return self._shutdown_exit_code is not None or self.restart_wanted
+
+    def cannot_go_on(self, text: str) -> None:
+        """An operation could be neither completed nor taken back."""
+        if self._shutdown_exit_code is None:
+            self._fail(Failure(Cause.OPERATION, "", text, exit_codes.GENERIC_ERROR), None)
+
+    def clock_failed(self, count: int) -> None:
+        """So many vCPUs could not be told that they were stopped."""
+        METRICS["vcpu"].add("kvmclock_ctrl_fails", count)
+
+    def succeeded(self, succession: Succession) -> None:
+        """The comer runs the leaver's vCPUs from now on."""
+        leaver, comer = succession.leaver, succession.comer
+        seat = leaver.index
+        self.vcpus_handles[self.vcpus_handles.index(leaver)] = comer
+        leaver.replaced()
+        self._own(comer)
+        if self._ghosts is not None:
+            self._ghosts.forget_sources(seat)
+        self._replacements[seat] = self._replacements.get(seat, 0) + 1
+
+    def retire(self, worker: Worker) -> None:
+        """End a worker that is no part of the microVM any more."""
+        worker.on_failed = lambda worker, text: None
+        worker.on_ended = self._buried
+        self._retired.append(worker)
+        if not worker.alive:
+            self._buried(worker)
             return
-        pending = [(worker, worker.park_ghosts()) for worker in self.vcpus_handles]
-        for worker, sequence in pending:
-            worker.collect_parked_ghosts(sequence)
-        self._read_rest()
+        if worker.state is WorkerState.REPLACED:
+            worker.finish()
+        else:
+            worker.kill()
+        if worker.state in DEADLINES and self._ops is not None:
+            deadline = time.monotonic_ns() + DEADLINES[worker.state].nanoseconds
+            self._ops.add_timer(deadline, lambda: worker.expire() if worker.alive else None)
+
+    def _buried(self, worker: Worker, notice: CellEnded | None = None) -> None:
+        if worker in self._retired:
+            self._retired.remove(worker)
+            worker.close()
 
     def _read_rest(self) -> tuple[WorkerAtRest, ...]:
         open_exits = [
@@ -344,112 +415,67 @@ class Vmm(Microvm):
     # ------------------------------------------------------------ what happens to workers
 
     def _vcpu_exited(self, worker: Worker, event: VcpuExited) -> None:
-        text = f"vCPU {event.vcpu} (worker pid {worker.pid}) left its run loop: {event.reason}. {event.text}"
+        failure = of_vcpu(worker, event)
         if self._shutdown_exit_code is not None:
             # A guest that was reset runs on until its worker ends, into a triple fault: that is no news.
-            LOG.debug(text)
+            LOG.debug(failure.text)
             return
         if self.restart_wanted or (self.restarts and event.reason == VCPU_SHUTDOWN):
-            LOG.debug(text)
+            LOG.debug(failure.text)
             self.guest_reset()
             return
         EVENTS.emit("vcpu-exited", vcpu=event.vcpu, reason=event.reason, exit_code=event.code)
         if event.code:
             METRICS["vcpu"].add("failures")
-            LOG.error(text)
-            self._report_black_box(worker)
+            self._fail(failure, worker)
         else:
-            LOG.info(text)
-        self.stop(event.code)
+            LOG.info(failure.text)
+            self.stop(0)
+        self._conductor.lost(worker, failure.text)
 
     def _worker_failed(self, worker: Worker, text: str) -> None:
-        LOG.error(text)
-        self._report_black_box(worker)
-        self.stop(exit_codes.GENERIC_ERROR)
+        self._fail(Failure(Cause.PROTOCOL, "", text, exit_codes.GENERIC_ERROR), worker)
+        self._conductor.lost(worker, text)
 
     def _worker_ended(self, worker: Worker, notice: CellEnded) -> None:
         if self._shutdown_exit_code is not None:
             return
-        if notice.signal:
-            how = f"was ended by signal {signal_name(notice.signal)}"
-            code = exit_codes.of_signal(notice.signal)
-            if code in SIGNAL_KEYS:
-                METRICS["signals"].store(SIGNAL_KEYS[code], 1)
-        else:
-            how = f"exited with status {notice.status}"
-            code = notice.status or exit_codes.GENERIC_ERROR
-        wall = f", by its {notice.wall} wall" if notice.wall else ""
+        failure = of_end(worker, notice)
         if notice.wall == "seccomp":
             METRICS["seccomp"].add("num_faults")
-        LOG.error(f"Worker vcpu {worker.index} (pid {notice.pid}) {how}{wall}.")
+        if notice.signal and failure.exit_code in SIGNAL_KEYS:
+            METRICS["signals"].store(SIGNAL_KEYS[failure.exit_code], 1)
+        self._fail(failure, worker)
         if notice.wall == "seccomp":
             LOG.error(f"Shutting down VM after intercepting a bad syscall of worker vcpu {worker.index}.")
-        self._report_black_box(worker)
-        self.stop(code)
+        self._conductor.lost(worker, failure.text)
 
-    def _report_black_box(self, worker: Worker) -> None:
-        for vcpu in worker.assignment.vcpus:
-            page = worker.run_page(vcpu)
-            if page is not None:
-                LOG.error(f"vCPU {vcpu}: {describe_run_page(page)}")
+    def _fail(self, failure: Failure, worker: Worker | None) -> None:
+        """Report why the microVM cannot go on, and end it."""
+        tail = b"" if self._console_output is None else self._console_output.tail(TAIL_LENGTH)
+        self.failure = self.failure or failure
+        report(failure, worker, tail.decode(errors="backslashreplace"))
+        self.stop(failure.exit_code)
 
     def _ghost_recovered(self, worker: Worker, event: GhostRecovered) -> None:
         text = f"Worker vcpu {worker.index}: {event.text}."
         if not event.fatal:
             LOG.warn(text)
         elif self._shutdown_exit_code is None:
-            LOG.error(text)
-            self.stop(exit_codes.GENERIC_ERROR)
+            self._fail(Failure(Cause.INTERRUPT, "ghost", text, exit_codes.GENERIC_ERROR), worker)
 
     def forwarding_failed(self, text: str) -> None:
         """An interrupt between vCPUs was lost: the guest cannot go on."""
         if self._shutdown_exit_code is None:
-            LOG.error(text)
-            self.stop(exit_codes.GENERIC_ERROR)
-
-    # ------------------------------------------------------------ heartbeat
+            self._fail(Failure(Cause.INTERRUPT, "forwarding", text, exit_codes.GENERIC_ERROR), None)
 
     def init(self, ops: EventOps) -> None:
-        """Subscriber: start the heartbeat."""
-        ops.add_timer(time.monotonic_ns() + HEARTBEAT_INTERVAL_NS, lambda: self._beat(ops))
+        """Subscriber: there are deadlines to be armed."""
+        self._ops = ops
 
     def process(self, events: Events, ops: EventOps) -> None:
         """Subscriber: workers have subscriptions of their own, here only time is watched; anything else is logged."""
         LOG.error(f"Spurious event {events.event_set:#x} of descriptor {events.fd} for the microVM.")
-
-    def _beat(self, ops: EventOps) -> None:
-        now = time.monotonic_ns()
-        if now - self._last_beat >= 2 * HEARTBEAT_INTERVAL_NS:
-            self._last_pong.clear()  # it was us who did not run: stopped, or a busy host
-        self._last_beat = now
-        for worker in self.vcpus_handles:
-            if worker.alive and self._shutdown_exit_code is None:
-                self._beat_worker(worker, now)
-        ops.add_timer(now + HEARTBEAT_INTERVAL_NS, lambda: self._beat(ops))
-
-    def _beat_worker(self, worker: Worker, now: int) -> None:
-        index = worker.index
-        silent = now - self._last_pong.setdefault(index, now)
-        if silent >= STALL_AFTER_NS:
-            if index not in self._stalled:
-                self._stalled.add(index)
-                EVENTS.emit("worker-stalled", worker=index)
-                text = (
-                    f"Worker vcpu {index} (pid {worker.pid}) is alive but has not answered for {silent // SECOND_NS} s."
-                )
-                LOG.warn(text)
-            return  # one unanswered ping is enough: its queue is bounded
-        try:
-            worker.ping(lambda: self._pong(index))
-        except VmmError:
-            pass  # the worker's end is reported by itself
-
-    def _pong(self, index: int) -> None:
-        self._last_pong[index] = time.monotonic_ns()
-        if index in self._stalled:
-            self._stalled.discard(index)
-            EVENTS.emit("worker-answers", worker=index)
-            LOG.info(f"Worker vcpu {index} answers again.")
 
     # ------------------------------------------------------------ end
 
@@ -461,7 +487,7 @@ class Vmm(Microvm):
         if self.restart_wanted and self._shutdown_exit_code is None:
             self._shutdown_exit_code = exit_codes.OK  # that its workers end now is no news
         try:
-            end_workers(self.vcpus_handles)
+            end_workers([*self.vcpus_handles, *self._retired])
             for executor in self._executors.values():
                 executor.drain()
             self.flush_console()
@@ -472,7 +498,7 @@ class Vmm(Microvm):
     def _release(self) -> None:
         for subscription in self._subscriptions:
             self._events.remove_subscriber(subscription)
-        for worker in self.vcpus_handles:
+        for worker in [*self.vcpus_handles, *self._retired]:
             worker.close()
         for executor in self._executors.values():
             executor.close()
@@ -490,6 +516,10 @@ class Vmm(Microvm):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _cannot_recruit(worker: Worker) -> Succession:
+    raise StateError(f"Worker {worker.index} cannot be replaced.")
 
 
 def end_workers(workers: Sequence[Worker]) -> None:

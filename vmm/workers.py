@@ -1,9 +1,8 @@
-"""The controller's side of one worker: spawn, handshake, commands and replies, descriptors, death."""
+"""The controller's side of one worker: handshake, commands and replies, descriptors, what it reports by itself."""
 
 from __future__ import annotations
 
 import mmap
-import os
 import select
 import time
 
@@ -21,9 +20,7 @@ from ipc.messages import (
     Finish,
     GhostEvent,
     GhostRecovered,
-    GhostsParked,
     Hello,
-    ParkGhosts,
     Pause,
     Paused,
     Ping,
@@ -36,35 +33,32 @@ from ipc.messages import (
     VcpuExited,
     Welcome,
 )
-from ipc.plain import signal, signal_name, socket
+from ipc.plain import socket
 from ipc.plan import Assignment, LaunchPlan, endpoint
 from ipc.typed import Any, Callable, Sequence, TypeVar
 from vmm import handover
 from vmm.errors import MicrovmEndedError, StateError, SupervisorError, VmmError, WorkerError
 from vmm.event_manager import EventManager, EventOps, Events
-from vmm.events import EVENTS
 from vmm.handover import WorkerDescriptors
-from vmm.lifecycle import ALIVE, WorkerEvent, WorkerState, next_state
+from vmm.lifecycle import DEADLINES, SECOND_NS, WorkerEvent, WorkerState
+from vmm.replies import Replies
 from vmm.supervisor import SupervisorClient
 from vmm.vm import Kvm
+from vmm.worker_process import DYING_MS, WorkerProcess
 
 __all__ = ["SECOND_NS", "Worker", "WorkerDescriptors"]
 
-SECOND_NS = 1_000_000_000
-#: How long a worker may take to say HELLO, or to answer a command, before the operation fails.
-HELLO_TIMEOUT_NS = 30 * SECOND_NS
+#: How long a command may take for which nobody says otherwise.
 COMMAND_TIMEOUT_NS = 30 * SECOND_NS
-#: How long it may take to end in order, and again to be dead after SIGKILL. The supervisor gives the controller
-#: 0.6 s in all to end.
-FINISH_TIMEOUT_NS = 400_000_000
-#: A process that ends closes its channels some time before its pidfd says so.
-DYING_MS = 100
 KVM_API_VERSION = 12
 
 Reply = TypeVar("Reply")
 
+#: What such a worker says changes nothing any more.
+_LEAVING = (WorkerState.FINISHING, WorkerState.REPLACED)
 
-class Worker:
+
+class Worker(WorkerProcess):
     """One worker process. Every wait runs the event loop, so that exits go on being served meanwhile."""
 
     def __init__(
@@ -75,19 +69,13 @@ class Worker:
         events: EventManager,
         supervisor: SupervisorClient,
     ) -> None:
-        self.index = index
-        #: What it was forked for, or will be.
-        self.assignment = Assignment(index, (index,), ())
-        self.state = WorkerState.ABSENT
-        self.pid = 0
+        super().__init__(index, events, supervisor)
         self.tsc_khz = 0
         #: What the worker said of the host's KVM.
         self.kvm = Kvm(0, 0, 0, 0)
         #: How far the kvmclock of its VM is ahead of that of worker 0, in ns; None if that was not measured.
         self.clock_ahead_ns: int | None = None
-        self.ended: CellEnded | None = None
         self.vcpu_exit: VcpuExited | None = None
-        self.failure = ""
         self.on_vcpu_exited: Callable[[Worker, VcpuExited], None]
         self.on_failed: Callable[[Worker, str], None]
         self.on_ended: Callable[[Worker, CellEnded], None]
@@ -96,32 +84,13 @@ class Worker:
         self._forget_owner()
         self._plan = plan
         self._context = context
-        self._events = events
-        self._supervisor = supervisor
         self._channel: Channel | None = None
         self._descriptors: PairChannel | None = None
-        self._pidfd = -1
-        self._spawn_request = 0
         self._subscription = 0
-        self._replies: dict[int, Any] = {}
-        self._callbacks: dict[int, Callable[[Any], None]] = {}
-        self._awaited: set[int] = set()
-        #: Commands whose answer came too late for whoever asked; it may still come.
-        self._abandoned: set[int] = set()
+        self._replies = Replies()
         self._vcpus: set[int] = set()
-        self._kill_wanted = False
         self._run_pages: dict[int, mmap.mmap] = {}
         self._vcpu_mmap_size = 0
-
-    @property
-    def alive(self) -> bool:
-        """True while the process exists (as far as we know)."""
-        return self.state in ALIVE
-
-    def _move(self, event: WorkerEvent) -> None:
-        before, self.state = self.state, next_state(self.state, event)
-        if self.state is not before:
-            EVENTS.emit("worker-state", worker=self.index, pid=self.pid, state=self.state.value)
 
     def _forget_owner(self) -> None:
         self.on_vcpu_exited = lambda worker, event: None
@@ -152,39 +121,25 @@ class Worker:
         if self._channel is None:
             self.bind()
         self.assignment = assignment or self.assignment
-        self.ended = self.vcpu_exit = None
-        self.failure = ""
-        self.pid = 0
-        self._kill_wanted = False
+        self.vcpu_exit = None
         self._forget_owner()
-        self._spawn_request = self._supervisor.submit_spawn(self.assignment)
-        self._move(WorkerEvent.SPAWN)
+        self._submit_spawn()
 
-    def _spawn_answered(self) -> bool:
-        return not self._spawn_request or self._supervisor.ready(self._spawn_request)
-
-    def _collect_spawn(self) -> None:
-        """Take the supervisor's answer, which is here. Raises SupervisorError if it refused."""
-        request, self._spawn_request = self._spawn_request, 0
-        try:
-            spawned, owned = self._supervisor.collect_spawn(request)
-        except SupervisorError as error:
-            self.failure = str(error)
-            self._move(WorkerEvent.DIED)
-            self._release()
-            raise
-        with owned:
-            self._pidfd = owned.take()
-            pair = socket.socket(fileno=owned.take())
+    def _take_descriptor_channel(self, pair: socket.socket) -> None:
         pair.setblocking(False)  # a worker that does not read must not stop us
         self._descriptors = PairChannel(pair, DESCRIPTORS, self._plan.epoch)
-        self.pid = spawned.pid
-        if self._kill_wanted:
-            self._send_kill()
+
+    def is_greeted(self) -> bool:
+        """Look whether the worker has said HELLO by now. Raises WorkerError or SupervisorError if it never will."""
+        if self._spawn_request and self._spawn_answered():
+            self._collect_spawn()
+        if self.state not in (WorkerState.SPAWNED, WorkerState.GREETED):
+            raise self.error()
+        return self.state is WorkerState.GREETED and not self._spawn_request
 
     def wait_greeted(self) -> None:
         """Wait until the worker has said HELLO. Raises WorkerError or SupervisorError."""
-        deadline = time.monotonic_ns() + HELLO_TIMEOUT_NS
+        deadline = time.monotonic_ns() + DEADLINES[WorkerState.SPAWNED].nanoseconds
         self._events.run_until(self._spawn_answered, deadline)
         if self._spawn_request:
             self._collect_spawn()
@@ -196,9 +151,9 @@ class Worker:
         if self._supervisor.closed:
             raise SupervisorError("The supervisor is gone.")
         if self.state is WorkerState.SPAWNED:
-            self._fail(f"The worker of vCPU {self.index} did not report within {HELLO_TIMEOUT_NS // SECOND_NS} s.")
+            self.expire()
         if self.state is not WorkerState.GREETED:
-            raise self._error()
+            raise self.error()
 
     # ------------------------------------------------------------ event loop
 
@@ -220,23 +175,12 @@ class Worker:
                 envelope = self._channel.receive(time.monotonic_ns())
                 if envelope is None:
                     return
-                if envelope.reply_to:
-                    self._handle_reply(envelope.reply_to, envelope.message)
-                else:
+                if not envelope.reply_to:
                     self._handle_event(envelope.message)
+                elif not self._replies.arrive(envelope.reply_to, envelope.message):
+                    self.breach(f"{type(envelope.message).__name__} in answer to nothing")
         except (IpcError, StateError) as error:
             self.breach(str(error))
-
-    def _handle_reply(self, reply_to: int, message: Any) -> None:
-        callback = self._callbacks.pop(reply_to, None)
-        if callback is not None:
-            callback(message)
-        elif reply_to in self._awaited and reply_to not in self._replies:
-            self._replies[reply_to] = message
-        elif reply_to in self._abandoned:
-            self._abandoned.discard(reply_to)
-        else:
-            self.breach(f"{type(message).__name__} in answer to nothing")
 
     def _handle_event(self, message: Any) -> None:
         if isinstance(message, Hello):
@@ -275,11 +219,21 @@ class Worker:
         """The worker broke the protocol: it is not believed any more, and killed."""
         self._fail(f"The worker of vCPU {self.index} broke the protocol: {text}.")
 
-    def _fail(self, text: str) -> None:
+    def expire(self) -> None:
+        """The deadline of its state is over: it is killed."""
+        limit = DEADLINES[self.state]
+        if self.state is WorkerState.SPAWNED:
+            seconds = f"{limit.nanoseconds / SECOND_NS:g} s"
+            self._fail(f"The worker of vCPU {self.index} {limit.text} within {seconds}.", WorkerEvent.EXPIRED)
+        else:
+            self._move(WorkerEvent.EXPIRED)
+            self.kill()
+
+    def _fail(self, text: str, event: WorkerEvent = WorkerEvent.BREACH) -> None:
         if self.failure or not self.alive:
             return
         self.failure = text
-        self._move(WorkerEvent.BREACH)
+        self._move(event)
         self._close_channel()
         self.kill()
         self.on_failed(self, text)
@@ -297,10 +251,10 @@ class Worker:
         self.ended = notice
         self._move(WorkerEvent.DIED)
         self._close_channel()
-        self._callbacks.clear()
+        self._replies.drop_callbacks()
         self.on_ended(self, notice)
 
-    def _error(self) -> VmmError:
+    def error(self) -> VmmError:
         """Return what to raise where the worker cannot do what is asked."""
         if self.vcpu_exit is not None and not self.failure:
             return MicrovmEndedError(f"vCPU {self.vcpu_exit.vcpu} left its run loop: {self.vcpu_exit.reason}.")
@@ -310,74 +264,89 @@ class Worker:
         """Say why the worker cannot do what is asked, as precisely as we know."""
         if self.failure:
             return self.failure
-        name = f"The worker of vCPU {self.index} (pid {self.pid})"
-        if self.ended is None:
-            return f"{name} is {self.state.value}."
-        if self.ended.wall:
-            return f"{name} was ended by its {self.ended.wall} wall."
-        if self.ended.signal:
-            return f"{name} was ended by signal {signal_name(self.ended.signal)}."
-        return f"{name} exited with status {self.ended.status}."
+        return f"{self.name} {self.ended_how()}."
 
     # ------------------------------------------------------------ commands
 
-    def submit(self, message: Any, callback: Callable[[Any], None] | None = None) -> int:
+    def submit(self, message: Any, callback: Callable[[Any], None] | None = None, timeout_ns: int | None = None) -> int:
         """Send a command; the reply goes to ``callback`` or waits for :meth:`collect`. Never runs the event loop.
 
-        A worker that gets it when nobody waits any more does not carry it out. Raises WorkerError, or
-        MicrovmEndedError.
+        A worker that gets it later than after ``timeout_ns`` (0: however late) does not carry it out. Raises
+        WorkerError, or MicrovmEndedError.
         """
         if self.state is WorkerState.FAILED:
-            raise self._error()
-        return self._submit(message, callback, time.monotonic_ns() + COMMAND_TIMEOUT_NS)
+            raise self.error()
+        timeout_ns = COMMAND_TIMEOUT_NS if timeout_ns is None else timeout_ns
+        return self._submit(message, callback, time.monotonic_ns() + timeout_ns if timeout_ns else 0)
+
+    def ask(
+        self,
+        message: Any,
+        expected: type[Any],
+        answered: Callable[[Any, str], None],
+        *,
+        timeout_ns: int,
+        event: WorkerEvent | None = None,
+    ) -> None:
+        """Send a command; ``answered`` gets the reply of the expected kind, or None and why it was refused.
+
+        A worker that has ended, or does so meanwhile, does not answer: its end is reported by itself.
+        """
+
+        def replied(reply: Any) -> None:
+            if isinstance(reply, expected):
+                if event is not None:
+                    self.note(event)
+                answered(reply, "")
+            elif isinstance(reply, Failed):
+                answered(None, reply.text)
+            else:
+                self.breach(f"{type(reply).__name__} in answer to another command")
+
+        try:
+            self.submit(message, replied, timeout_ns)
+        except VmmError:
+            pass
+
+    def note(self, event: WorkerEvent) -> None:
+        """Note what has become of a command, unless nothing of the worker counts any more."""
+        if self.usable and self.state not in _LEAVING:
+            self._move(event)
 
     def _submit(self, message: Any, callback: Callable[[Any], None] | None, deadline: int) -> int:
         if not self.alive or self._channel is None:
-            raise self._error()
+            raise self.error()
         try:
             sequence = self._channel.send(message, deadline=deadline)
         except IpcError as error:
             if not self._has_exited(DYING_MS):
                 self.breach(str(error))
-                raise self._error() from None
+                raise self.error() from None
             # The supervisor is about to say how it ended; that counts, not that it can no longer be asked.
-            raise WorkerError(f"The worker of vCPU {self.index} (pid {self.pid}) has ended.") from None
-        if callback is None:
-            self._awaited.add(sequence)
-        else:
-            self._callbacks[sequence] = callback
+            raise WorkerError(f"{self.name} has ended.") from None
+        self._replies.expect(sequence, callback)
         self._receive()  # sending may have consumed the edge of the descriptor
         return sequence
-
-    def _has_exited(self, patience_ms: int) -> bool:
-        if self._pidfd < 0:
-            return False
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        return bool(poll.poll(patience_ms))
 
     def collect(self, sequence: int, expected: type[Reply]) -> Reply:
         """Wait for a reply. Raises WorkerError when the worker fails, dies, refuses or is too slow."""
 
         def settled() -> bool:
-            return sequence in self._replies or not self.alive or self.state is WorkerState.FAILED
+            return self._replies.has(sequence) or not self.alive or self.state is WorkerState.FAILED
 
         if not settled():
             self._events.run_until(settled, time.monotonic_ns() + COMMAND_TIMEOUT_NS)
-        self._awaited.discard(sequence)
-        reply = self._replies.pop(sequence, None)
+        reply = self._replies.take(sequence)
         if isinstance(reply, expected):
             return reply
         if reply is None:
-            self._abandoned.add(sequence)
             if self.alive and self.state is not WorkerState.FAILED:
-                name = f"The worker of vCPU {self.index} (pid {self.pid})"
-                raise WorkerError(f"{name} did not answer within {COMMAND_TIMEOUT_NS // SECOND_NS} s.")
+                raise WorkerError(f"{self.name} did not answer within {COMMAND_TIMEOUT_NS // SECOND_NS} s.")
         elif isinstance(reply, Failed):
             raise WorkerError(reply.text)
         else:
             self.breach(f"{type(reply).__name__} in answer to another command")
-        raise self._error()
+        raise self.error()
 
     def request(self, message: Any, expected: type[Reply]) -> Reply:
         """Send a command and wait for its reply. Raises as :meth:`collect` does."""
@@ -385,7 +354,7 @@ class Worker:
             sequence = self.submit(message)
         except WorkerError:
             self._wait_if_exited()
-            raise self._error() from None
+            raise self.error() from None
         return self.collect(sequence, expected)
 
     def _arrive(self, event: WorkerEvent) -> None:
@@ -393,29 +362,50 @@ class Worker:
         if self.alive and self.state is not WorkerState.FAILED:
             self._move(event)
         elif self.vcpu_exit is None or self.failure:
-            raise self._error()  # a vCPU that has ended meanwhile was reported, and is no failure of this command
+            raise self.error()  # a vCPU that has ended meanwhile was reported, and is no failure of this command
 
     def configure(self, message: Configure, descriptors: WorkerDescriptors) -> None:
         """Hand over descriptors and configuration; afterwards the vCPUs are parked. Raises WorkerError."""
+        self._hand_over_descriptors(message, descriptors)
+        self._configured(message, self.request(message, Configured))
+        if not self.usable and (self.vcpu_exit is None or self.failure):
+            raise self.error()
+
+    def configure_soon(
+        self, message: Configure, descriptors: WorkerDescriptors, answered: Callable[[str], None], timeout_ns: int
+    ) -> None:
+        """As :meth:`configure`, without waiting; ``answered`` gets why it failed, or nothing. Raises WorkerError."""
+        self._hand_over_descriptors(message, descriptors)
+
+        def replied(reply: Any, refusal: str) -> None:
+            if reply is not None:
+                self._configured(message, reply)
+            answered(refusal)
+
+        self.ask(message, Configured, replied, timeout_ns=timeout_ns)
+
+    def _hand_over_descriptors(self, message: Configure, descriptors: WorkerDescriptors) -> None:
         channel = self._descriptors
         if channel is None or self.state is not WorkerState.GREETED:
-            raise self._error()
+            raise self.error()
         self._vcpus = set(message.vcpus)
         try:
             handover.send(channel, descriptors)
         except IpcError as error:
             self._wait_if_exited()
             self.breach(str(error))
-            raise self._error() from None
-        configured = self.request(message, Configured)
-        self.tsc_khz = configured.tsc_khz
+            raise self.error() from None
+
+    def _configured(self, message: Configure, reply: Configured) -> None:
+        assert self._descriptors is not None
+        self.tsc_khz = reply.tsc_khz
         try:
-            self._run_pages = handover.receive_run_pages(channel, message.vcpus, self._vcpu_mmap_size)
+            self._run_pages = handover.receive_run_pages(self._descriptors, message.vcpus, self._vcpu_mmap_size)
         except WorkerError as error:
             self._wait_if_exited()
             self.breach(str(error))
-            raise self._error() from None
-        self._arrive(WorkerEvent.CONFIGURED)
+            raise self.error() from None
+        self.note(WorkerEvent.CONFIGURED)
 
     def send_descriptor(self, message: Any, descriptor: int) -> None:
         """Hand a descriptor over after Configure, ahead of the command that needs it. Not to one that has ended."""
@@ -429,7 +419,8 @@ class Worker:
 
     def _wait_if_exited(self) -> None:
         if self.alive and self._has_exited(DYING_MS):
-            self._events.run_until(lambda: not self.alive, time.monotonic_ns() + FINISH_TIMEOUT_NS)
+            deadline = time.monotonic_ns() + DEADLINES[WorkerState.FINISHING].nanoseconds
+            self._events.run_until(lambda: not self.alive, deadline)
 
     def run_page(self, vcpu: int) -> mmap.mmap | None:
         """Return the read-only kvm_run area of a vCPU; it stays readable after the worker's death."""
@@ -437,32 +428,14 @@ class Worker:
 
     def resume(self) -> None:
         """Let the vCPUs run. Raises WorkerError."""
+        self.note(WorkerEvent.START)
         self.request(Resume(), Resumed)
-        self._arrive(WorkerEvent.RESUMED)
-
-    def collect_resume(self, sequence: int) -> None:
-        """Wait for a submitted Resume."""
-        self.collect(sequence, Resumed)
         self._arrive(WorkerEvent.RESUMED)
 
     def pause(self) -> None:
         """Park the vCPUs. Raises WorkerError."""
         self.request(Pause(), Paused)
         self._arrive(WorkerEvent.PAUSED)
-
-    def collect_pause(self, sequence: int) -> int:
-        """Wait for a submitted Pause; return the number of KVM_KVMCLOCK_CTRL failures."""
-        paused = self.collect(sequence, Paused)
-        self._arrive(WorkerEvent.PAUSED)
-        return paused.kvmclock_ctrl_failures
-
-    def collect_parked_ghosts(self, sequence: int) -> int:
-        """Wait for a submitted ParkGhosts; return how many ghosts had held something."""
-        return self.collect(sequence, GhostsParked).drained
-
-    def park_ghosts(self) -> int:
-        """Ask for the ghosts to be parked; returns the number for :meth:`collect_parked_ghosts`."""
-        return self.submit(ParkGhosts())
 
     def set_routes(self, routes: Sequence[Route], done: Callable[[], None]) -> None:
         """Send routes; ``done`` is called when they are in force (never, if the worker fails)."""
@@ -478,17 +451,20 @@ class Worker:
         except VmmError:
             pass  # the worker's end is reported by itself
 
-    def ping(self, callback: Callable[[], None]) -> None:
-        """Ask for a sign of life. Raises WorkerError or MicrovmEndedError if it cannot even be asked."""
+    def ping(self, callback: Callable[[str], None]) -> None:
+        """Ask for a sign of life; ``callback`` gets what the worker says of its own state.
+
+        Raises WorkerError or MicrovmEndedError if it cannot even be asked.
+        """
 
         def answered(reply: Any) -> None:
             if isinstance(reply, Pong):
-                callback()
+                callback(reply.state)
             else:
                 self.breach(f"{type(reply).__name__} in answer to Ping")
 
         if self.state is WorkerState.FAILED:
-            raise self._error()
+            raise self.error()
         self._submit(Ping(), answered, 0)  # no deadline: one that was stopped for long answers, too
 
     # ------------------------------------------------------------ end
@@ -506,44 +482,10 @@ class Worker:
         except VmmError:
             self.kill()
 
-    def kill(self) -> None:
-        """SIGKILL by pidfd or, where the pidfd may not be used, by the supervisor; returns at once.
-
-        A worker that was asked for and whose pidfd is not here yet is killed when it comes.
-        """
-        if not self.alive:
-            return
-        self._kill_wanted = True
-        if self._spawn_request and self._spawn_answered():
-            try:
-                self._collect_spawn()
-            except SupervisorError:
-                return  # there is nothing to kill
-        elif self._pidfd >= 0:
-            self._send_kill()
-
-    def _send_kill(self) -> None:
-        try:
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        except OSError:
-            self._supervisor.signal(self.index, signal.SIGKILL)
-
-    def wait_ended(self, timeout_ns: int = FINISH_TIMEOUT_NS) -> bool:
-        """Wait until the supervisor has reaped the worker; kill it when the time is over."""
-
-        def ended() -> bool:
-            return not self.alive or self._supervisor.closed
-
-        def ended_or_answered() -> bool:
-            return ended() or bool(self._spawn_request and self._spawn_answered())
-
-        self._events.run_until(ended_or_answered, time.monotonic_ns() + timeout_ns)
-        if not ended():
-            self.kill()
-            self._events.run_until(ended, time.monotonic_ns() + timeout_ns)
-        return not self.alive
+    def replaced(self) -> None:
+        """Another worker runs its vCPUs from now on."""
+        self.note(WorkerEvent.REPLACED)
+        self._forget_owner()
 
     def _close_channel(self) -> None:
         if self._subscription:
@@ -554,23 +496,15 @@ class Worker:
             self._channel = None
 
     def _release(self) -> None:
+        super()._release()
         self._close_channel()
-        if self._spawn_request:
-            self._supervisor.abandon(self._spawn_request)
-            self._spawn_request = 0
         if self._descriptors is not None:
             self._descriptors.close()
             self._descriptors = None
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
         for page in self._run_pages.values():
             page.close()
         self._run_pages.clear()
         self._replies.clear()
-        self._callbacks.clear()
-        self._awaited.clear()
-        self._abandoned.clear()
 
     def close(self) -> None:
         """Release everything; the process must have ended or be about to."""

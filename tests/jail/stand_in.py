@@ -92,12 +92,17 @@ def one_worker(plan: LaunchPlan, client: Client) -> int:
 def greedy(plan: LaunchPlan, client: Client) -> int:
     """Ask for more than the plan allows."""
     # The schema refuses what no plan could allow, so the plan's own bounds are asked for one below.
+    first = client.ask(Spawn(0, (0,), ()))
+    say(f"first -> {type(first).__name__}")
     for request in (
-        Spawn(0, (0,), ()),
+        Spawn(0, (0, 1), ()),
+        Spawn(0, (0,), (1,)),
+        Spawn(0, (0,), ()),  # it is to replace the first one
         Spawn(0, (0,), ()),
         Spawn(plan.max_workers - 1, (0,), ()),
-        SignalCell(0, signal.SIGUSR1),
-        SignalCell(7, 9),
+        SignalCell(0, first.pid, signal.SIGUSR1),
+        SignalCell(7, first.pid, 9),
+        SignalCell(0, os.getpid(), 9),
     ):
         reply = client.ask(request)
         say(f"{type(request).__name__} {request[0]} -> {type(reply).__name__} {getattr(reply, 'code', '')}")
@@ -125,9 +130,9 @@ def memory(plan: LaunchPlan, client: Client) -> int:
 
 def signals(plan: LaunchPlan, client: Client) -> int:
     """Stop, continue and kill a worker."""
-    client.ask(Spawn(0, (0,), ()))
+    pid = client.ask(Spawn(0, (0,), ())).pid
     for number in (signal.SIGSTOP, signal.SIGCONT, signal.SIGKILL):
-        say(f"{number.name} -> {type(client.ask(SignalCell(0, number))).__name__}")
+        say(f"{number.name} -> {type(client.ask(SignalCell(0, pid, number))).__name__}")
     message = client.notice()
     say(f"ended signal={message.signal}")
     again = client.ask(Spawn(0, (0,), ()))
@@ -188,7 +193,7 @@ def flood(plan: LaunchPlan, client: Client) -> int:
     """Ask without ever reading the answers."""
     client.pair.socket.settimeout(10)
     for _ in range(100000):
-        client.pair.send(SignalCell(9, 9))
+        client.pair.send(SignalCell(9, 9, 9))
     return 0
 
 

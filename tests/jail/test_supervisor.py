@@ -26,11 +26,15 @@ def test_requests_within_and_beyond_the_plan(base: Path) -> None:
     assert jailed.run() == 0, jailed.output()
     answers = [line for line in _lines(jailed) if "->" in line]
     assert answers == [
+        "first -> Spawned",
+        "Spawn 0 -> Failed supervisor.exists",
+        "Spawn 0 -> Failed supervisor.exists",
         "Spawn 0 -> Spawned ",
         "Spawn 0 -> Failed supervisor.exists",
         f"Spawn {MAX_WORKERS - 1} -> Spawned ",
         "SignalCell 0 -> Failed supervisor.signal",
         "SignalCell 7 -> Failed supervisor.signal",
+        "SignalCell 0 -> Failed supervisor.signal",
         "CreateMemory 4096 -> MemoryCreated",
         f"CreateMemory {MAX_MEMORY_BYTES} -> MemoryCreated",
     ]

@@ -103,7 +103,7 @@ def test_a_late_listener_is_told_what_has_happened(vm):
     stream.close()
     assert [event["number"] for event in events] == list(range(1, len(events) + 1))
     workers = [event["state"] for event in events if event["event"] == "worker-state"]
-    assert workers == ["spawned", "greeted", "configured", "running"]
+    assert workers == ["spawned", "greeted", "configured", "started", "running"]
 
 
 def test_metrics_are_written_at_the_start_on_demand_and_at_the_end(vm, tmp_path):

@@ -259,6 +259,7 @@ class Controller:
             mmio=self.mmio,
             interrupts=tuple(self.interrupts),
             track_dirty_pages=False,
+            goes_on=False,
         )
 
     def send_descriptors(self) -> None:

@@ -16,6 +16,7 @@ from ipc.messages import (
     GhostReport,
     GhostsParked,
     GhostsReported,
+    GhostState,
     InitVcpu,
     InterruptRaised,
     IpiPathOpen,
@@ -33,7 +34,7 @@ from ipc.messages import (
     StartVcpu,
     StubPlaced,
 )
-from ipc.typed import Any, Callable
+from ipc.typed import Any, Callable, Sequence
 from vcpu_worker.descriptor_set import DescriptorSet
 from vcpu_worker.errors import ConfigurationError, StateError, WorkerError
 from vcpu_worker.ghosts.ghost import BUSY, Ghost
@@ -337,6 +338,42 @@ class GhostControl:
         self._descriptors.receive()
         self._machine.open_ipi_source(command, self._descriptors.ipi_path(command.vcpu, command.vector))
         reply(IpiPathOpen())
+
+    # ------------------------------------------------------------ succession
+
+    def states(self, done: Callable[[list[GhostState] | Exception], None]) -> None:
+        """Tell what the ghosts are, for another worker that goes on for this one."""
+        self._in_each(lambda runner: runner.ghost.state(), done)
+
+    def go_on(self, states: Sequence[GhostState], offset: int, done: Callable[[list[Any] | Exception], None]) -> None:
+        """Make the ghosts what they were in another worker, with this TSC offset."""
+        by_vcpu = {state.vcpu: state for state in states}
+        if by_vcpu.keys() != self._runners.keys():
+            raise ConfigurationError(f"this worker has the ghosts {sorted(self._runners)}, not {sorted(by_vcpu)}")
+
+        def go_on(runner: GhostRunner) -> None:
+            state = by_vcpu[runner.ghost.index]
+            runner.ghost.kvm.set_tsc_offset(offset)
+            runner.ghost.go_on(state)
+            if state.waiting:
+                self._machine.send_init(state.vcpu)
+
+        self._in_each(go_on, done)
+
+    def _in_each(self, job: Callable[[GhostRunner], Any], done: Callable[[Any], None]) -> None:
+        """Do something in every ghost's thread; ``done`` gets the results, or the first exception."""
+        left = len(self._runners)
+        results: list[Any] = []
+
+        def one_done(result: Any) -> None:
+            results.append(result)
+            if len(results) == left:
+                done(next((each for each in results if isinstance(each, Exception)), results))
+
+        if not left:
+            done(results)
+        for runner in self._runners.values():
+            runner.thread.submit(_bind(job, runner), one_done)
 
     # ------------------------------------------------------------ clocks
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import time
 
-from ipc.messages import GHOST_INIT, GHOST_INTERRUPT, GHOST_NMI, GHOST_STARTUP, GhostAtRest, MsrValue
+from ipc.messages import GHOST_INIT, GHOST_INTERRUPT, GHOST_NMI, GHOST_STARTUP, GhostAtRest, GhostState, MsrValue
 from ipc.typed import Callable
 from vcpu_worker.errors import KvmError, WorkerError
 from vcpu_worker.ghosts import stub
@@ -103,6 +103,19 @@ class Ghost:
         meanwhile, and the SIPI would be lost on the stub.
         """
         if not self.is_stub and self.kvm.get_mp_state() != abi.MP_STATE_INIT_RECEIVED:
+            self._place()
+
+    def state(self) -> GhostState:
+        """Tell another worker's ghost of the same vCPU how to go on; only while nothing is on its way through it."""
+        waiting = self.kvm.get_mp_state() == abi.MP_STATE_INIT_RECEIVED
+        vector = self._startup_vector
+        return GhostState(self.index, self.is_stub, vector is not None, vector or 0, waiting)
+
+    def go_on(self, state: GhostState) -> None:
+        """Go on for the ghost of another worker, before the first ``run``. An INIT is for the caller to send."""
+        if state.started:
+            self._startup_vector = state.vector
+        if state.stub:
             self._place()
 
     def _place(self) -> None:

@@ -300,8 +300,11 @@ assert DEVICE_ATTR.size == 24 and MP_STATE.size == MP_STATE_SIZE
 #: In-service and interrupt request registers: eight words of 32 bits each, 16 bytes apart.
 APIC_ISR = 0x100
 APIC_IRR = 0x200
+APIC_LVTT = 0x320
 APIC_LVT_LINT0 = 0x350
 APIC_LVT_LINT1 = 0x360
+APIC_TMICT = 0x380
+APIC_TMCCT = 0x390
 APIC_MODE_NMI = 4
 APIC_MODE_EXTINT = 7
 

@@ -109,6 +109,7 @@ _ACTIONS: dict[str, Action] = {
 _ACTION_BODY = Object("ActionBody", _ACTIONS.__getitem__, Field("action_type", Variant(*_ACTIONS)))
 _VM_STATES: dict[str, Action] = {"Paused": actions.Pause(), "Resumed": actions.Resume()}
 _VM = Object("Vm", _VM_STATES.__getitem__, Field("state", Variant(*_VM_STATES)))
+_VCPU_ACTION = Object("VcpuAction", str, Field("action", Variant("Replace")))
 
 
 # -- what each path does with its body and the rest of its tokens -----------------------------------------------------
@@ -154,6 +155,16 @@ def _patch_vm(body: bytes, _rest: list[str]) -> ParsedRequest:
     return ParsedRequest(decode_body(_VM, body))
 
 
+def _patch_vcpus(body: bytes, rest: list[str]) -> ParsedRequest:
+    decode_body(_VCPU_ACTION, body)
+    if not rest:
+        return ParsedRequest(actions.ReplaceWorkers(None))
+    number = rest[0]
+    if len(rest) > 1 or not (number.isascii() and number.isdigit()) or len(number) > 4:
+        raise RequestError(f"Invalid vCPU index: {number[:64]!r}.")
+    return ParsedRequest(actions.ReplaceWorkers(int(number)))
+
+
 def _get_metrics(rest: list[str]) -> ParsedRequest | None:
     return ParsedRequest(actions.GetPrometheusMetrics()) if rest[:1] == ["prometheus"] else None
 
@@ -180,6 +191,7 @@ _WITH_BODY: dict[tuple[str, str], WithBody] = {
     ("PUT", "metrics"): _put_metrics,
     ("PUT", "serial"): _put_serial,
     ("PATCH", "machine-config"): _patch_machine_config,
+    ("PATCH", "vcpus"): _patch_vcpus,
     ("PATCH", "vm"): _patch_vm,
     **device_routes.WITH_BODY,
 }

@@ -42,6 +42,10 @@ class InterruptRouter:
         if not self._busy:
             self._next()
 
+    def placed(self, target: int) -> set[int]:
+        """Return the GSIs whose irqfd is in the VM of this worker, or was there last."""
+        return {gsi for gsi, place in self._places.items() if place == target}
+
     def _next(self) -> None:
         if not self._waiting:
             self._busy = False

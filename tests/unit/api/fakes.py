@@ -50,6 +50,12 @@ class FakeVmm(Microvm):
         self._call("vcpus")
         return [{"index": 0, "state": "running"}]
 
+    def replace_vcpu(self, vcpu: int) -> None:
+        self._call(f"replace {vcpu}")
+
+    def replace_vcpus(self) -> None:
+        self._call("replace all")
+
     def send_ctrl_alt_del(self) -> None:
         self._call("ctrl-alt-del")
 

@@ -478,6 +478,24 @@ def test_vcpus_are_shown_once_the_microvm_runs(running):
     assert running.fault("GET", "/vcpus/0") == "Invalid request method and/or path: GET vcpus."
 
 
+REPLACE = {"action": "Replace"}
+
+
+def test_workers_are_replaced_one_or_all(running):
+    assert running.send("PATCH", "/vcpus/3", REPLACE) == (204, None)
+    assert running.send("PATCH", "/vcpus/", REPLACE) == (204, None)
+    assert running.vmm.calls[-2:] == ["replace 3", "replace all"]
+    assert running.fault("PATCH", "/vcpus/-1", REPLACE) == "Invalid vCPU index: '-1'."
+    assert running.fault("PATCH", "/vcpus/12345", REPLACE) == "Invalid vCPU index: '12345'."
+    assert running.fault("PATCH", "/vcpus/1/2", REPLACE) == "Invalid vCPU index: '1'."
+    assert "unknown variant" in running.fault("PATCH", "/vcpus/1", {"action": "Kill"})
+    assert running.vmm.calls[-1] == "replace all"
+
+
+def test_no_worker_is_replaced_before_the_start(api):
+    assert api.fault("PATCH", "/vcpus/0", REPLACE) == PREBOOT
+
+
 @pytest.mark.parametrize("placement", ["Automatic", "Split", "Grouped", "0,1/2,3", "3/2,1,0"])
 def test_a_vcpu_placement_is_shown_only_if_it_was_set(api, placement):
     shown = api.send("GET", "/machine-config")[1]

@@ -116,5 +116,6 @@ def test_registers_fit_into_the_message_for_the_worker(guest_memory: MemoryFacto
             mmio=(),
             interrupts=(),
             track_dirty_pages=False,
+            goes_on=False,
         )
         assert WORKER.from_wire(*unpack(pack(WORKER.to_wire(message)))) == message

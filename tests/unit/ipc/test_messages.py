@@ -76,6 +76,14 @@ KINDS = {
         40: "GhostRecovered",
         41: "ReadHostCpu",
         42: "HostCpuRead",
+        43: "HandOver",
+        44: "HandedOver",
+        45: "TakeBack",
+        46: "TakenBack",
+        47: "LoadState",
+        48: "StateLoaded",
+        49: "TakeOver",
+        50: "TakenOver",
         61: "InitVcpu",
         62: "ReadRest",
         63: "RestRead",
@@ -213,8 +221,8 @@ def test_what_is_no_envelope_is_refused(value):
 
 def test_enum_members_are_sent_as_their_numbers():
     """``signal.SIGKILL`` is no ``int`` by type; a kill must go out all the same, and arrive as a plain number."""
-    received = decode(SUPERVISOR, encode(SUPERVISOR, Envelope(1, 1, 0, 0, SignalCell(0, signal.SIGKILL))))
-    assert received.message == SignalCell(0, 9)
+    received = decode(SUPERVISOR, encode(SUPERVISOR, Envelope(1, 1, 0, 0, SignalCell(0, 77, signal.SIGKILL))))
+    assert received.message == SignalCell(0, 77, 9)
     assert type(received.message.signal) is int
 
 

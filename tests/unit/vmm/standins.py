@@ -42,9 +42,14 @@ from ipc.messages import (
     Failed,
     Finish,
     Finished,
+    GhostsParked,
+    HandedOver,
+    HandOver,
     Hello,
+    LoadState,
     MemoryCreated,
     MemoryRegion,
+    ParkGhosts,
     Pause,
     Paused,
     Ping,
@@ -59,6 +64,11 @@ from ipc.messages import (
     Signalled,
     Spawn,
     Spawned,
+    StateLoaded,
+    TakeBack,
+    TakenBack,
+    TakenOver,
+    TakeOver,
     VcpuDescriptor,
     VcpuExited,
     Welcome,
@@ -67,6 +77,7 @@ from ipc.plan import PLACEMENT_SPLIT, SECCOMP_OFF, LaunchPlan, endpoint
 from vmm import workers as workers_module
 from vmm.event_manager import EventManager
 from vmm.handover import WorkerDescriptors
+from vmm.lifecycle import DEADLINES
 from vmm.supervisor import SupervisorClient
 from vmm.workers import Worker
 
@@ -127,6 +138,11 @@ class StandInWorker:
             SaveState: lambda message, sequence: self.send(SavedState(message.vcpu, 1, b"state"), sequence),
             DumpCpuConfig: lambda message, sequence: self.send(DumpedCpuConfig(message.vcpu, (), ()), sequence),
             Finish: self.finish,
+            ParkGhosts: lambda message, sequence: self.send(GhostsParked(0), sequence),
+            HandOver: lambda message, sequence: self.send(HandedOver(()), sequence),
+            TakeBack: lambda message, sequence: self.send(TakenBack(), sequence),
+            LoadState: lambda message, sequence: self.send(StateLoaded(), sequence),
+            TakeOver: lambda message, sequence: self.send(TakenOver(), sequence),
         }
         self._ring: ExitRingProducer | None = None
 
@@ -327,8 +343,8 @@ class StandInSupervisor:
         os.close(descriptor)
 
     def signal(self, message: SignalCell, sequence: int) -> None:
-        for pidfd, (index, _) in self.children.items():
-            if index == message.worker:
+        for pidfd, child in self.children.items():
+            if child == (message.worker, message.pid):
                 signal.pidfd_send_signal(pidfd, message.signal)
         self.channel.send(Signalled(), sequence)
 
@@ -468,14 +484,16 @@ def configure_message(**changes: Any) -> Configure:
         "mmio": (),
         "interrupts": (1, 4),
         "track_dirty_pages": False,
+        "goes_on": False,
     }
     return Configure(**{**values, **changes})
 
 
 def short_timeouts(monkeypatch: Any, milliseconds: int = 300) -> None:
     """Make waits that are meant to run out run out soon."""
-    for name in ("HELLO_TIMEOUT_NS", "COMMAND_TIMEOUT_NS", "FINISH_TIMEOUT_NS"):
-        monkeypatch.setattr(workers_module, name, milliseconds * 1_000_000)
+    monkeypatch.setattr(workers_module, "COMMAND_TIMEOUT_NS", milliseconds * 1_000_000)
+    for state, deadline in DEADLINES.items():
+        monkeypatch.setitem(DEADLINES, state, deadline._replace(nanoseconds=milliseconds * 1_000_000))
 
 
 def open_descriptors() -> int:

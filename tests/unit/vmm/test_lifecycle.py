@@ -7,7 +7,7 @@ import random
 import pytest
 
 from vmm.errors import StateError
-from vmm.lifecycle import ALIVE, TRANSITIONS, WorkerEvent, WorkerState, next_state
+from vmm.lifecycle import ALIVE, DEADLINES, TRANSITIONS, WorkerEvent, WorkerState, next_state
 
 E, S = WorkerEvent, WorkerState
 
@@ -46,9 +46,11 @@ def test_every_state_can_be_reached_and_left():
     [
         (E.HELLO, {S.SPAWNED}),
         (E.CONFIGURED, {S.GREETED}),
-        (E.RESUMED, {S.CONFIGURED, S.PAUSED, S.RUNNING}),
-        (E.PAUSED, {S.CONFIGURED, S.PAUSED, S.RUNNING}),
-        (E.VCPU_EXITED, {S.CONFIGURED, S.PAUSED, S.RUNNING, S.FINISHING, S.FAILED}),
+        (E.RESUMED, {S.STARTED, S.PAUSED, S.RUNNING}),
+        (E.PAUSED, {S.CONFIGURED, S.STARTED, S.PAUSED, S.RUNNING, S.SAVED}),
+        (E.SAVED, {S.PAUSED}),
+        (E.LOADED, {S.CONFIGURED}),
+        (E.VCPU_EXITED, {S.STARTED, S.PAUSED, S.RUNNING, S.FINISHING, S.FAILED}),
     ],
 )
 def test_what_a_worker_says_is_possible_only_where_it_makes_sense(event, allowed):
@@ -61,6 +63,21 @@ def test_a_failed_worker_never_runs_again():
     for _ in WorkerState:
         state |= {after for (before, event), after in TRANSITIONS.items() if before in state and event is not E.SPAWN}
     assert state == {S.FAILED, S.FINISHING, S.ENDED}
+
+
+def test_a_replaced_worker_never_runs_again():
+    state = {S.REPLACED}
+    for _ in WorkerState:
+        state |= {after for (before, event), after in TRANSITIONS.items() if before in state and event is not E.SPAWN}
+    assert state == {S.REPLACED, S.FINISHING, S.FAILED, S.ENDED}
+
+
+def test_every_state_that_somebody_waits_for_has_a_deadline():
+    assert set(DEADLINES) == {S.SPAWNED, S.REPLACED, S.FINISHING, S.FAILED}
+    for state in WorkerState:
+        assert ((state, E.EXPIRED) in TRANSITIONS) is (state in DEADLINES)
+        if state in DEADLINES:
+            assert next_state(state, E.EXPIRED) is (S.FAILED if state is S.SPAWNED else state)
 
 
 def test_a_random_walk_never_leaves_the_table(seed):
@@ -77,5 +94,5 @@ def test_a_random_walk_never_leaves_the_table(seed):
         if after is S.SPAWNED:
             greeted = False
         greeted |= event is E.HELLO
-        assert greeted or after not in (S.GREETED, S.CONFIGURED, S.RUNNING, S.PAUSED)
+        assert greeted or after not in (S.GREETED, S.CONFIGURED, S.STARTED, S.RUNNING, S.PAUSED, S.SAVED)
         state = after

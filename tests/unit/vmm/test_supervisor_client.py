@@ -46,7 +46,7 @@ def test_aSpawn_brings_the_pidfd_and_the_descriptor_channel(make):
     with owned:
         signal.pidfd_send_signal(owned.take(), 0)
         assert os.path.exists(f"/proc/{spawned.pid}")
-    controller.supervisor.signal(0, signal.SIGKILL)
+    controller.supervisor.signal(0, spawned.pid, signal.SIGKILL)
     ended: list[CellEnded] = []
     controller.supervisor.on_cell_ended = ended.append
     controller.serve(lambda: bool(ended))
@@ -162,7 +162,7 @@ def test_a_supervisor_that_is_killed(make):
     assert controller.supervisor.closed
     with pytest.raises(SupervisorError, match="cannot be asked"):
         controller.supervisor.create_memory(4096)
-    controller.supervisor.signal(0, signal.SIGKILL)
+    controller.supervisor.signal(0, 1, signal.SIGKILL)
 
 
 def test_a_supervisor_that_sends_garbage_is_ignored_and_one_that_goes_on_is_given_up(make):
@@ -215,7 +215,7 @@ def test_a_handler_may_ask_the_supervisor_again(make):
 
     controller.supervisor.on_shutdown = shutdown
     controller.supervisor.on_closed = lambda: closed.append(1)
-    controller.supervisor.signal(0, signal.SIGKILL)
+    controller.supervisor.signal(0, 1, signal.SIGKILL)
     controller.serve(lambda: bool(closed))
     assert len(descriptors) == len(closed) == 1
     os.close(descriptors[0])

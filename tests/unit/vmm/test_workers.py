@@ -37,7 +37,7 @@ from tests.unit.vmm.standins import (
     short_timeouts,
 )
 from vmm.errors import MicrovmEndedError, SupervisorError, VmmError, WorkerError
-from vmm.lifecycle import WorkerState
+from vmm.lifecycle import WorkerEvent, WorkerState
 
 
 def gone(pid: int) -> bool:
@@ -64,7 +64,7 @@ def test_a_life(make, tmp_path):
     assert worker.state is WorkerState.PAUSED
     assert worker.request(SaveState(0), SavedState).state == b"state"
     pongs: list[int] = []
-    worker.ping(lambda: pongs.append(1))
+    worker.ping(lambda state: pongs.append(1))
     controller.serve(lambda: bool(pongs))
     routes: list[int] = []
     worker.set_routes((Route(4, 0xFEE0_0000, 0x30, False),), lambda: routes.append(1))
@@ -325,6 +325,7 @@ def test_a_result_that_comes_with_the_end_raises_the_cause(make, monkeypatch):
 
     controller = make(lambda worker: worker.serve_with(Resume=resume))
     worker = controller.configured()
+    worker.note(WorkerEvent.START)
     with monkeypatch.context() as patch:
         patch.setattr(worker, "_receive", lambda: None)
         sequence = worker.submit(Resume())
@@ -332,8 +333,9 @@ def test_a_result_that_comes_with_the_end_raises_the_cause(make, monkeypatch):
         while not gone(worker.pid) and time.monotonic() < deadline:
             time.sleep(0.01)  # without the loop: answer and end wait both
     monkeypatch.setattr(worker, "process", lambda events, ops: None)  # the notice is handled first
+    worker.collect(sequence, Resumed)
     with pytest.raises(WorkerError, match="exited with status 9"):
-        worker.collect_resume(sequence)
+        worker._arrive(WorkerEvent.RESUMED)
 
 
 # ---------------------------------------------------------------- slow and stopped workers
@@ -392,9 +394,9 @@ def test_an_answer_that_comes_too_late_is_no_breach(make, monkeypatch):
 
 
 def test_a_worker_that_is_stopped_is_killed_at_the_end(make, monkeypatch):
-    short_timeouts(monkeypatch, 100)
     controller = make()
     worker = controller.running()
+    short_timeouts(monkeypatch, 100)
     os.kill(worker.pid, signal.SIGSTOP)
     worker.finish()
     assert worker.wait_ended()
@@ -475,7 +477,7 @@ def test_without_the_right_to_signal_the_supervisor_is_asked(make, monkeypatch):
 
     controller = make()
     worker = controller.running()
-    monkeypatch.setattr("vmm.workers.signal.pidfd_send_signal", refuse)
+    monkeypatch.setattr("vmm.worker_process.signal.pidfd_send_signal", refuse)
     worker.kill()
     assert worker.wait_ended()
 

@@ -198,7 +198,7 @@ def test_a_command_that_fails_says_why(make):
     worker = controller.configured()
     with pytest.raises(WorkerError, match="not today"):
         worker.resume()
-    assert worker.state is WorkerState.CONFIGURED
+    assert worker.state is WorkerState.STARTED
     worker.pause()
 
 

@@ -78,3 +78,36 @@ def test_damage_is_refused_or_harmless(data: st.DataObject):
     except StateError:
         return
     assert state.decode(state.encode(decoded)) == decoded
+
+
+def lapic_page(lvt: int, initial: int, current: int, *, requested: int = 0, in_service: int = 0) -> bytes:
+    page = bytearray(abi.LAPIC_SIZE)
+    for offset, value in ((abi.APIC_LVTT, lvt), (abi.APIC_TMICT, initial), (abi.APIC_TMCCT, current)):
+        page[offset : offset + 4] = value.to_bytes(4, "little")
+    for register, vector in ((abi.APIC_IRR, requested), (abi.APIC_ISR, in_service)):
+        if vector:
+            page[register + (vector >> 5) * 16 + (vector >> 3 & 3)] |= 1 << (vector & 7)
+    return bytes(page)
+
+
+ONE_SHOT, PERIODIC, DEADLINE = 0xEC, 0xEC | 1 << 17, 0xEC | 2 << 17
+
+
+@pytest.mark.parametrize(
+    ("page", "starts_again"),
+    [
+        (lapic_page(ONE_SHOT, 1000, 10), True),
+        (lapic_page(ONE_SHOT, 1000, 0), True),  # its interrupt may not have been delivered
+        (lapic_page(ONE_SHOT, 1000, 0, requested=0xEC), False),
+        (lapic_page(ONE_SHOT, 1000, 0, in_service=0xEC), False),
+        (lapic_page(ONE_SHOT, 1000, 0, requested=0xED), True),
+        (lapic_page(ONE_SHOT, 1000, 10, in_service=0xEC), True),  # started again by its handler
+        (lapic_page(PERIODIC, 1000, 0, requested=0xEC), True),
+        (lapic_page(DEADLINE, 0, 0, requested=0xEC), True),
+    ],
+)
+def test_a_one_shot_timer_that_has_fired_does_not_start_again(page: bytes, starts_again: bool):
+    loaded = state.timer_that_goes_on(page)
+    assert (loaded == page) is starts_again
+    if not starts_again:
+        assert loaded == page[: abi.APIC_TMICT] + bytes(4) + page[abi.APIC_TMICT + 4 :]

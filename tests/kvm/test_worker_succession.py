@@ -1,0 +1,129 @@
+"""One real worker goes on for another: what it refuses, and that the whole state of a vCPU arrives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ipc.messages import (
+    HandedOver,
+    HandOver,
+    LoadState,
+    Ping,
+    Pong,
+    Resume,
+    Route,
+    SavedState,
+    SaveState,
+    SetRoutes,
+    StateLoaded,
+    TakeBack,
+    TakenBack,
+    TakenOver,
+    TakeOver,
+)
+from tests.kvm.worker_harness import ChecksCounts, Controller
+from vcpu_worker import state as vcpu_state
+from vcpu_worker.cpu.msr import IA32_TSC, IA32_TSC_DEADLINE
+from vcpu_worker.kvm import abi
+
+
+def comer_configured(worker: Controller) -> None:
+    """Configure it to go on for another one."""
+    configuration = worker.configuration
+    worker.configuration = lambda: configuration()._replace(goes_on=True)  # type: ignore[method-assign]
+    worker.configure()
+
+
+def says(worker: Controller) -> str:
+    return worker.request(Ping(), Pong).state
+
+
+def saved_while_running(worker: Controller) -> SavedState:
+    """Let the guest run for a while, park it, return its state."""
+    worker.configure()
+    worker.resume()
+    worker.wait(lambda: worker.entries > 100)
+    worker.pause()
+    return worker.request(SaveState(0), SavedState)
+
+
+def test_the_whole_state_arrives(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    with Controller(first, ChecksCounts(), number=1 << 30) as leaver, Controller(second, ChecksCounts()) as comer:
+        saved = saved_while_running(leaver)
+        comer_configured(comer)
+        assert says(comer) == "awaiting-state"
+        comer.request(LoadState(0, saved.version, saved.state), StateLoaded)
+        comer.request(TakeOver((), (), (), True), TakenOver)
+        assert says(comer) == "paused"
+        before = vcpu_state.decode(saved.state)
+        after = vcpu_state.decode(comer.request(SaveState(0), SavedState).state)
+        for name in ("mp_state", "regs", "sregs", "sregs2", "debugregs", "xcrs", "lapic", "cpuid", "tsc_offset"):
+            assert getattr(after, name) == getattr(before, name), name
+        assert after.xsave[:512] == before.xsave[:512]
+        moving = (IA32_TSC, IA32_TSC_DEADLINE)
+        assert [each for each in after.msrs if each.register not in moving] == [
+            each for each in before.msrs if each.register not in moving
+        ]
+        clock_before, _, _, realtime_before, _ = abi.CLOCK_DATA.unpack(before.clock)
+        clock_after, _, _, realtime_after, _ = abi.CLOCK_DATA.unpack(after.clock)
+        drift = (clock_after - clock_before) - (realtime_after - realtime_before)
+        assert abs(drift) < 10_000_000, "kvmclock has not gone on with the time of day"
+
+
+def test_a_leaver_that_has_handed_over_does_not_run(tmp_path: Path) -> None:
+    with Controller(tmp_path, ChecksCounts(), number=1 << 30, interrupts=(4,)) as worker:
+        saved_while_running(worker)
+        worker.collect(worker.submit(SetRoutes((Route(4, 0xFEE0_0000, 0x40, False),))))
+        assert worker.request(HandOver(), HandedOver).ghosts == ()
+        assert worker.request(HandOver(), HandedOver).ghosts == ()
+        assert says(worker) == "handed-over"
+        assert worker.refused(Resume()).text == "the worker is handed-over: it cannot resume"
+        worker.request(SaveState(0), SavedState)
+        worker.request(TakeBack(), TakenBack)
+        worker.request(TakeBack(), TakenBack)
+        entries = worker.entries
+        worker.resume()
+        worker.request(TakeBack(), TakenBack)  # it may come late
+        worker.wait(lambda: worker.entries > entries)
+        assert worker.refused(HandOver()).code == "worker.state"
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    with Controller(first, ChecksCounts(), number=1 << 30) as leaver, Controller(second, ChecksCounts()) as comer:
+        saved = saved_while_running(leaver)
+        good = vcpu_state.decode(saved.state)
+        assert leaver.refused(LoadState(0, 1, saved.state)).code == "worker.state"
+        assert leaver.refused(TakeOver((), (), (), True)).code == "worker.state"
+        comer_configured(comer)
+        assert comer.refused(Resume()).text == "the worker is awaiting-state: it cannot resume"
+        assert "the state of a vCPU is missing" in comer.refused(TakeOver((), (), (), True)).text
+        for wrong, text in (
+            (LoadState(1, 1, saved.state), "does not run vCPU 1"),
+            (LoadState(0, 2, saved.state), "has version 2"),
+            (LoadState(0, 1, saved.state[:-1]), "not a vCPU state"),
+            (LoadState(0, 1, vcpu_state.encode(good._replace(vcpu=1))), "the state of vCPU 1"),
+            (LoadState(0, 1, vcpu_state.encode(good._replace(tsc_khz=1))), "the TSC runs at"),
+            (LoadState(0, 1, vcpu_state.encode(good._replace(has_tsc_offset=False))), "time stamp counter"),
+        ):
+            assert text in comer.refused(wrong).text
+        assert comer.refused(Resume()).code == "worker.state"
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_comer_writes_nothing_into_the_ring_before_it_runs(tmp_path: Path, known: bool) -> None:
+    with Controller(tmp_path, ChecksCounts()) as comer:
+        comer.greet()
+        words = memoryview(comer._ring_map).cast("Q")
+        words[9] = 77  # its predecessor waits for an answer
+        comer.send_descriptors()
+        comer.collect(comer.submit(comer.configuration()._replace(goes_on=known)))
+        assert words[9] == (77 if known else 0)
+        words.release()

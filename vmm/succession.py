@@ -1,0 +1,159 @@
+"""One worker goes on for another: what each step of the replacement (vmm.procedures.REPLACE) says to whom."""
+
+from __future__ import annotations
+
+from ipc.messages import (
+    MAX_PATHS_AT_ONCE,
+    Configure,
+    GhostState,
+    HandedOver,
+    HandOver,
+    IpiPath,
+    LoadState,
+    OpenIpiTarget,
+    Route,
+    SavedState,
+    SaveState,
+    StateLoaded,
+    TakeBack,
+    TakenBack,
+    TakenOver,
+    TakeOver,
+)
+from ipc.typed import Any, Callable, NamedTuple, Sequence
+from vmm.lifecycle import WorkerEvent
+from vmm.workers import Worker, WorkerDescriptors
+
+#: Called with why a step was refused, or nothing.
+Answered = Callable[[str], None]
+
+
+class OpenPath(NamedTuple):
+    """A path within the kernel to a vCPU: what is sent to it with this vector raises ``gsi`` in its owner's VM."""
+
+    vcpu: int
+    vector: int
+    gsi: int
+    eventfd: int
+
+
+class Interrupts(NamedTuple):
+    """What is bound in the VM of the worker that leaves, at the moment when it has handed over."""
+
+    routes: Sequence[Route]
+    paths: Sequence[OpenPath]
+
+
+class Succession:
+    """One replacement. ``interrupts`` is asked when the guest stands still and nothing is under way."""
+
+    def __init__(
+        self,
+        leaver: Worker,
+        comer: Worker,
+        message: Configure,
+        descriptors: WorkerDescriptors,
+        interrupts: Callable[[], Interrupts],
+    ) -> None:
+        self.leaver = leaver
+        self.comer = comer
+        #: Called when the comer fails or ends, until it belongs to the microVM.
+        self.on_comer_lost: Callable[[Worker, object], None] = lambda worker, how: None
+        #: What has to become true before a step without an answer is over; it may raise a VmmError.
+        self.waits: Callable[[], bool] | None = None
+        self._message = message._replace(goes_on=True)
+        self._descriptors = descriptors
+        self._interrupts = interrupts
+        self._ghosts: tuple[GhostState, ...] = ()
+        self._states: list[SavedState] = []
+        self.steps: dict[str, Callable[[int, Answered], None]] = {
+            "fork": self._fork,
+            "configure": self._configure,
+            "hand over": self._hand_over,
+            "save": self._save,
+            "load": self._load,
+            "take over": self._take_over,
+            "take back": self._take_back,
+            "bury": self._bury,
+        }
+
+    def _fork(self, timeout_ns: int, answered: Answered) -> None:
+        self.comer.spawn(self.leaver.assignment)
+        self.comer.on_failed = self.comer.on_ended = self.on_comer_lost
+        self.waits = self.comer.is_greeted
+
+    def _configure(self, timeout_ns: int, answered: Answered) -> None:
+        self.comer.configure_soon(self._message, self._descriptors, answered, timeout_ns)
+
+    def _hand_over(self, timeout_ns: int, answered: Answered) -> None:
+        def handed_over(reply: Any, refusal: str) -> None:
+            if reply is not None:
+                self._ghosts = reply.ghosts
+            answered(refusal)
+
+        self.leaver.ask(HandOver(), HandedOver, handed_over, timeout_ns=timeout_ns)
+
+    def _save(self, timeout_ns: int, answered: Answered) -> None:
+        self._states = []
+        vcpus = self.leaver.assignment.vcpus
+
+        def saved(reply: Any, refusal: str) -> None:
+            if refusal:
+                answered(refusal)
+                return
+            self._states.append(reply)
+            if len(self._states) == len(vcpus):
+                self.leaver.note(WorkerEvent.SAVED)
+                answered("")
+
+        for vcpu in vcpus:
+            self.leaver.ask(SaveState(vcpu), SavedState, saved, timeout_ns=timeout_ns)
+
+    def _load(self, timeout_ns: int, answered: Answered) -> None:
+        left = len(self._states)
+
+        def loaded(reply: Any, refusal: str) -> None:
+            nonlocal left
+            left -= 1
+            if refusal or not left:
+                answered(refusal)
+
+        for vcpu, version, state in self._states:
+            self.comer.ask(LoadState(vcpu, version, state), StateLoaded, loaded, timeout_ns=timeout_ns)
+
+    def _take_over(self, timeout_ns: int, answered: Answered) -> None:
+        routes, paths = self._interrupts()
+        left = list(paths)
+
+        def next_part(routes: tuple[Route, ...] = ()) -> None:
+            """A part at a time: the worker has to take the descriptors before more of them fit into the socket."""
+            part = left[:MAX_PATHS_AT_ONCE]
+            del left[:MAX_PATHS_AT_ONCE]
+            last = not left
+            for path in part:
+                self.comer.send_descriptor(IpiPath(path.vcpu, path.vector), path.eventfd)
+            targets = tuple(OpenIpiTarget(path.vcpu, path.vector, path.gsi) for path in part)
+            command = TakeOver(routes, targets, self._ghosts if last else (), last)
+            event = WorkerEvent.LOADED if last else None
+            self.comer.ask(command, TakenOver, taken_over, timeout_ns=timeout_ns, event=event)
+
+        def taken_over(reply: Any, refusal: str) -> None:
+            if refusal or not left:
+                answered(refusal)
+            else:
+                next_part()
+
+        # Decided before the first part is sent: its answer may come while the next is being made.
+        next_part(tuple(routes))
+
+    def _take_back(self, timeout_ns: int, answered: Answered) -> None:
+        self.leaver.ask(
+            TakeBack(),
+            TakenBack,
+            lambda reply, refusal: answered(refusal),
+            timeout_ns=timeout_ns,
+            event=WorkerEvent.PAUSED,
+        )
+
+    def _bury(self, timeout_ns: int, answered: Answered) -> None:
+        self.waits = lambda: not self.comer.alive
