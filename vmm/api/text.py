@@ -5,6 +5,8 @@ The wire formats here are Rust's: ``{:?}`` of a string, and the compact JSON of 
 
 from __future__ import annotations
 
+from _json import encode_basestring  # by itself: the json package loads re and six others at each start
+
 from ipc.typed import TypeAlias
 from vmm.errors import VmmError
 
@@ -14,11 +16,6 @@ JsonValue: TypeAlias = (
 )
 
 _DEBUG_ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\0": "\\0"}
-_JSON_ESCAPES = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-#: Every character that a JSON string must not hold as it is.
-_JSON_TABLE = {number: f"\\u{number:04x}" for number in range(0x20)} | {
-    ord(character): escape for character, escape in _JSON_ESCAPES.items()
-}
 
 
 def debug_string(text: str) -> str:
@@ -53,20 +50,20 @@ def float_text(value: float) -> str:
 
 def json_text(value: JsonValue) -> str:
     """Return compact JSON, keys in the order of the dictionary, text beyond ASCII as it is."""
+    if isinstance(value, str):
+        return encode_basestring(value)
+    if isinstance(value, dict):
+        return "{" + ",".join([f"{encode_basestring(key)}:{json_text(item)}" for key, item in value.items()]) + "}"
     if value is None:
         return "null"
     if value is True:
         return "true"
     if value is False:
         return "false"
-    if isinstance(value, str):
-        return f'"{value.translate(_JSON_TABLE)}"'
     if isinstance(value, int):
         return str(int(value))
     if isinstance(value, float):
         return float_text(value)
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{json_text(key)}:{json_text(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ",".join(map(json_text, value)) + "]"
+        return "[" + ",".join([json_text(item) for item in value]) + "]"
     raise VmmError(f"{type(value).__name__} cannot be written as JSON")
