@@ -115,7 +115,7 @@ def _record(folder: Path, account: CpuAccount, run: Callable[[Bench], object]) -
     code = _RECORDER.format(paths=paths, file=str(file), size=_AREA_SIZE)
 
     class Recorded(Bench):
-        def _cold(self, program: str, arguments: list[str]) -> Started:
+        def cold(self, program: str, arguments: list[str]) -> Started:
             assert program == "jailer"
             return start([str(PYTHON), "-IS", "-c", code, *arguments], account)
 
@@ -139,7 +139,7 @@ def in_order(cells: list[list[str]]) -> list[str]:
 
 def record(folder: Path, account: CpuAccount) -> None:
     """Renew the list of hot functions."""
-    cases = (lambda bench: bench.jailer_first(bench._cold), Bench.instance_start)
+    cases = (lambda bench: bench.jailer_first(bench.cold), Bench.instance_start)
     runs = [_record(folder, account, case) for case in cases]
     merged = [list(dict.fromkeys(name for run in runs for name in run[cell])) for cell in range(len(CELLS))]
     functions = in_order(merged)
