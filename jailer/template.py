@@ -53,9 +53,9 @@ def warm() -> None:
     sys.stdout.flush() if sys.stdout else None
     sys.stderr.flush() if sys.stderr else None
     gc.collect(1)
-    heap.close_gaps()
-    hot.gather_code()
     # Its entries hold names: each one that a cell replaces would cost it a page, for the count of the old name.
     sys._clear_type_cache()
-    gc.freeze()
     heap.close_gaps()
+    hot.gather_code()
+    gc.freeze()
+    gc.collect()  # nothing to traverse any more: empties the free lists of tuples, floats and the like

@@ -17,6 +17,8 @@ _FOLDER = __file__.rpartition("/")[0]
 _Function = type(lambda: None)
 _Code = type((lambda: None).__code__)
 _names: list[str] = []
+#: Freed, they would leave gaps between what is shared.
+_originals: list[Any] = []
 
 
 def _lines(name: str) -> list[str]:
@@ -35,7 +37,8 @@ def intern_names() -> None:
 def gather_code() -> None:
     """Give every hot function a copy of its code; the copies lie side by side."""
     functions = [function for function in map(_find, _lines("functions.txt")) if function is not None]
-    copies = [_copy(function.__code__) for function in functions]  # all, before the first original is freed
+    _originals.extend([function.__code__ for function in functions])
+    copies = [_copy(original) for original in _originals]
     for function, copy in zip(functions, copies, strict=True):
         function.__code__ = copy
 
