@@ -279,8 +279,12 @@ class Vmm(Microvm, Machine):
         pid = leaver.pid
         succession = self.recruit(leaver)
         succession.on_comer_lost = self._comer_lost
-        self._perform(REPLACE, succession)
         comer = succession.comer
+        try:
+            self._perform(REPLACE, succession)
+        finally:
+            if comer.alive and comer not in self.vcpus_handles and comer not in self._retired:
+                self.retire(comer)  # the microVM has ended meanwhile
         microseconds = (self._conductor.resumed_at - self._conductor.parked_at) // 1000
         EVENTS.emit("worker-replaced", worker=comer.index, pid=comer.pid, old_pid=pid, pause_us=microseconds)
         LOG.info(

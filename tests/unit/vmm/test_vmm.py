@@ -47,8 +47,8 @@ RESET = 0xFE
 class Machine:
     """A microVM as the builder makes it, on a stand-in worker, with its console on a pipe and the log in a file."""
 
-    def __init__(self, directory, behaviour) -> None:
-        self.controller = Controller(str(directory), behaviour)
+    def __init__(self, directory, *behaviours) -> None:
+        self.controller = Controller(str(directory), *behaviours)
         self.events = self.controller.events
         self.worker = self.controller.worker()
         descriptor = create_shared("guest-memory", MEMORY_SIZE)
