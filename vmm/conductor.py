@@ -79,6 +79,7 @@ class Conductor:
         self._act(actions)
         while self.life.conduct is not None and not self._machine.has_ended():
             self._wait()
+        self._succession = None
         settled = self._settled
         if settled is not None and settled.outcome is Outcome.DONE:
             return
