@@ -150,7 +150,7 @@ class RunLoop:
         """As ``run``, of a vCPU that has not started yet. One whose state was read after its INIT came is not told of
         that by KVM_RUN any more.
         """
-        if self._vcpu.get_mp_state() == abi.MP_STATE_INIT_RECEIVED:
+        if self._vcpu.get_mp_state() != abi.MP_STATE_UNINITIALIZED:  # INIT has come, perhaps even the SIPI
             return exits.STARTING
         return self.run()
 
