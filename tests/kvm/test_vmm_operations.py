@@ -5,6 +5,7 @@ The controller's parts run in this process, on a real worker with a real KVM VM;
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 from collections.abc import Iterator
@@ -13,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from devtool.project import ROOT
 from ipc import descriptors
 from ipc.messages import Spawn, Spawned
-from ipc.plan import Assignment
+from ipc.plan import ENDPOINT_BOUND, Assignment
 from tests.guests.build import build
 from tests.unit.api.fakes import parse_response
 from tests.unit.vmm.standins import Controller as Cells
@@ -85,6 +87,7 @@ def real_workers(supervisor: StandInSupervisor) -> None:
                 lambda: os._exit(worker_main.run(supervisor.plan, Assignment(*message), theirs, kvm, _no_walls))
             )
         theirs.close()
+        descriptors.send(ours, ENDPOINT_BOUND)
         pidfd = os.pidfd_open(pid)
         supervisor.children[pidfd] = (message.worker, pid)
         supervisor.channel.send(Spawned(message.worker, pid), sequence, (pidfd, ours.fileno()))
@@ -248,9 +251,20 @@ def test_closing_releases_everything(tmp_path: Path, log: Any) -> None:
     assert open_descriptors() == before
 
 
+def documentation() -> dict[str, str]:
+    """Return the docstrings of the methods by name; from the source, since compiled modules have none."""
+    found: dict[str, str] = {}
+    for module in ("microvm", "vmm"):
+        for node in ast.walk(ast.parse((ROOT / "vmm" / f"{module}.py").read_text())):
+            if isinstance(node, ast.ClassDef) and node.name in ("Microvm", "Vmm"):
+                methods = [each for each in node.body if isinstance(each, ast.FunctionDef)]
+                found |= {each.name: ast.get_docstring(each) or "" for each in methods}
+    return found
+
+
 @pytest.mark.parametrize("name", sorted({each[0] for each in CALLS} | set(DIRECT)))
 def test_every_method_says_what_reaches_it(name: str) -> None:
-    documented = getattr(Vmm, name).__doc__
+    documented = documentation()[name]
     assert documented
     calls = {f"{method} /{path.split('/')[1]}" for each, method, path, *_ in CALLS if each == name}
     assert all(call in documented for call in calls), (documented, calls)
