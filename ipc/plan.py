@@ -30,7 +30,8 @@ class LaunchPlan(NamedTuple):
     ``arguments`` is the command line of the controller (what follows ``--`` for the jailer). Times are
     microseconds as in Firecracker's ``--start-time-us`` flags. The two ``*_ipc_directory`` paths name the same
     directory as the controller and as the workers see it. ``kernel_cache_fd`` (a directory) and ``console_fd`` (the
-    master side of a pseudo-terminal, for ``--console pty``) are -1 when there is none.
+    master side of a pseudo-terminal, for ``--console pty``) are -1 when there is none. ``huge_pages``: this host gives
+    huge pages to memory that did not ask for them.
     """
 
     microvm_id: str
@@ -54,6 +55,7 @@ class LaunchPlan(NamedTuple):
     worker_ipc_directory: str
     kernel_cache_fd: int
     console_fd: int
+    huge_pages: bool = False
 
 
 class Assignment(NamedTuple):

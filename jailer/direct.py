@@ -13,7 +13,7 @@ from jailer import cleanup, placement, template, verify, walls
 from jailer.cells import Setup
 from jailer.errors import StepError
 from jailer.log import Log
-from jailer.memory import MemoryMaker
+from jailer.memory import MemoryMaker, host_gives_huge_pages
 from jailer.start import (
     Started,
     close_supervisor,
@@ -129,6 +129,7 @@ def _launch_plan(
         drills=(),
         controller_ipc_directory=directory,
         worker_ipc_directory=directory,
+        huge_pages=host_gives_huge_pages(),
         kernel_cache_fd=-1,
         console_fd=-1,
     )

@@ -25,7 +25,7 @@ from jailer.cells import Cell, Setup
 from jailer.cli import Options
 from jailer.errors import ArgumentError, StepError
 from jailer.log import Log
-from jailer.memory import MemoryMaker
+from jailer.memory import MemoryMaker, host_gives_huge_pages
 from jailer.plan import Operation, Plan
 from jailer.settings import Settings
 from jailer.steps import cgroups, detach, devices, directories, identity, process, roots
@@ -256,6 +256,7 @@ class JailedLaunch:
             worker_ipc_directory=roots.WORKER_IPC_DIRECTORY if inside else supplied,
             kernel_cache_fd=host.kernel_cache,
             console_fd=host.console,
+            huge_pages=host_gives_huge_pages(),
         )
 
     def _asked(self, host: start.Host) -> verify.Asked:

@@ -17,7 +17,20 @@ from ipc.plan import MAX_MEMORY_BYTES
 RESERVED = 8
 #: How often without; a bound, not a limit that anybody meets.
 MAX_MADE = 256
+THP_ENABLED = "/sys/kernel/mm/transparent_hugepage/enabled"
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+def host_gives_huge_pages(setting: str = THP_ENABLED) -> bool:
+    """Tell whether this host gives transparent huge pages to memory that did not ask for them.
+
+    Documentation/admin-guide/mm/transhuge.rst. Read before the jail.
+    """
+    try:
+        with open(setting, encoding="ascii") as file:
+            return "[always]" in file.read(100)
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 class MemoryMaker:

@@ -116,7 +116,7 @@ class MicrovmBuilder:
             os.close(descriptor)  # the mappings keep it alive
 
     def _build(self, resources: VmResources, size: int, descriptor: int, *, run: bool) -> Vmm:
-        memory = GuestMemory(descriptor, size, ram_regions(size))
+        memory = GuestMemory(descriptor, size, ram_regions(size), huge_pages=self._plan.huge_pages)
         try:
             machine = resources.machine_config
             placement = decide(machine.vcpu_placement, machine.vcpu_count, self._plan)

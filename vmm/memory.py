@@ -6,6 +6,7 @@ import mmap
 import os
 
 from ipc.errno_text import errno_text
+from ipc.guest_mapping import HUGE_PAGE_SIZE, GuestMapping
 from ipc.messages import MemoryRegion
 from ipc.typed import Sequence
 from vmm.errors import VmmError
@@ -33,24 +34,29 @@ class GuestMemory:
     memory reads as zeros; the loaders rely on that and never clear anything.
     """
 
-    __slots__ = ("_fd", "_map", "_view", "_regions", "size")
+    __slots__ = ("_fd", "_huge", "_huge_pages", "_map", "_regions", "_view", "size")
 
-    def __init__(self, fd: int, size: int, regions: Sequence[MemoryRegion]) -> None:
-        """Map ``size`` bytes of the memfd ``fd``. Raises GuestMemoryError."""
+    def __init__(self, fd: int, size: int, regions: Sequence[MemoryRegion], *, huge_pages: bool = False) -> None:
+        """Map ``size`` bytes of the memfd ``fd``. With ``huge_pages`` :meth:`prepare_huge` may take some.
+
+        Raises GuestMemoryError.
+        """
         _check_regions(size, regions)
         try:
             if os.fstat(fd).st_size < size:
                 raise GuestMemoryError(f"the guest memory file is smaller than the {size} bytes of RAM")
-            mapping = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-            mapping.madvise(mmap.MADV_DONTDUMP)
+            mapping = GuestMapping(fd, size)
             self._fd = os.dup(fd)
         except OSError as error:
             raise GuestMemoryError(
                 f"Invalid Memory Configuration: Cannot create mmap region: {errno_text(error)}", error.errno or 0
             ) from error
         self._map = mapping
-        self._view = memoryview(mapping)
+        self._view = mapping.view
+        #: Parts of the file, (start, end), that huge pages back.
+        self._huge: list[tuple[int, int]] = []
         self._regions = tuple(regions)
+        self._huge_pages = huge_pages
         self.size = size
 
     @property
@@ -79,13 +85,33 @@ class GuestMemory:
     def read(self, address: int, length: int) -> bytes:
         """Copy ``length`` bytes out of guest memory. Raises GuestMemoryError."""
         offset = self._offset(address, length)
-        return self._map[offset : offset + length]
+        return bytes(self._view[offset : offset + length])
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Copy ``data`` (bytes, or a contiguous view of bytes) into guest memory. Raises GuestMemoryError."""
         length = len(data)
         offset = self._offset(address, length)
         self._view[offset : offset + length] = data
+
+    def prepare_huge(self, address: int, length: int) -> bool:
+        """Back the blocks of 2 MiB that ``length`` bytes touch by huge pages; tell whether all of them are.
+
+        For what is about to be filled: the pages take their memory at once. Does nothing for less than a huge page, or
+        where the host has none to give. Raises GuestMemoryError.
+        """
+        offset = self._offset(address, length)
+        if not self._huge_pages or length < HUGE_PAGE_SIZE:
+            return False
+        region = next(each for each in self._regions if each.offset <= offset < each.offset + each.size)
+        start = offset // HUGE_PAGE_SIZE * HUGE_PAGE_SIZE
+        end = -(-(offset + length) // HUGE_PAGE_SIZE) * HUGE_PAGE_SIZE
+        # KVM maps a huge page of the host as one only where guest addresses are aligned alike.
+        congruent = (region.guest_address - region.offset) % HUGE_PAGE_SIZE == 0
+        whole = region.offset <= start and end <= region.offset + region.size
+        if not congruent or not whole or not self._map.collapse(start, end - start):
+            return False
+        self._huge.append((start, end))
+        return True
 
     def write_sparse(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Copy ``data`` into fresh guest memory, leaving out blocks of zeros: they take no page of the host.
@@ -111,6 +137,9 @@ class GuestMemory:
         That takes half the time of copying into the mapping. Where the file cannot be written (RLIMIT_FSIZE, huge
         pages) the mapping can.
         """
+        if any(start <= offset and offset + len(data) <= end for start, end in self._huge):
+            self._view[offset : offset + len(data)] = data
+            return
         done = 0
         try:
             while done < len(data):
@@ -147,12 +176,13 @@ class GuestMemory:
             raise GuestMemoryError(f"{length} bytes at guest address {address:#x} are not whole pages")
         if length:
             try:
-                self._map.madvise(mmap.MADV_REMOVE, offset, length)
+                self._map.advise(mmap.MADV_REMOVE, offset, length)
             except OSError as error:
                 raise GuestMemoryError(f"Cannot discard guest memory: {errno_text(error)}", error.errno or 0) from error
 
     def clear(self) -> None:
         """Discard all of it: what a failed start leaves must not reach the next one. Raises GuestMemoryError."""
+        self._huge.clear()
         for region in self._regions:
             self.discard(region.guest_address, region.size)
 
@@ -162,11 +192,6 @@ class GuestMemory:
             os.close(self._fd)
             self._fd = -1
         self._view.release()
-        try:
-            self._map.close()
-        except BufferError:
-            # A device still holds a view; the mapping ends with it.
-            pass
 
 
 def _check_regions(size: int, regions: Sequence[MemoryRegion]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 
+from ipc.guest_mapping import GuestMapping
 from ipc.messages import MemoryRegion
 from ipc.typed import Iterable, Mapping, NamedTuple, Sequence
 from vcpu_worker.errors import ConfigurationError
@@ -35,7 +35,7 @@ class KvmVm:
         self.descriptor = system.create_vm()
         self._routes: dict[int, MsiRoute] = {}
         self._irqfds: dict[int, int] = {}
-        self._mappings: list[mmap.mmap] = []
+        self._mappings: list[GuestMapping] = []
         try:
             self.enable(abi.KVM_CAP_SPLIT_IRQCHIP, IOAPIC_PINS)
             self.enable(abi.KVM_CAP_X2APIC_API, abi.X2APIC_API_USE_32BIT_IDS | abi.X2APIC_API_DISABLE_BROADCAST_QUIRK)
@@ -74,7 +74,7 @@ class KvmVm:
     def map_memory(self, descriptor: int, size: int, regions: Sequence[MemoryRegion], track_dirty_pages: bool) -> None:
         """Map ``size`` bytes of the guest memory memfd and give each region a memory slot, in order.
 
-        Guest memory stays out of core dumps. The descriptor stays the caller's and may be closed.
+        The descriptor stays the caller's and may be closed.
         """
         for region in regions:
             if (
@@ -83,15 +83,13 @@ class KvmVm:
             ):
                 raise ConfigurationError(f"memory region at {region.guest_address:#x} does not fit the guest memory")
         try:
-            mapping = mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-            mapping.madvise(mmap.MADV_DONTDUMP)
-        except (OSError, ValueError) as error:
+            mapping = GuestMapping(descriptor, size)
+        except OSError as error:
             raise ConfigurationError(f"cannot map the guest memory of {size} bytes: {error}") from None
         self._mappings.append(mapping)
-        base = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         flags = abi.MEM_LOG_DIRTY_PAGES if track_dirty_pages else 0
         for slot, region in enumerate(regions):
-            self.set_memory_region(slot, region.guest_address, region.size, base + region.offset, flags)
+            self.set_memory_region(slot, region.guest_address, region.size, mapping.address + region.offset, flags)
 
     def get_clock(self) -> bytes:
         """struct kvm_clock_data."""

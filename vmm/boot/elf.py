@@ -240,6 +240,8 @@ class ElfStreamLoader:
         table = prefix[header.table_offset : header.table_offset + header.table_size]
         image = parse_program_headers(header, table, self._file_size)
         check_placement(image, self._memory)
+        for segment in image.segments:
+            self._memory.prepare_huge(segment.address, segment.file_size)
         return image
 
     def _scatter(self, image: ElfImage, piece: bytes | memoryview) -> None:

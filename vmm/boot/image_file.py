@@ -118,11 +118,20 @@ def load_elf(memory: GuestMemory, fd: int, size: int) -> tuple[elf.ElfImage, int
     elf.check_placement(image, memory)
     entry = elf.pvh_entry(image, [read_at(fd, note.file_offset, note.size) for note in image.notes])
     for segment in image.segments:
-        address = segment.address
-        end = segment.address + segment.file_size
-        for piece in pieces(fd, segment.file_offset, segment.file_offset + segment.file_size):
-            memory.write_sparse(address, piece)
-            address += len(piece)
-        if address != end:
+        if memory.prepare_huge(segment.address, segment.file_size):
+            # No page has to be made for what is read, and none is saved by leaving zeros out.
+            copied = memory.read_from_file(fd, segment.file_offset, segment.address, segment.file_size)
+        else:
+            copied = _copy_sparse(memory, fd, segment)
+        if copied != segment.file_size:
             raise elf_error("kernel.elf.truncated", "Unable to read kernel image", "the file became shorter")
     return image, entry
+
+
+def _copy_sparse(memory: GuestMemory, fd: int, segment: elf.Segment) -> int:
+    """Copy a segment, leaving out blocks of zeros; return how many bytes the file had."""
+    copied = 0
+    for piece in pieces(fd, segment.file_offset, segment.file_offset + segment.file_size):
+        memory.write_sparse(segment.address + copied, piece)
+        copied += len(piece)
+    return copied

@@ -237,6 +237,7 @@ def _load_initrd(memory: GuestMemory, fd: int, kernel: _Kernel) -> tuple[int, in
                 f"{INITRD_PREFIX}Failed to compute the initrd address. ({size} bytes do not fit between the kernel's "
                 f"end at {kernel.end:#x} and {top:#x}: give the guest more memory)",
             )
+        memory.prepare_huge(address, size)
         if memory.read_from_file(fd, 0, address, size) != size:
             raise InitrdError(
                 "initrd.truncated",
