@@ -216,3 +216,68 @@ def test_what_cannot_be_mapped_is_an_error_of_ours() -> None:
     os.close(read_only)
     os.close(small)
     assert mmap.PAGESIZE == layout.PAGE_SIZE
+
+
+# ---------------------------------------------------------------- huge pages
+
+
+def huge_memory() -> tuple[GuestMemory, int]:
+    """16 MiB of RAM, in two regions whose second is not aligned as its guest addresses are."""
+    fd = os.memfd_create("guest")
+    os.ftruncate(fd, 16 * MIB)
+    regions = (MemoryRegion(0, 9 * MIB, 0), MemoryRegion(4 << 30, 7 * MIB, 9 * MIB))
+    return GuestMemory(fd, 16 * MIB, regions, huge_pages=True), fd
+
+
+def test_nothing_is_prepared_unless_the_host_gives_huge_pages() -> None:
+    fd = os.memfd_create("guest")
+    os.ftruncate(fd, 16 * MIB)
+    memory = GuestMemory(fd, 16 * MIB, layout.ram_regions(16 * MIB))
+    assert not memory.prepare_huge(2 * MIB, 4 * MIB)
+    assert allocated(fd) == 0
+    memory.close()
+    os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("address", "length"),
+    [(2 * MIB, 2 * MIB - 1), (6 * MIB, 3 * MIB), (4 << 30, 4 * MIB)],
+    ids=["less than a huge page", "beyond the region's whole blocks", "guest addresses aligned otherwise"],
+)
+def test_where_a_huge_page_would_not_do_none_is_taken(address: int, length: int) -> None:
+    memory, fd = huge_memory()
+    assert not memory.prepare_huge(address, length)
+    assert allocated(fd) == 0
+    memory.close()
+    os.close(fd)
+
+
+def test_preparing_takes_the_blocks_that_are_touched_and_no_more() -> None:
+    memory, fd = huge_memory()
+    memory.write(3 * MIB, b"before")
+    if memory.prepare_huge(3 * MIB, 2 * MIB):  # Linux 6.1
+        assert allocated(fd) == 4 * MIB
+    assert memory.read(3 * MIB, 6) == b"before"
+    memory.clear()
+    assert allocated(fd) == 0
+    memory.close()
+    os.close(fd)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5 * MIB), st.integers(1, 2 * MIB)), max_size=5), st.integers(0, 3 * MIB))
+def test_what_is_loaded_does_not_depend_on_huge_pages(runs: list[tuple[int, int]], start: int) -> None:
+    data = bytearray(5 * MIB)
+    for offset, length in runs:
+        data[offset : offset + length] = b"\xa5" * min(length, len(data) - offset)
+    source = os.memfd_create("kernel")
+    os.write(source, data)
+    memory, fd = huge_memory()
+    memory.prepare_huge(start, len(data))
+    memory.write_sparse(start, data)
+    assert memory.read(start, len(data)) == data
+    assert memory.read_from_file(source, 0, start, len(data) + 1) == len(data)
+    assert memory.read(start, len(data)) == data
+    assert memory.read(start + len(data), 100) == bytes(100)
+    memory.close()
+    os.close(fd)
+    os.close(source)

@@ -147,6 +147,23 @@ def test_zeros_of_the_kernel_take_no_memory_of_the_host(
     os.close(fd)
 
 
+def test_the_kernel_is_the_same_in_huge_pages(files: tuple[int, int, int], guest_image: GuestImage) -> None:
+    """Entered as an ELF file and unpacked from a bzImage; with an initrd."""
+    from vmm.boot import layout
+
+    vmlinux = guest_image.vmlinux.read_bytes()
+    for kernel in files[:2]:
+        fd = os.memfd_create("guest")
+        os.ftruncate(fd, 128 * MIB)
+        memory = GuestMemory(fd, 128 * MIB, layout.ram_regions(128 * MIB), huge_pages=True)
+        image = loader.load_kernel(memory, kernel, Cmdline(COMMAND_LINE), files[2])
+        check_segments(memory, vmlinux)
+        assert image.initrd is not None
+        assert memory.read(*image.initrd) == guest_image.initramfs.read_bytes()
+        memory.close()
+        os.close(fd)
+
+
 MEMORY_PROGRAM = """
 import os, sys
 from vmm.boot import layout, loader
