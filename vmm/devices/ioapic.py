@@ -78,12 +78,18 @@ class IoApic(Device):
             return 0
         return self._entries[pin] >> (32 if high else 0) & 0xFFFF_FFFF
 
-    def attach(self, select: PublishedSlot) -> None:
-        """Take the slot of the window that holds IOREGSEL: selecting a register has no effect that could be seen."""
+    def attach(self, select: PublishedSlot, window: PublishedSlot) -> None:
+        """Take the slots of the windows that hold IOREGSEL and IOWIN.
+
+        Writes of both are posted, as a bus does it with writes to memory: what must know that one has arrived reads
+        IOWIN, which waits for all that was posted before. So does every later access to a device behind it, where a
+        changed route parks the ring.
+        """
         select.publish(write_posted=True, write_lazy=True)
+        window.publish(write_posted=True, write_lazy=True)
 
     def write(self, offset: int, size: int, value: int) -> Deferral | None:
-        """Write IOREGSEL or the selected register; a changed route defers the write until it is in force."""
+        """Write IOREGSEL or the selected register; a changed route defers the write, and all behind it, until it is in force."""
         value &= 0xFFFF_FFFF
         if offset == IOREGSEL:
             self._select = value & 0xFF

@@ -54,8 +54,8 @@ class DeviceManager:
         self.serial.attach(self.ports.insert(self.serial, COM1_PORT, COM1_PORT_COUNT))
         self.ioapic = IoApic([line.gsi for line in self.interrupts], set_routes, log)
         (select,) = self.mmio.insert(self.ioapic, IOAPIC_ADDRESS, IOWIN)
-        self.mmio.insert(self.ioapic, IOAPIC_ADDRESS + IOWIN, IOAPIC_LENGTH - IOWIN, IOWIN)
-        self.ioapic.attach(select)
+        (window,) = self.mmio.insert(self.ioapic, IOAPIC_ADDRESS + IOWIN, IOAPIC_LENGTH - IOWIN, IOWIN)
+        self.ioapic.attach(select, window)
         self.exerciser: Exerciser | None = None
 
     def attach_boot_timer(self, start_us: int, start_cpu_us: int) -> None:

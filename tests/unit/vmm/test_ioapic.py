@@ -191,3 +191,15 @@ def test_a_level_entry_is_reported_once_and_served_as_edge(machine):
     assert "pin 4" in machine.log[0]
     assert machine.workers.set[-1] == (Route(1, 0xFEE0_0000, 0x32, False),)
     assert machine.entry(4) & LEVEL, "the guest reads back what it wrote"
+
+
+def test_writes_are_posted_and_reads_wait_for_them():
+    with device_page() as page:
+        device = IoApic((1, 4), Workers().set_routes, [].append)
+        bus = mmio_bus(page.page)
+        (select,) = bus.insert(device, SELECT, 0x10)
+        (window,) = bus.insert(device, WINDOW, IOAPIC_LENGTH - 0x10, 0x10)
+        device.attach(select, window)
+        for window_of in bus.windows():
+            assert page.write_posted(window_of.slot)
+            assert not page.read_local(window_of.slot)
