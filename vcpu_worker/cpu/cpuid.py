@@ -41,9 +41,11 @@ _EDX8_INVARIANT_TSC = 1 << 8
 # KVM leaves
 _KVM_SIGNATURE_LEAF = 0x4000_0000
 _KVM_FEATURES_LEAF = 0x4000_0001
-#: CLOCKSOURCE, NOP_IO_DELAY, CLOCKSOURCE2, CLOCKSOURCE_STABLE. The features that one KVM VM resolves by itself among
-#: its vCPUs (PV_UNHALT, ASYNC_PF, PV_SCHED_YIELD, …) would be wrong in a guest whose vCPUs are spread over several.
-KVM_FEATURES = 0x0100_000B
+#: CLOCKSOURCE, NOP_IO_DELAY, CLOCKSOURCE2, PV_EOI, CLOCKSOURCE_STABLE. PV_EOI spares the exit that ends an interrupt:
+#: a flag in the vCPU's own memory, which KVM keeps up only while that vCPU runs. The features that one KVM VM resolves
+#: by itself among its vCPUs (PV_UNHALT, ASYNC_PF, PV_SCHED_YIELD, …) would be wrong in a guest whose vCPUs are spread
+#: over several.
+KVM_FEATURES = 0x0100_004B
 
 _LEVEL_SMT = 1
 _LEVEL_CORE = 2

@@ -89,7 +89,7 @@ class IoApic(Device):
         window.publish(write_posted=True, write_lazy=True)
 
     def write(self, offset: int, size: int, value: int) -> Deferral | None:
-        """Write IOREGSEL or the selected register; a changed route defers the write, and all behind it, until it is in force."""
+        """Write IOREGSEL or the selected register; a changed route defers the write until it is in force."""
         value &= 0xFFFF_FFFF
         if offset == IOREGSEL:
             self._select = value & 0xFF

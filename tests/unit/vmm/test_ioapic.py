@@ -195,7 +195,8 @@ def test_a_level_entry_is_reported_once_and_served_as_edge(machine):
 
 def test_writes_are_posted_and_reads_wait_for_them():
     with device_page() as page:
-        device = IoApic((1, 4), Workers().set_routes, [].append)
+        log: list[str] = []
+        device = IoApic((1, 4), Workers().set_routes, log.append)
         bus = mmio_bus(page.page)
         (select,) = bus.insert(device, SELECT, 0x10)
         (window,) = bus.insert(device, WINDOW, IOAPIC_LENGTH - 0x10, 0x10)

@@ -117,7 +117,7 @@ def test_features(supported: list[CpuidEntry]):
     ecx = leaves[1, 0].ecx
     assert ecx == 1 << 31 | 1 << 24 | 1 << 21 | 1  # hypervisor, TSC deadline, x2APIC; PDCM, VMX and MONITOR gone
     assert leaves[0x4000_0000, 0].eax == 0x4000_0001
-    assert (leaves[0x4000_0001, 0].eax, leaves[0x4000_0001, 0].edx) == (0x0100_000B, 0)
+    assert (leaves[0x4000_0001, 0].eax, leaves[0x4000_0001, 0].edx) == (0x0100_004B, 0)
     assert (0x4000_0010, 0) not in leaves
     assert leaves[0x8000_0007, 0].edx == 1 << 8
 
