@@ -125,7 +125,11 @@ def _measure(rounds: int) -> int:
         run, loading = cellblock(image, Path(image.vmlinux), number)
         ours.append(run)
         theirs.append(qemu(image))
-        say(f"round {number + 1} of {rounds}: Cellblock {ours[-1].to_reset:.1f} s, QEMU {theirs[-1].to_reset:.1f} s")
+        say(
+            f"round {number + 1} of {rounds}: "
+            f"Cellblock {run.to_reset:.1f} s (uptime at init {run.uptime:.1f} s; loading: {loading}), "
+            f"QEMU {theirs[-1].to_reset:.1f} s ({theirs[-1].uptime:.1f} s)"
+        )
     packed, unpacking = cellblock(image, Path(image.vmlinuz), rounds)
     smp, _ = cellblock(image, Path(image.vmlinux), rounds + 1, vcpu_count=2)
     smp_qemu = qemu(image, vcpu_count=2)
