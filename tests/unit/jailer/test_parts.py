@@ -77,6 +77,23 @@ def test_memory_is_bounded(reserve: bool, bound: int) -> None:
     assert error.value.errno == errno.EDQUOT
 
 
+# ---------------------------------------------------------------- huge pages
+
+
+@pytest.mark.parametrize(
+    ("text", "given"),
+    [("[always] madvise never\n", True), ("always [madvise] never\n", False), ("always madvise [never]\n", False)],
+)
+def test_huge_pages_only_where_the_host_gives_them_to_everybody(tmp_path: Path, text: str, given: bool) -> None:
+    setting = tmp_path / "enabled"
+    setting.write_text(text)
+    assert memory.host_gives_huge_pages(str(setting)) is given
+
+
+def test_a_kernel_without_huge_pages_gives_none(tmp_path: Path) -> None:
+    assert not memory.host_gives_huge_pages(str(tmp_path / "missing"))
+
+
 # ---------------------------------------------------------------- placement
 
 
