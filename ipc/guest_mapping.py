@@ -60,20 +60,15 @@ class GuestMapping:
             error = ctypes.get_errno()
             raise OSError(error, os.strerror(error))
 
-    def collapse(self, descriptor: int, offset: int, length: int) -> bool:
+    def collapse(self, offset: int, length: int) -> bool:
         """Back whole blocks of 2 MiB by huge pages now, keeping what is in them; False if the kernel does not.
 
-        ``descriptor`` is the file's. Linux 6.1 can, whatever the administrator chose for huge pages of shared memory
-        but ``deny``.
+        Linux 6.1 can, whatever the administrator chose for huge pages of shared memory but ``deny``.
         """
         assert offset % HUGE_PAGE_SIZE == length % HUGE_PAGE_SIZE == 0
         for block in range(offset, offset + length, HUGE_PAGE_SIZE):
-            # A block without any page is not collapsed. It is made by the file: to collapse a block of which a page is
-            # mapped means to interrupt all CPUs and to wait for them.
-            try:
-                os.pwrite(descriptor, os.pread(descriptor, 1, block), block)
-            except OSError:  # a limit on file sizes
-                self.view[block] = self.view[block]
+            # A block without any page is not collapsed, and Linux 6.1 says that it failed where none was mapped.
+            self.view[block] = self.view[block]
         try:
             self.advise(_MADV_COLLAPSE, offset, length)
         except OSError:

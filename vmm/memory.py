@@ -108,7 +108,7 @@ class GuestMemory:
         # KVM maps a huge page of the host as one only where guest addresses are aligned alike.
         congruent = (region.guest_address - region.offset) % HUGE_PAGE_SIZE == 0
         whole = region.offset <= start and end <= region.offset + region.size
-        if not congruent or not whole or not self._map.collapse(self._fd, start, end - start):
+        if not congruent or not whole or not self._map.collapse(start, end - start):
             return False
         self._huge.append((start, end))
         return True

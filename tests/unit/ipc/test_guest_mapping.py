@@ -96,7 +96,7 @@ def test_collapsing_keeps_what_is_there(memfd: int) -> None:
     mapping = GuestMapping(memfd, SIZE)
     mapping.view[HUGE_PAGE_SIZE + 7 : HUGE_PAGE_SIZE + 12] = b"hello"
     mapping.view[3 * HUGE_PAGE_SIZE] = 0xA5  # the byte that is touched
-    done = mapping.collapse(memfd, HUGE_PAGE_SIZE, 3 * HUGE_PAGE_SIZE)
+    done = mapping.collapse(HUGE_PAGE_SIZE, 3 * HUGE_PAGE_SIZE)
     expected = bytearray(SIZE)
     expected[HUGE_PAGE_SIZE + 7 : HUGE_PAGE_SIZE + 12] = b"hello"
     expected[3 * HUGE_PAGE_SIZE] = 0xA5
