@@ -501,9 +501,13 @@ class HandOver(NamedTuple):
 
 
 class HandedOver(NamedTuple):
-    """What is signalled from now on waits in the eventfds; the ghosts are as told."""
+    """What is signalled from now on waits in the eventfds; the ghosts are as told.
+
+    ``held`` are the worker's own vCPUs that the other workers are not ready for yet (VCPU_STARTING).
+    """
 
     ghosts: tuple[GhostState, ...]
+    held: tuple[int, ...]
 
 
 class TakeBack(NamedTuple):
@@ -529,12 +533,13 @@ class StateLoaded(NamedTuple):
 class TakeOver(NamedTuple):
     """Bind these interrupts, whose eventfds were sent (Interrupt, IpiPath).
 
-    After the ``last`` one, with which ``ghosts`` come, the worker is paused.
+    After the ``last`` one, with which ``ghosts`` and ``held`` come as HandedOver told them, the worker is paused.
     """
 
     routes: tuple[Route, ...]
     paths: tuple[OpenIpiTarget, ...]
     ghosts: tuple[GhostState, ...]
+    held: tuple[int, ...]
     last: bool
 
 
@@ -625,7 +630,7 @@ WORKER.register(42, HostCpuRead, cpuid=ListOf(_CPUID, MAX_CPUID_ENTRIES))
 _GHOST_STATE = RecordOf(GhostState, vcpu=_VCPU, stub=Flag(), started=Flag(), vector=_VECTOR, waiting=Flag())
 _PATH = RecordOf(OpenIpiTarget, vcpu=_VCPU, vector=_VECTOR, gsi=Int(MAX_GSI - 1))
 WORKER.register(43, HandOver)
-WORKER.register(44, HandedOver, ghosts=ListOf(_GHOST_STATE, MAX_WORKERS))
+WORKER.register(44, HandedOver, ghosts=ListOf(_GHOST_STATE, MAX_WORKERS), held=ListOf(_VCPU, MAX_WORKERS))
 WORKER.register(45, TakeBack)
 WORKER.register(46, TakenBack)
 WORKER.register(47, LoadState, vcpu=_VCPU, version=Int(U16), state=Bytes(128 << 10))
@@ -636,6 +641,7 @@ WORKER.register(
     routes=ListOf(_ROUTE, 64),
     paths=ListOf(_PATH, MAX_PATHS_AT_ONCE),
     ghosts=ListOf(_GHOST_STATE, MAX_WORKERS),
+    held=ListOf(_VCPU, MAX_WORKERS),
     last=Flag(),
 )
 WORKER.register(50, TakenOver)

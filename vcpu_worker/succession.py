@@ -20,7 +20,6 @@ from vcpu_worker import state as vcpu_state
 from vcpu_worker.descriptor_set import DescriptorSet
 from vcpu_worker.errors import ConfigurationError, StateError, WorkerError
 from vcpu_worker.ghosts.control import GhostControl
-from vcpu_worker.kvm import abi
 from vcpu_worker.lifecycle import Event
 from vcpu_worker.machine import Machine
 
@@ -63,8 +62,10 @@ class Succession:
         self._advance(Event.HAND_OVER)
         self._machine.hand_over()
 
+        held = tuple(vcpu for vcpu, runner in self._runners.items() if runner.loop.start_held)
+
         def told(states: Any) -> None:
-            reply(_failed(states) if isinstance(states, Exception) else HandedOver(tuple(states)))
+            reply(_failed(states) if isinstance(states, Exception) else HandedOver(tuple(states), held))
 
         self._ghosts.states(told)
 
@@ -113,20 +114,18 @@ class Succession:
         first = next(iter(self._loaded.values()))
 
         def finished(result: Any) -> None:
-            error = result if isinstance(result, Exception) else self._finish(first)
+            error = result if isinstance(result, Exception) else self._finish(first, command.held)
             reply(TakenOver() if error is None else _failed(error))
 
         self._ghosts.go_on(command.ghosts, first.tsc_offset, finished)
 
-    def _finish(self, first: vcpu_state.VcpuState) -> Exception | None:
+    def _finish(self, first: vcpu_state.VcpuState, held: Sequence[int]) -> Exception | None:
         """Everything but the clock is there: from now on the worker is paused like any other."""
         try:
             vcpu_state.load_clock(self._machine.vm, first)
-            for vcpu, state in self._loaded.items():
-                # A vCPU that has not started must not before the other workers are ready for it. One that has, and
-                # got another INIT, is announced a second time, without harm.
-                waits = state.mp_state in (abi.MP_STATE_UNINITIALIZED, abi.MP_STATE_INIT_RECEIVED)
-                self._runners[vcpu].loop.go_on(start_held=waits and bool(self._machine.ghost_vcpus))
+            for vcpu, runner in self._runners.items():
+                # Its state does not tell whether the other workers are ready for it: INIT and SIPI may have come.
+                runner.loop.go_on(start_held=vcpu in held)
             self._advance(Event.TAKE_OVER)
         except (WorkerError, IpcError) as error:
             return error

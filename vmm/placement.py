@@ -50,7 +50,6 @@ class Placement(NamedTuple):
         raise PlacementError(f"There is no vCPU {vcpu}.")
 
 
-
 def check(text: str, vcpu_count: int) -> None:
     """Raise PlacementError if ``text`` is no placement for so many vCPUs."""
     if text not in (AUTOMATIC, SPLIT, GROUPED):

@@ -214,9 +214,7 @@ def decode(data: bytes) -> MicrovmState:
         raise MicrovmStateError("The vCPUs are not those of the workers.")
     if [each.worker for each in head.rest] != list(range(len(head.groups))):
         raise MicrovmStateError("Not every worker was at rest.")
-    return MicrovmState(
-        head.version, head.microvm_id, head.regions, head.groups, head.devices, head.rest, tuple(vcpus)
-    )
+    return MicrovmState(head.version, head.microvm_id, head.regions, head.groups, head.devices, head.rest, tuple(vcpus))
 
 
 def _take(data: bytes) -> tuple[bytes, bytes]:

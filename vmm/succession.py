@@ -65,6 +65,7 @@ class Succession:
         self._descriptors = descriptors
         self._interrupts = interrupts
         self._ghosts: tuple[GhostState, ...] = ()
+        self._held: tuple[int, ...] = ()
         self._states: list[SavedState] = []
         self.steps: dict[str, Callable[[int, Answered], None]] = {
             "fork": self._fork,
@@ -88,7 +89,7 @@ class Succession:
     def _hand_over(self, timeout_ns: int, answered: Answered) -> None:
         def handed_over(reply: Any, refusal: str) -> None:
             if reply is not None:
-                self._ghosts = reply.ghosts
+                self._ghosts, self._held = reply
             answered(refusal)
 
         self.leaver.ask(HandOver(), HandedOver, handed_over, timeout_ns=timeout_ns)
@@ -133,7 +134,7 @@ class Succession:
             for path in part:
                 self.comer.send_descriptor(IpiPath(path.vcpu, path.vector), path.eventfd)
             targets = tuple(OpenIpiTarget(path.vcpu, path.vector, path.gsi) for path in part)
-            command = TakeOver(routes, targets, self._ghosts if last else (), last)
+            command = TakeOver(routes, targets, self._ghosts if last else (), self._held if last else (), last)
             event = WorkerEvent.LOADED if last else None
             self.comer.ask(command, TakenOver, taken_over, timeout_ns=timeout_ns, event=event)
 

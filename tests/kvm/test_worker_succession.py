@@ -58,7 +58,7 @@ def test_the_whole_state_arrives(tmp_path: Path) -> None:
         comer_configured(comer)
         assert says(comer) == "awaiting-state"
         comer.request(LoadState(0, saved.version, saved.state), StateLoaded)
-        comer.request(TakeOver((), (), (), True), TakenOver)
+        comer.request(TakeOver((), (), (), (), True), TakenOver)
         assert says(comer) == "paused"
         before = vcpu_state.decode(saved.state)
         after = vcpu_state.decode(comer.request(SaveState(0), SavedState).state)
@@ -79,8 +79,8 @@ def test_a_leaver_that_has_handed_over_does_not_run(tmp_path: Path) -> None:
     with Controller(tmp_path, ChecksCounts(), number=1 << 30, interrupts=(4,)) as worker:
         saved_while_running(worker)
         worker.collect(worker.submit(SetRoutes((Route(4, 0xFEE0_0000, 0x40, False),))))
-        assert worker.request(HandOver(), HandedOver).ghosts == ()
-        assert worker.request(HandOver(), HandedOver).ghosts == ()
+        assert worker.request(HandOver(), HandedOver) == ((), ())
+        assert worker.request(HandOver(), HandedOver) == ((), ())
         assert says(worker) == "handed-over"
         assert worker.refused(Resume()).text == "the worker is handed-over: it cannot resume"
         worker.request(SaveState(0), SavedState)
@@ -101,10 +101,10 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         saved = saved_while_running(leaver)
         good = vcpu_state.decode(saved.state)
         assert leaver.refused(LoadState(0, 1, saved.state)).code == "worker.state"
-        assert leaver.refused(TakeOver((), (), (), True)).code == "worker.state"
+        assert leaver.refused(TakeOver((), (), (), (), True)).code == "worker.state"
         comer_configured(comer)
         assert comer.refused(Resume()).text == "the worker is awaiting-state: it cannot resume"
-        assert "the state of a vCPU is missing" in comer.refused(TakeOver((), (), (), True)).text
+        assert "the state of a vCPU is missing" in comer.refused(TakeOver((), (), (), (), True)).text
         for wrong, text in (
             (LoadState(1, 1, saved.state), "does not run vCPU 1"),
             (LoadState(0, 2, saved.state), "has version 2"),

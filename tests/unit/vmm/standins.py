@@ -139,7 +139,7 @@ class StandInWorker:
             DumpCpuConfig: lambda message, sequence: self.send(DumpedCpuConfig(message.vcpu, (), ()), sequence),
             Finish: self.finish,
             ParkGhosts: lambda message, sequence: self.send(GhostsParked(0), sequence),
-            HandOver: lambda message, sequence: self.send(HandedOver(()), sequence),
+            HandOver: lambda message, sequence: self.send(HandedOver((), ()), sequence),
             TakeBack: lambda message, sequence: self.send(TakenBack(), sequence),
             LoadState: lambda message, sequence: self.send(StateLoaded(), sequence),
             TakeOver: lambda message, sequence: self.send(TakenOver(), sequence),
