@@ -94,6 +94,7 @@ def check_report(output: str, vcpus: int) -> None:
 SOAK_ONLY = pytest.mark.soak("smp", only=True)
 
 
+@pytest.mark.timeout(0 if SOAK else 900)
 @pytest.mark.soak("smp")
 @pytest.mark.parametrize(
     ("vcpus", "placement"),
@@ -134,6 +135,7 @@ def run(vm: Microvm, command: str) -> str:
     return vm.expect("CELLBLOCK-RUN end", 120.0)
 
 
+@pytest.mark.timeout(0)
 @SOAK_ONLY
 def test_split_guest_is_paused_and_resumed_under_load(guest_image, no_leftovers):
     """The cut is consistent: no ghost holds anything, and the guest goes on without a complaint."""

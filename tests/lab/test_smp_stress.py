@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from lab.client import Microvm
+from tests.conftest import SOAK
 from tests.lab.test_boot import BOOT_TIMEOUT, CGROUP_OPTIONS, jail
 from tests.lab.test_smp import COMPLAINTS, SOAK_ONLY, config, run
 
@@ -73,6 +74,7 @@ def move_serial_interrupt(vm: Microvm, lines: int, generator: random.Random) -> 
     assert min(map(int, counts.groups())) > 0, output
 
 
+@pytest.mark.timeout(0 if SOAK else 900)  # a busy host makes a guest twenty times slower
 @pytest.mark.soak("smp")
 @pytest.mark.parametrize("vcpus", [2, pytest.param(4, marks=SOAK_ONLY)])
 def test_stress_while_pausing_and_resuming(guest_image, no_leftovers, scale, seed, vcpus):
@@ -81,7 +83,7 @@ def test_stress_while_pausing_and_resuming(guest_image, no_leftovers, scale, see
         machine = {"vcpu_count": vcpus, "vcpu_placement": "Split"}
         path = config(made, guest_image, machine, "", "stay", programs=("stress",))
         with made.launch((*CGROUP_OPTIONS, "--cleanup"), ("--config-file", path)) as vm:
-            vm.expect("CELLBLOCK-READY", BOOT_TIMEOUT)
+            vm.expect("CELLBLOCK-READY", scale(BOOT_TIMEOUT, 10 * BOOT_TIMEOUT))
             check_counts(stress(vm, scale(20, 600), pause_and_resume, random.Random(seed)))
             move_serial_interrupt(vm, scale(40, 4_000), random.Random(seed))
             assert "\nno complaint" in run(vm, COMPLAINTS)
