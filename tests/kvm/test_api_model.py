@@ -37,7 +37,7 @@ class Program:
 
     def __init__(self, directory: Path) -> None:
         self.vm: Microvm = launch_unjailed(directory, ["--log-path", str(directory / "log"), "--level", "Debug"])
-        self.vm.wait_for_api()
+        self.vm.wait_for_api(timeout=300.0)  # a soak may have little of the machine
         self._log = directory / "log"
         self._log_position = 0
         self._client = Client(self.vm.api_socket)

@@ -19,7 +19,7 @@ class Client:
 
     def __init__(self, path: Path) -> None:
         self._connection = socket.socket(socket.AF_UNIX)
-        self._connection.settimeout(60)
+        self._connection.settimeout(300)
         self._connection.connect(str(path))
         self._file = self._connection.makefile("rb")
 
