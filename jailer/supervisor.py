@@ -149,8 +149,11 @@ class Supervisor:
                 return
             (number,) = struct.unpack_from("=I", data, 0)
             (code,) = struct.unpack_from("=i", data, 8)
+            (sender,) = struct.unpack_from("=I", data, 12)
             if number == signal.SIGCHLD:
                 self._reap()
+            elif number == signal.SIGXFSZ and sender == self._pid:
+                pass  # a memfd of ours was to be larger than files may be: the call has failed, and says so
             elif number == signal.SIGPIPE:
                 self._note_signal(number, code)
             else:

@@ -94,9 +94,7 @@ class MakeDevice(Operation):
         except OSError as error:
             if self._optional:
                 return
-            raise StepError(
-                f"Failed to create {self._path} via mknod inside the jail: {errno_text(error)}"
-            ) from None
+            raise StepError(f"Failed to create {self._path} via mknod inside the jail: {errno_text(error)}") from None
         try:
             os.chown(self._path, self._uid, self._gid)
         except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from lab.client import ClientError
+from lab.client import ClientError, launch_unjailed
+from tests.guests.build import build
 from tests.jail.harness import GID, UID, JailedMicrovm, children, microvm, wait_for
 
 #: What each signal means: exit code, group and key of the metric that becomes 1.
@@ -143,3 +145,24 @@ def test_a_file_beyond_its_limit_ends_the_microvm(base: Path) -> None:
         # The line that went over the limit is cut off there; whole lines before it are whole.
         *whole, _rest = path.read_bytes().split(b"\n")
         assert all(json.loads(line) for line in whole)
+
+
+def test_memory_beyond_the_limit_of_files_fails_the_start_only(tmp_path: Path) -> None:
+    """Un-jailed, the limit is the supervisor's, too: the memfd cannot be made, and the microVM can be configured on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    kernel = str(build("spin"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        vm = launch_unjailed(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with vm:
+        vm.wait_for_api()
+        vm.must("PUT", "/boot-source", {"kernel_image_path": kernel})
+        for _ in range(2):
+            reply = vm.api("PUT", "/actions", {"action_type": "InstanceStart"})
+            assert reply.status == 400
+            assert reply.body == {"fault_message": "Start microvm error: cannot make guest memory: File too large"}
+        assert vm.must("GET", "/")["state"] == "Not started"
+        vm.process.terminate()
+        assert vm.wait() == 143
