@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 
 from ipc.messages import GhostsParked, ParkGhosts, Pause, Paused, ReadRest, RestRead, Resume, Resumed
+from ipc.plain import deque
 from ipc.typed import Any, Callable
 from vmm.conduct import NOBODY, Action, Await, Commit, Drop, MachineLife, Member, Outcome, Settle, Tell
 from vmm.errors import StateError, VmmError, WorkerError
