@@ -13,8 +13,8 @@ from devtool.project import LAUNCHERS, PYTHON, ROOT
 
 #: Every one of them was measured at a millisecond or more, or drags a family of others in.
 HEAVY = {
-    "argparse", "array", "ast", "asyncio", "bisect", "collections", "concurrent", "ctypes.util", "dataclasses", "difflib",
-    "email", "gettext", "heapq", "html",
+    "argparse", "array", "ast", "asyncio", "bisect", "collections", "concurrent", "ctypes.util", "dataclasses",
+    "difflib", "email", "gettext", "heapq", "html",
     "http", "importlib.metadata", "importlib.resources", "inspect", "ipaddress", "json", "locale", "logging", "lzma",
     "bz2", "multiprocessing", "pathlib", "pprint", "pyseccomp", "seccomp", "shutil", "subprocess", "tempfile",
     "tokenize", "unittest", "urllib", "uuid", "xml", "zipfile",
