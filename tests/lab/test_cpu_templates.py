@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from lab.client import Microvm
 from lab.guest_image import archive
@@ -88,6 +88,11 @@ def host_model() -> tuple[str, int, int, int]:
     return vendor, family, model, stepping
 
 
+def t2a_is_permitted() -> bool:
+    """Is this a Milan?"""
+    return host_model() == ("AuthenticAMD", 25, 1, 1)
+
+
 def test_the_static_template_t2a(tmp_path: Path):
     """On a Milan guests get all of it, elsewhere none starts. The lab is one with this: ./dev lab
     --cpu-model max,family=25,model=1,stepping=1 .venv/bin/python -m pytest tests/lab/test_cpu_templates.py
@@ -96,7 +101,7 @@ def test_the_static_template_t2a(tmp_path: Path):
     machine = {"vcpu_count": 1, "mem_size_mib": 128, "cpu_template": "T2A"}
     source = {"boot-source": {"kernel_image_path": "/nix"}, "drives": []}
     config.write_text(json.dumps(source | {"machine-config": machine}))
-    permitted = host_model() == ("AuthenticAMD", 25, 1, 1)
+    permitted = t2a_is_permitted()
     output = run("template", "verify", "-c", config, status=0 if permitted else 1)
     if permitted:
         assert output.startswith("The guest gets all ")
@@ -118,12 +123,16 @@ def cpuid_seen(output: str) -> list[dict[tuple[str, str], int]]:
     return seen
 
 
-@pytest.mark.parametrize("vcpus", [2])
-def test_a_linux_guest_sees_what_the_template_says(guest_image, vcpus):
-    """In a jail, a worker per vCPU: /proc/cpuinfo, and the instruction itself on every CPU."""
-    pairs = " ".join(f"{leaf.removeprefix('0x')} 0" for leaf in ("0x0", "0x1", "0x7", "0x80000001", "0x80000008"))
+VCPUS = 2
+LEAVES = ("0x0", "0x1", "0x7", "0xd", "0x80000001", "0x80000008")
+
+
+@contextmanager
+def linux_guest(guest_image: Any) -> Iterator[Microvm]:
+    """A jailed microVM with a worker per vCPU, to be started: it shows its CPUs on the console, and ends."""
+    pairs = " ".join(f"{leaf.removeprefix('0x')} 0" for leaf in LEAVES)
     script = (
-        f"for c in $(seq 0 {vcpus - 1}); do echo on cpu $c; taskset $(printf %x $((1 << c))) /bin/cpuid {pairs}; done; "
+        f"for c in $(seq 0 {VCPUS - 1}); do echo on cpu $c; taskset $(printf %x $((1 << c))) /bin/cpuid {pairs}; done; "
         "grep -E '^(flags|stepping|microcode|vendor_id)' /proc/cpuinfo"
     )
     with jail("cpu-template") as made:
@@ -132,31 +141,71 @@ def test_a_linux_guest_sees_what_the_template_says(guest_image, vcpus):
         kernel = made.add(guest_image.vmlinux, "vmlinux")
         with made.launch((*CGROUP_OPTIONS, "--cleanup")) as vm:
             vm.wait_for_api()
-            vm.must("PUT", "/machine-config", {"vcpu_count": vcpus, "mem_size_mib": 256, "vcpu_placement": "Split"})
+            vm.must("PUT", "/machine-config", {"vcpu_count": VCPUS, "mem_size_mib": 256, "vcpu_placement": "Split"})
             arguments = f"{boot_args(script)} tsc_early_khz={host_tsc_khz()}"
             source = {"kernel_image_path": kernel, "initrd_path": "/initramfs", "boot_args": arguments}
             vm.must("PUT", "/boot-source", source)
-            refuse_what_kvm_does_not_know(vm)
-            vm.must("PUT", "/cpu-config", template())
-            vm.must("PUT", "/actions", {"action_type": "InstanceStart"})
-            output = vm.expect("CELLBLOCK-DONE", BOOT_TIMEOUT).replace("\r", "")
-            assert vm.wait(60.0) == 0
+            yield vm
+
+
+def shown_by(vm: Microvm) -> str:
+    """Start it; return what it shows."""
+    vm.must("PUT", "/actions", {"action_type": "InstanceStart"})
+    output = vm.expect("CELLBLOCK-DONE", BOOT_TIMEOUT).replace("\r", "")
+    assert vm.wait(60.0) == 0
+    return output
+
+
+def flags_of(output: str) -> list[set[str]]:
+    """Return what /proc/cpuinfo lists for each CPU."""
+    flags = [set(line.split()) for line in output.splitlines() if line.startswith("flags")]
+    assert len(flags) == VCPUS, output
+    return flags
+
+
+def test_a_linux_guest_sees_what_the_template_says(guest_image):
+    """/proc/cpuinfo, and the instruction itself on every CPU."""
+    with linux_guest(guest_image) as vm:
+        refuse_what_kvm_does_not_know(vm)
+        vm.must("PUT", "/cpu-config", template())
+        output = shown_by(vm)
     seen = cpuid_seen(output)
-    assert len(seen) == vcpus, output
+    assert len(seen) == VCPUS, output
     for values in seen:
         for name, (leaf, register, bit) in HIDDEN.items():
             assert not values[leaf, register] >> bit & 1, name
         assert values["0x1", "eax"] & 15 == STEPPING
     # The same on every CPU but for the APIC id.
     assert len({tuple(value for key, value in each.items() if key != ("0x1", "ebx")) for each in seen}) == 1
-    assert [each["0x1", "ebx"] >> 24 for each in seen] == list(range(vcpus))
-    flags = [set(line.split()) for line in output.splitlines() if line.startswith("flags")]
-    assert len(flags) == vcpus
-    for each in flags:
+    assert [each["0x1", "ebx"] >> 24 for each in seen] == list(range(VCPUS))
+    for each in flags_of(output):
         assert not each & set(HIDDEN)
         assert {"hypervisor", "sse2", "lm"} <= each
-    assert re.findall(r"^stepping\s+: (\d+)$", output, re.MULTILINE) == [str(STEPPING)] * vcpus
-    assert re.findall(r"^microcode\s+: (\S+)$", output, re.MULTILINE) == [hex(MICROCODE)] * vcpus
+    assert re.findall(r"^stepping\s+: (\d+)$", output, re.MULTILINE) == [str(STEPPING)] * VCPUS
+    assert re.findall(r"^microcode\s+: (\S+)$", output, re.MULTILINE) == [hex(MICROCODE)] * VCPUS
+
+
+def test_a_linux_guest_under_t2a(guest_image):
+    """Where the template is permitted (see above) the guest shows no feature that is newer than T2's processors."""
+    with linux_guest(guest_image) as vm:
+        vm.must("PATCH", "/machine-config", {"cpu_template": "T2A"})
+        if not t2a_is_permitted():
+            reply = vm.api("PUT", "/actions", {"action_type": "InstanceStart"})
+            assert reply.status == 400
+            assert reply.body["fault_message"].startswith("Start microvm error: Failed to get CPU template: ")
+            return
+        output = shown_by(vm)
+    # By the kernel's names of the bits that docs/cpu-templates.md lists.
+    newer = {"rdseed", "adx", "clflushopt", "clwb", "sha_ni", "umip", "pku", "ospke", "vaes", "vpclmulqdq", "rdpid",
+             "fsrm", "xsavec", "xsaves", "xgetbv1", "sse4a", "misalignsse", "3dnowprefetch", "mmxext", "fxsr_opt", "svm",
+             "cr8_legacy", "clzero", "xsaveerptr", "wbnoinvd", "monitor"}  # fmt: skip
+    for flags in flags_of(output):
+        assert not flags & newer
+        assert {"avx2", "bmi2", "smep", "topoext", "hypervisor"} <= flags
+    for values in cpuid_seen(output):
+        assert values["0x1", "eax"] == 0xA0_0F11
+        assert (values["0x7", "eax"], values["0x7", "ecx"]) == (0, 0)
+        assert (values["0xd", "eax"], values["0xd", "ecx"], values["0xd", "edx"]) == (7, 832, 0)
 
 
 def refuse_what_kvm_does_not_know(vm: Microvm) -> None:
