@@ -18,7 +18,7 @@ from vmm.errors import StateError
 from vmm.lifecycle import ALIVE, SECOND_NS, WorkerEvent, WorkerState, next_state
 from vmm.procedures import PAUSE, REPLACE, RESUME, MachineState, Procedure
 
-BEAT = 20 * SECOND_NS
+BEAT = 60 * SECOND_NS
 #: No operation may take longer: the deadlines of all of its steps, and of those that take it back.
 LONGEST = 400 * SECOND_NS
 FORK = "fork"
@@ -303,7 +303,7 @@ class World:
 
         self.send(worker, "ping", 0, pong)
         self.later(worker.ping_pause, lambda: self.beat(worker))
-        worker.ping_pause = min(2 * worker.ping_pause, 8 * BEAT)
+        worker.ping_pause = min(2 * worker.ping_pause, 4 * BEAT)
 
     # ------------------------------------------------------------ what happens to workers
 
