@@ -23,7 +23,7 @@ CONTENT = (
 )
 #: The kernel's monotonic clock in ns, read now on one CPU, now on another: never less than before.
 CLOCK = (
-    "p=0; while :; do for k in 1 2; do n=$(taskset $k sed -n 's/^now at \\([0-9]*\\).*/\\1/p' "
+    "p=0; while [ -e /tmp/go ]; do for k in 1 2; do n=$(taskset $k sed -n 's/^now at \\([0-9]*\\).*/\\1/p' "
     "/proc/timer_list); [ ${n:-0} -ge $p ] && echo x >> /tmp/clock || echo BAD-CLOCK $p $n; p=$n; done; done"
 )
 
@@ -69,6 +69,7 @@ def test_a_guest_under_load_does_not_notice(guest_image, no_leftovers, scale, se
         with made.launch((*CGROUP_OPTIONS, "--cleanup"), ("--config-file", path)) as vm:
             vm.expect("CELLBLOCK-READY", BOOT_TIMEOUT)
             begin = uptime(vm)
+            run(vm, "mkdir -p /tmp; touch /tmp/go")
             run(vm, f"for c in $(seq {vcpus}); do ({CONTENT}) & done; ({CLOCK}) &")
             replace_all_the_time(vm, generator, count, vcpus)
             vm.must("PATCH", "/vcpus", {"action": "Replace"})
@@ -77,6 +78,7 @@ def test_a_guest_under_load_does_not_notice(guest_image, no_leftovers, scale, se
             vm.pump(2.0)
             output = run(vm, f"{progress}; cat /sys/devices/system/cpu/online; {COMPLAINTS}")
             end = uptime(vm)
+            run(vm, "rm /tmp/go")
             console = vm.console.decode(errors="replace")
             vm.type("exit\n")
             vm.expect("CELLBLOCK-DONE", 60.0)
