@@ -18,7 +18,7 @@ LINES = 3000
 DIGEST = hashlib.md5("".join(f"{number}\n" for number in range(1, LINES + 1)).encode()).hexdigest()
 #: On each CPU: pipes, forks and file pages, whose content must come out right.
 CONTENT = (
-    f'while :; do seq {LINES} > /tmp/c$c; [ "$(cat /tmp/c$c | md5sum | cut -c1-32)" = {DIGEST} ] '
+    f'while [ -e /tmp/go ]; do seq {LINES} > /tmp/c$c; [ "$(cat /tmp/c$c | md5sum | cut -c1-32)" = {DIGEST} ] '
     "&& echo x >> /tmp/content$c || echo BAD-CONTENT; done"
 )
 #: The kernel's monotonic clock in ns, read now on one CPU, now on another: never less than before.
