@@ -146,7 +146,9 @@ def hit_from_outside(jailed: JailedMicrovm, case: Case, number: int) -> tuple[La
         os.kill(victim, number)
         if case.state != "greeted":
             return None, victim
-        wait_for(lambda: not is_alive(victim), "its end")
+        events = Events(jailed)
+        events.until("worker-state", state="ended", pid=victim)  # the controller knows it, too
+        events.close()
         return Later(jailed, *operation(case)), victim
     events = Events(jailed)
     later = Later(jailed, *operation(case))
