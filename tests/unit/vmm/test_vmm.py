@@ -422,8 +422,9 @@ def test_what_workers_say_cannot_forge_log_lines(make, log):
 
 @pytest.fixture
 def fast_heart(monkeypatch):
-    monkeypatch.setattr(heartbeat_module, "INTERVAL_NS", 10_000_000)
-    # Long enough that a worker which only waits for its turn on a busy machine is not taken for a stalled one.
+    # Long enough that on a busy machine neither the controller takes itself for stopped (two intervals) nor a worker
+    # that only waits for its turn for stalled.
+    monkeypatch.setattr(heartbeat_module, "INTERVAL_NS", 100_000_000)
     monkeypatch.setattr(heartbeat_module, "STALL_AFTER_NS", 1_000_000_000)
 
 
@@ -470,7 +471,7 @@ def test_a_controller_that_did_not_run_itself_reports_no_stall(make, log, fast_h
 
 def beat(machine: Machine) -> None:
     """Let the heart beat a few times."""
-    deadline = time.monotonic() + 0.05
+    deadline = time.monotonic() + 0.35
     machine.events.run_until(lambda: time.monotonic() > deadline, time.monotonic_ns() + 10**9)
 
 
