@@ -77,6 +77,9 @@ class ApiHandler:
         except RequestError as error:
             self._count(request, failed=True)
             return self._refused(str(error))
+        except Exception as error:  # a fault of ours, which must not end the microVM
+            self._count(request, failed=True)
+            return self._refused(f"Internal VMM error: {_where(error)}")
         self._count(request, failed=False)
         if parsed.deprecation is not None:
             self._metrics["deprecated_api"].add("deprecated_http_api_calls")

@@ -110,7 +110,7 @@ class _Number:
             raise UnplacedError(
                 f"Failed to parse string [{text}] as a number for CPU template - ParseIntError {{ kind: {name} }}"
             )
-        return int(text[2:], base)
+        return _number(text[2:], base)
 
 
 class _Capability:
@@ -127,7 +127,7 @@ class _Capability:
             raise UnplacedError(
                 f"Failed to parse string [{text}] as a kvm capability - can not convert to numeric: {fault[1]}"
             )
-        return KvmCapability(int(digits), required=not text.startswith("!"))
+        return KvmCapability(_number(digits, 10), required=not text.startswith("!"))
 
 
 class _Register:
@@ -176,9 +176,14 @@ def _number_fault(digits: str, base: int) -> tuple[str, str] | None:
         return "empty", "cannot parse integer from empty string"
     if any(digit not in _DIGITS[:base] for digit in digits.lower()):
         return "invalid digit", "invalid digit found in string"
-    if len(digits.lstrip("0")) > 32 or int(digits, base) >= 1 << 32:
+    if len(digits.lstrip("0")) > 32 or _number(digits, base) >= 1 << 32:
         return "pos overflow", "number too large to fit in target type"
     return None
+
+
+def _number(digits: str, base: int) -> int:
+    """Convert digits; leading zeros are left out, since Python refuses to convert thousands of decimal digits."""
+    return int(digits.lstrip("0") or "0", base)
 
 
 _CPUID_REGISTER = Object(
