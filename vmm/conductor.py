@@ -8,7 +8,7 @@ from ipc.messages import GhostsParked, ParkGhosts, Pause, Paused, ReadRest, Rest
 from ipc.plain import deque
 from ipc.typed import Any, Callable
 from vmm.conduct import NOBODY, Action, Await, Commit, Drop, MachineLife, Member, Outcome, Settle, Tell
-from vmm.errors import StateError, VmmError, WorkerError
+from vmm.errors import MicrovmEndedError, VmmError, WorkerError
 from vmm.event_manager import EventManager
 from vmm.lifecycle import WorkerEvent
 from vmm.procedures import DRAIN_STEP, RESUME_STEP, VERIFY_STEP, Procedure
@@ -87,7 +87,7 @@ class Conductor:
             self.life.end()
             if self._error is not None:
                 raise self._error
-            raise StateError("The microVM has ended.") if settled is None else WorkerError(settled.text)
+            raise MicrovmEndedError("The microVM has ended.") if settled is None else WorkerError(settled.text)
         raise WorkerError(settled.text)
 
     def _reset(self, succession: Succession | None) -> None:

@@ -420,6 +420,19 @@ def test_what_workers_say_cannot_forge_log_lines(make, log):
 # ---------------------------------------------------------------- heartbeat
 
 
+def test_a_guest_that_resets_before_the_worker_has_said_that_it_runs_has_run(make, monkeypatch):
+    machine = make()
+
+    def resume(worker, answered):
+        machine.vmm.guest_reset()  # its exit came first; the answer comes after the end, or never
+
+    monkeypatch.setattr(machine.vmm._conductor, "_resume", resume)
+    machine.vmm.resume_vm()
+    assert machine.vmm.shutdown_exit_code() == 0
+    with pytest.raises(StateError):
+        machine.vmm.resume_vm()
+
+
 @pytest.fixture
 def fast_heart(monkeypatch):
     # Long enough that on a busy machine neither the controller takes itself for stopped (two intervals) nor a worker
