@@ -154,6 +154,8 @@ class Supervisor:
                 self._reap()
             elif number == signal.SIGXFSZ and sender == self._pid:
                 pass  # a memfd of ours was to be larger than files may be: the call has failed, and says so
+            elif number == signal.SIGPIPE and sender == self._pid:
+                pass  # a line of our log had no reader: to log that as well would be the same again, without an end
             elif number == signal.SIGPIPE:
                 self._note_signal(number, code)
             else:

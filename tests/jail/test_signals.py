@@ -6,12 +6,15 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from devtool.project import LAUNCHERS
 from lab.client import ClientError, launch_unjailed
 from tests.guests.build import build
 from tests.jail.harness import GID, UID, JailedMicrovm, children, microvm, wait_for
@@ -81,6 +84,35 @@ def test_a_broken_pipe_ends_nothing(base: Path) -> None:
         assert metrics(jailed)[1]["signals"]["sigpipe"] == 1
         assert jailed.stop() == 143
         assert counted(metrics(jailed)[-1]) == set()
+
+
+def test_a_standard_error_that_nobody_reads(tmp_path: Path) -> None:
+    """The supervisor's lines are lost, and each is a SIGPIPE to itself; that must not be logged in turn."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    api, log_file = tmp_path / "api.socket", tmp_path / "log"
+    command = [LAUNCHERS / "firecracker", "--api-sock", api, "--log-path", log_file]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=writer)
+    os.close(writer)
+    try:
+        wait_for(lambda: log_file.exists() and "API server started." in log_file.read_text(), "the API")
+        process.send_signal(signal.SIGPIPE)  # makes it write a line
+        wait_for(lambda: "Received signal 13" in log_file.read_text(), "the log line")
+        before = cpu_seconds(process.pid)
+        time.sleep(0.3)
+        assert cpu_seconds(process.pid) - before < 0.1, "the supervisor is busy with itself"
+        assert log_file.read_text().count("Received signal 13") == 1
+        process.terminate()
+        assert process.wait(30.0) == 143
+    finally:
+        process.kill()
+        process.wait()
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time that a process has taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @pytest.mark.parametrize(
