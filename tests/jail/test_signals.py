@@ -91,7 +91,7 @@ def test_a_standard_error_that_nobody_reads(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     api, log_file = tmp_path / "api.socket", tmp_path / "log"
-    command = [LAUNCHERS / "firecracker", "--api-sock", api, "--log-path", log_file]
+    command = [str(LAUNCHERS / "firecracker"), "--api-sock", str(api), "--log-path", str(log_file)]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=writer)
     os.close(writer)
     try:
