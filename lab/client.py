@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -62,6 +63,21 @@ def _read_reply(connection: socket.socket) -> Reply:
     return Reply(int(lines[0].split()[1]), headers, json.loads(rest) if rest else None)
 
 
+#: A line of the log: for people, or a JSON object. It has the same output as the guest's console.
+_LOG_LINE = r"(?:\d{4}-\d\d-\d\dT[^\n]*\n|\{\"[^\n]*\n)"
+
+
+def without_log(console: bytes | bytearray) -> str:
+    """Return what the guest said. The log goes to the same place, also between two letters of the guest."""
+    return re.sub(_LOG_LINE, "", console.decode(errors="replace"))
+
+
+def _with_log_between(text: str) -> re.Pattern[bytes]:
+    """Return a pattern for ``text`` that lines of the log may have come into."""
+    between = f"{_LOG_LINE}*".encode()
+    return re.compile(between.join(re.escape(letter.encode()) for letter in text))
+
+
 class Microvm:
     """One running `firecracker` or `jailer` process with its console on pipes."""
 
@@ -92,15 +108,15 @@ class Microvm:
 
     def expect(self, text: str, timeout: float = 60.0) -> str:
         """Wait until ``text`` appears in what was not looked at yet; return all up to and including its line."""
-        wanted = text.encode()
+        wanted = _with_log_between(text)
         deadline = time.monotonic() + timeout
         while True:
-            position = self.console.find(wanted, self._seen)
-            if position >= 0 and (end := self.console.find(b"\n", position)) >= 0:
+            match = wanted.search(self.console, self._seen)
+            if match and (end := self.console.find(b"\n", match.end() - 1)) >= 0:
                 found = self.console[self._seen : end + 1]
                 self._seen = end + 1
                 return found.decode(errors="replace")
-            if not self.pump(0.1) and self.console.find(wanted, self._seen) < 0:
+            if not self.pump(0.1) and not wanted.search(self.console, self._seen):
                 raise ClientError(f"the microVM ended before {text!r} came:\n{self.tail()}")
             if time.monotonic() > deadline:
                 raise ClientError(f"no {text!r} within {timeout} s:\n{self.tail()}")
@@ -108,7 +124,7 @@ class Microvm:
     def has_come(self, text: str) -> bool:
         """Tell whether ``text`` is in what was not looked at yet, without waiting."""
         self.pump()
-        return self.console.find(text.encode(), self._seen) >= 0
+        return _with_log_between(text).search(self.console, self._seen) is not None
 
     def type(self, text: str) -> None:
         """Type on the serial console."""

@@ -60,8 +60,3 @@ def smp_config(directory: Path, kernel: Path, vcpus: int, placement: str) -> Pat
         json.dumps({"boot-source": {"kernel_image_path": str(kernel)}, "drives": [], "machine-config": machine})
     )
     return path
-
-
-def without_log(console: bytes | bytearray) -> str:
-    """Return what the guest said. The log goes to the same place, also between two letters of the guest."""
-    return re.sub(r"\d{4}-\d\d-\d\dT[^\n]*\n|\{\"[^\n]*\n", "", console.decode(errors="replace"))

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from lab.client import Reply
+from lab.client import Reply, without_log
 from tests.conftest import NoLeftovers
 from tests.jail.harness import PATIENCE_S, PROMISE_S, JailedMicrovm, is_alive, microvm, status, wait_for
 from tests.jail.test_lifetimes import _after_the_janitor
@@ -133,7 +133,7 @@ def prepare(jailed: JailedMicrovm, case: Case) -> None:
         assert jailed.api("PUT", target, body).status == 204
     if case.outcome not in ("refused", "started"):
         assert jailed.api("PUT", "/actions", {"action_type": "InstanceStart"}).status == 204, jailed.describe()
-        wait_for(lambda: "spinning" in jailed.output(), jailed.describe)
+        wait_for(lambda: "spinning" in without_log(jailed.output().encode()), jailed.describe)
     if case.state == "paused":
         assert jailed.api("PATCH", "/vm", {"state": "Paused"}).status == 204
 

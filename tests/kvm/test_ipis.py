@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from lab.client import Microvm, descendants, launch_unjailed
+from lab.client import Microvm, descendants, launch_unjailed, without_log
 from tests.guests.build import build
-from tests.microvms import smp_config, without_log
+from tests.microvms import smp_config
 
 #: So many rounds never end within a test.
 FOREVER = 1 << 30

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from lab.client import launch_unjailed
+from lab.client import launch_unjailed, without_log
 from tests.guests.build import build
-from tests.microvms import smp_config, without_log
+from tests.microvms import smp_config
 
 
 @pytest.mark.soak("smp")

@@ -9,12 +9,12 @@ import re
 
 import pytest
 
-from lab.client import launch_unjailed
+from lab.client import launch_unjailed, without_log
 from tests.guests.build import build
 from tests.kvm.test_hostile_guest import ASTRAY, FLOOD, ghosts, hostile
 from tests.lab.test_boot import BOOT_TIMEOUT
 from tests.lab.test_smp import SOAK_ONLY
-from tests.microvms import smp_config, without_log
+from tests.microvms import smp_config
 
 
 @pytest.mark.soak("smp")
