@@ -143,6 +143,7 @@ def test_without_the_death_signal_cells_outlive_their_supervisor(base: Path) -> 
         wait_for(lambda: not is_alive(controller), "the end of the controller", PROMISE_S)
 
 
+@pytest.mark.slow
 @pytest.mark.soak("jail")
 def test_kills_at_random_moments(base: Path, no_leftovers: NoLeftovers, scale: Scale, seed: int) -> None:
     """kill -9 of controller, worker or supervisor at any moment from the launch on; nothing is left with --cleanup."""

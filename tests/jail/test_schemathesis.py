@@ -86,6 +86,7 @@ class Fuzz:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.soak("api")
 @pytest.mark.parametrize("state", ["before", "running", "paused"])
 def test_generated_requests(base: Path, state: str, scale: Scale, seed: int) -> None:

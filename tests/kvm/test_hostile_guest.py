@@ -50,6 +50,7 @@ def recoveries_logged(vm: Microvm) -> int:
     return len(re.findall(rb"left its stub \(it ran other code than the stub\) and was put back", vm.console))
 
 
+@pytest.mark.slow
 @pytest.mark.soak("smp")
 @pytest.mark.parametrize(("vcpus", "placement"), [(2, "Split"), (4, "0,1/2,3"), (2, "Grouped")])
 def test_a_flood_harms_nobody_and_leaves_no_load(tmp_path, no_leftovers, scale, vcpus, placement):
@@ -68,6 +69,7 @@ def test_a_flood_harms_nobody_and_leaves_no_load(tmp_path, no_leftovers, scale, 
         assert vm.must("GET", "/")["state"] == "Running"
 
 
+@pytest.mark.slow
 @pytest.mark.soak("smp")
 def test_others_do_not_notice_a_flood(tmp_path, no_leftovers, scale):
     """Beside a guest that floods for ever another one is as exact as ever, and the API of both answers."""

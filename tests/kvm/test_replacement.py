@@ -108,6 +108,7 @@ def test_no_exit_is_lost_or_repeated(tmp_path, scale, seed, no_leftovers):
         report("one vCPU, exits", vm)
 
 
+@pytest.mark.slow
 @pytest.mark.soak("smp")
 @pytest.mark.parametrize("where", [(2, "Split"), (3, "Split"), (3, "Grouped"), (4, "0,1/2,3")], ids=str)
 def test_no_interrupt_between_vcpus_is_lost_or_repeated(tmp_path, scale, seed, no_leftovers, where):
@@ -230,6 +231,7 @@ def _signal_during_a_replacement(vm: Microvm, generator: random.Random) -> str:
     return "ended"
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.soak("smp")
 def test_a_signal_at_any_moment_has_one_outcome(tmp_path, scale, seed, no_leftovers):

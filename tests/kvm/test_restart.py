@@ -24,6 +24,7 @@ def pids(vm: Microvm) -> set[int]:
     return {vcpu["pid"] for vcpu in vm.must("GET", "/vcpus")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("vcpus", "placement"), [(2, "Grouped"), (2, "Split"), (3, "0,2/1")])
 def test_a_guest_restarts_in_place(tmp_path, no_leftovers, vcpus, placement):
     """The same process, API and console; new memory, devices, workers. Both ways to reset, one after the other."""

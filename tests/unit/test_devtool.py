@@ -65,6 +65,7 @@ def test_wrong_commands_are_refused():
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_failing_test_fails_the_whole(tmp_path):
     """Through the real thing: a stage with a failed test, one that dies, and one without tests."""
     failing = tmp_path / "test_failing.py"

@@ -22,6 +22,7 @@ def paths() -> list[str]:
     return [str(ROOT), *(str(path) for path in (ROOT / ".venv" / "lib").glob("python3.*/site-packages"))]
 
 
+@pytest.mark.slow
 def test_messages_are_the_same_on_it():
     options = ["-p", "tests.unit.ipc.with_msgpack_core", "-p", "no:xdist", "-q", *TESTS]
     done = subprocess.run(

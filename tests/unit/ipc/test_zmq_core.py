@@ -21,6 +21,7 @@ def run(code: str) -> str:
     return str(done.stdout)
 
 
+@pytest.mark.slow
 def test_the_channel_is_the_same_on_it():
     options = ["-p", "tests.unit.ipc.with_zmq_core", "-p", "no:xdist", "-q", *TESTS]
     done = subprocess.run(

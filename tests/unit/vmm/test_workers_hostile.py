@@ -298,6 +298,7 @@ def test_what_comes_on_the_descriptor_channel_later_is_never_read(make):
     assert controller.events.run(0) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.soak("devices")
 def test_no_descriptor_leaks(tmp_path, scale):
     context: zmq.Context = zmq.Context()
