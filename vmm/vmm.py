@@ -229,6 +229,7 @@ class Vmm(Microvm, Machine):
             self._perform(RESUME)
         except MicrovmEndedError as error:
             LOG.debug(str(error))  # the guest has run, and has ended before the last worker could say so
+        self._set_state(STATE_RUNNING)  # also if it has ended: one that starts anew goes on as what it was
 
     def pause_vm(self) -> None:
         """Park all vCPUs at an instruction boundary, their exits executed (PATCH /vm Paused). Idempotent.

@@ -429,8 +429,29 @@ def test_a_guest_that_resets_before_the_worker_has_said_that_it_runs_has_run(mak
     monkeypatch.setattr(machine.vmm._conductor, "_resume", resume)
     machine.vmm.resume_vm()
     assert machine.vmm.shutdown_exit_code() == 0
+    assert machine.vmm.instance_info.state == "Running"
     with pytest.raises(StateError):
         machine.vmm.resume_vm()
+
+
+@pytest.mark.parametrize("answers_first", [False, True])
+def test_a_guest_that_restarts_as_soon_as_it_runs_was_not_paused(make, monkeypatch, answers_first):
+    """What its machine was decides whether the one that starts anew runs."""
+    machine = make()
+    machine.vmm.restarts = True
+    conductor = machine.vmm._conductor
+    ask = conductor._resume
+
+    def resume(worker, answered):
+        if answers_first:
+            ask(worker, answered)
+            machine.controller.serve(lambda: conductor.life.conduct is None)
+        machine.vmm.guest_reset()
+
+    monkeypatch.setattr(conductor, "_resume", resume)
+    machine.vmm.resume_vm()
+    assert machine.vmm.restart_wanted
+    assert machine.vmm.instance_info.state == "Running"
 
 
 @pytest.fixture
