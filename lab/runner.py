@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import selectors
@@ -19,12 +20,15 @@ from typing import BinaryIO, NamedTuple
 
 from devtool.project import ROOT, DevError
 from lab.image import LabImage, ensure
+from lab.monitor import Monitor
 from lab.tsc import host_tsc_khz
 
 #: Where the exchange folder is inside. Commands find it as $LAB_EXCHANGE.
 EXCHANGE = "/run/lab/exchange"
 _BOOT_SECONDS = 180.0
 _CONSOLE_TAIL_LINES = 30
+#: With what every processor does.
+_REPORT_LINES = 200
 _CHUNK = 65536
 #: Folders of the host that the lab hides under fresh ones (see init.sh).
 _HIDDEN = ("/tmp", "/run", "/var/tmp", "/srv/jailer", "/dev", "/proc", "/sys")
@@ -53,7 +57,8 @@ def qemu_command(machine: Machine, image: LabImage, exchange: Path, ports: Mappi
     append = (
         "console=ttyS0 quiet panic=-1 oops=panic cgroup_no_v1=all mitigations=off "
         f"no_timer_check tsc=reliable tsc_early_khz={host_tsc_khz()} nokaslr random.trust_cpu=on "
-        "rcupdate.rcu_expedited=1 audit=0"
+        # A machine that stands still is asked by an NMI (lab.monitor), and says what all its processors do.
+        "rcupdate.rcu_expedited=1 audit=0 unknown_nmi_panic panic_print=0x40"
     )
     # fmt: off
     command = [
@@ -70,6 +75,9 @@ def qemu_command(machine: Machine, image: LabImage, exchange: Path, ports: Mappi
     ]
     # fmt: on
     for name, descriptor in ports.items():
+        if name == "monitor":
+            command += ["-chardev", f"socket,id={name},fd={descriptor}", "-mon", f"chardev={name},mode=control"]
+            continue
         device = "virtconsole" if name == "console" else "virtserialport"
         command += ["-chardev", f"socket,id={name},fd={descriptor}"]
         command += ["-device", f"{device},chardev={name},name=cellblock.{name}"]
@@ -181,7 +189,7 @@ class Lab:
     def _start(self, machine: Machine, image: LabImage) -> None:
         far_ends: dict[str, socket.socket] = {}
         try:
-            for name in ("control", "stdout", "stderr", "console"):
+            for name in ("control", "stdout", "stderr", "console", "monitor"):
                 self._ports[name], far_ends[name] = socket.socketpair()
             descriptors = {name: end.fileno() for name, end in far_ends.items()}
             command = qemu_command(machine, image, self._exchange, descriptors)
@@ -229,8 +237,10 @@ class Lab:
             self._pump(0.0, outputs, terminal)  # the agent answers after the output went out: it is all here
             return int(answer.split()[2])
         except LabTimeoutError as error:
+            where = self._diagnose()
             self.close()
-            raise LabTimeoutError(f"the command did not end within {timeout:g} s; the lab was switched off") from error
+            text = f"the command did not end within {timeout:g} s; the lab was switched off"
+            raise LabTimeoutError(f"{text}\n{where}") from error
         except BaseException:
             self.close()
             raise
@@ -278,11 +288,24 @@ class Lab:
             outputs[name].write(data)
             outputs[name].flush()
 
+    def _diagnose(self) -> str:
+        """Return where the machine's processors are and what its kernel says of it; the machine ends by that."""
+        qemu = self._qemu
+        if qemu is None:
+            return ""
+
+        def wait(seconds: float) -> None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                qemu.wait(seconds)
+
+        where = Monitor(self._ports["monitor"]).diagnose(wait)
+        return f"{where}\n{self._console_tail(_REPORT_LINES)}"
+
     def _gone(self) -> LabError:
         status = self._qemu.wait() if self._qemu is not None else None
         return LabError(f"the lab's machine went away (QEMU ended with status {status})\n{self._console_tail()}")
 
-    def _console_tail(self) -> str:
+    def _console_tail(self, count: int = _CONSOLE_TAIL_LINES) -> str:
         """Return the end of what QEMU and the emulated machine's console said, for an error text."""
         lines: list[str] = []
         for name in ("qemu.log", "console.log"):
@@ -290,7 +313,7 @@ class Lab:
                 lines += (self._exchange / ".lab" / name).read_text(errors="replace").splitlines()
             except OSError:
                 continue
-        return "\n".join(f"    {line}" for line in lines[-_CONSOLE_TAIL_LINES:])
+        return "\n".join(f"    {line}" for line in lines[-count:])
 
 
 def remove_abandoned() -> None:
