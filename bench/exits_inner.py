@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from ipc import device_page, exit_ring
 from ipc.layout import create_published, create_shared, map_shared
-from ipc.messages import MemoryRegion, Window
+from ipc.messages.records import MemoryRegion, Window
 from tests.guests.build import build
 from tests.kvm.worker_harness import LOCAL, MODES, PARAMETERS, boot_registers, load_elf, write_boot_structures
 from vcpu_worker.cpu import boot_state, cpuid

@@ -60,9 +60,7 @@ def measure(bench: Bench) -> dict[str, Counter[str]]:
 
 def report(runs: list[dict[str, Counter[str]]]) -> None:
     """Print the medians."""
-    rows = [
-        [cell, *(f"{median([run[cell][kind] for run in runs]):.0f}" for kind in KINDS), ""] for cell in runs[0]
-    ]
+    rows = [[cell, *(f"{median([run[cell][kind] for run in runs]):.0f}" for kind in KINDS), ""] for cell in runs[0]]
     for row, cell in zip(rows, runs[0], strict=True):
         row[-1] = f"{median([run[cell].total() for run in runs]):.0f}"
     table(("private dirty, KiB", *KINDS, "sum"), rows)

@@ -14,11 +14,11 @@ import time
 from ipc import descriptors, exit_codes, faults, timeline
 from ipc.channel import PairChannel
 from ipc.errors import IpcError
-from ipc.messages import (
+from ipc.messages.records import Failed
+from ipc.messages.supervisor import (
     SUPERVISOR,
     CellEnded,
     CreateMemory,
-    Failed,
     MemoryCreated,
     Shutdown,
     SignalCell,

@@ -8,13 +8,13 @@ import time
 from ipc import faults
 from ipc.channel import Channel
 from ipc.errors import IpcError
-from ipc.messages import (
-    VCPU_STARTING,
+from ipc.messages.ghosts import VCPU_STARTING
+from ipc.messages.records import Failed
+from ipc.messages.worker import (
     Configure,
     Configured,
     DumpCpuConfig,
     DumpedCpuConfig,
-    Failed,
     Finish,
     Finished,
     HostCpuRead,

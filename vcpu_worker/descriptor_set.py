@@ -6,7 +6,7 @@ import os
 
 from ipc.channel import PairChannel
 from ipc.errors import ChannelError
-from ipc.messages import DevicePages, ExitRing, GuestMemory, Interrupt, IpiPath, VcpuDescriptor
+from ipc.messages.descriptors import DevicePages, ExitRing, GuestMemory, Interrupt, IpiPath, VcpuDescriptor
 from vcpu_worker.errors import ConfigurationError
 
 #: An exit ring comes with its doorbell and its completion eventfd.

@@ -12,7 +12,9 @@ import os
 from ipc.device_page import DEVICE_PAGE_SIZE, slots_of
 from ipc.exit_ring import RING_SIZE, ExitRingProducer
 from ipc.layout import map_shared
-from ipc.messages import BootRegisters, CapabilityDemand, Configure, OpenIpiSource, OpenIpiTarget, Route
+from ipc.messages.ghosts import OpenIpiSource, OpenIpiTarget
+from ipc.messages.records import BootRegisters, CapabilityDemand, Route
+from ipc.messages.worker import Configure
 from ipc.plan import Assignment
 from ipc.typed import Sequence
 from vcpu_worker.cpu import boot_state, cpuid, msr

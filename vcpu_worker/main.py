@@ -13,7 +13,9 @@ from ipc import faults
 from ipc.channel import Channel, PairChannel
 from ipc.descriptors import receive
 from ipc.errors import ChannelError, IpcError
-from ipc.messages import DESCRIPTORS, WORKER, Hello, Welcome
+from ipc.messages.descriptors import DESCRIPTORS
+from ipc.messages.records import WORKER
+from ipc.messages.worker import Hello, Welcome
 from ipc.plain import socket
 from ipc.plan import ENDPOINT_BOUND, PLACEMENT_SPLIT, Assignment, LaunchPlan, endpoint
 from ipc.typed import Callable

@@ -13,7 +13,7 @@ import fcntl
 from ipc import exit_ring as ring_abi
 from ipc.device_page import READ_LOCAL, WRITE_LAZY, WRITE_POSTED
 from ipc.exit_ring import ExitRingProducer
-from ipc.messages import Window
+from ipc.messages.records import Window
 from ipc.typed import Sequence
 from vcpu_worker import exits
 from vcpu_worker.errors import ConfigurationError

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from ipc import faults
 from ipc.errors import IpcError
-from ipc.messages import (
-    Failed,
+from ipc.messages.hand_over import (
     HandedOver,
     HandOver,
     LoadState,
@@ -15,6 +14,7 @@ from ipc.messages import (
     TakenOver,
     TakeOver,
 )
+from ipc.messages.records import Failed
 from ipc.typed import TYPE_CHECKING, Any, Callable, Sequence
 from vcpu_worker import state as vcpu_state
 from vcpu_worker.descriptor_set import DescriptorSet

@@ -9,18 +9,9 @@ import zmq
 
 from ipc import faults
 from ipc.errors import IpcError
-from ipc.messages import (
-    BootRegisters,
-    ClockRead,
-    ClockSet,
-    Configure,
-    CpuidEntry,
-    HostCpuRead,
-    ReadClock,
-    ReadHostCpu,
-    Route,
-    SetClock,
-)
+from ipc.messages.ghosts import ClockRead, ClockSet, ReadClock, SetClock
+from ipc.messages.records import BootRegisters, CpuidEntry, Route
+from ipc.messages.worker import Configure, HostCpuRead, ReadHostCpu
 from ipc.plan import FORKED_AHEAD, LaunchPlan
 from ipc.typed import Any, Callable, Sequence
 from vmm import file_limit

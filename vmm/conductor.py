@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-from ipc.messages import GhostsParked, ParkGhosts, Pause, Paused, ReadRest, RestRead, Resume, Resumed
+from ipc.messages.ghosts import GhostsParked, ParkGhosts, ReadRest, RestRead
+from ipc.messages.worker import Pause, Paused, Resume, Resumed
 from ipc.plain import deque
 from ipc.typed import Any, Callable
 from vmm.conduct import NOBODY, Action, Await, Commit, Drop, MachineLife, Member, Outcome, Settle, Tell

@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import os
 
-from ipc.messages import (
+from ipc.messages.descriptors import IpiPath
+from ipc.messages.ghosts import (
     GHOST_INIT,
     GHOST_INTERRUPT,
     GHOST_STARTUP,
     VCPU_STARTING,
-    Failed,
     GhostEvent,
     GhostEventDone,
     InitVcpu,
-    IpiPath,
     OpenIpiSource,
     OpenIpiTarget,
     PlaceStub,
     RaiseInterrupt,
     StartVcpu,
 )
+from ipc.messages.records import Failed
 from ipc.typed import Any, Callable, Sequence
 from vmm.errors import VmmError
 from vmm.placement import Placement

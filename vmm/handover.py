@@ -9,7 +9,7 @@ import stat
 
 from ipc.channel import PairChannel
 from ipc.errors import IpcError
-from ipc.messages import DevicePages, ExitRing, GuestMemory, Interrupt, VcpuDescriptor
+from ipc.messages.descriptors import DevicePages, ExitRing, GuestMemory, Interrupt, VcpuDescriptor
 from ipc.typed import Sequence
 from vmm.errors import WorkerError
 

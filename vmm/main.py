@@ -8,7 +8,7 @@ import time
 
 from ipc import exit_codes, faults
 from ipc.errors import IpcError
-from ipc.messages import Shutdown, SignalNoticed
+from ipc.messages.supervisor import Shutdown, SignalNoticed
 from ipc.plain import socket
 from ipc.plan import ROLE_VMM, LaunchPlan
 from ipc.typed import Callable

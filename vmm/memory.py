@@ -7,7 +7,7 @@ import os
 
 from ipc.errno_text import errno_text
 from ipc.guest_mapping import HUGE_PAGE_SIZE, GuestMapping
-from ipc.messages import MemoryRegion
+from ipc.messages.records import MemoryRegion
 from ipc.typed import Sequence
 from vmm.errors import VmmError
 

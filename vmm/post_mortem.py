@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ipc import exit_codes
-from ipc.messages import CellEnded, VcpuExited
+from ipc.messages.supervisor import CellEnded
+from ipc.messages.worker import VcpuExited
 from ipc.plain import signal_name
 from ipc.typed import TYPE_CHECKING, Enum, NamedTuple
 from vmm.black_box import describe_run_page

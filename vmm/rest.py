@@ -6,7 +6,7 @@ the exit rings. So it is looked at when the state is saved, and what was found i
 
 from __future__ import annotations
 
-from ipc.messages import ReadRest, RestRead
+from ipc.messages.ghosts import ReadRest, RestRead
 from ipc.typed import Sequence
 from vmm.errors import WorkerError
 from vmm.state import WorkerAtRest

@@ -8,7 +8,9 @@ from __future__ import annotations
 import struct
 
 from ipc.errors import MessageError
-from ipc.messages import GhostAtRest, MemoryRegion, SavedState
+from ipc.messages.ghosts import GhostAtRest
+from ipc.messages.records import MemoryRegion
+from ipc.messages.worker import SavedState
 from ipc.plan import MAX_MEMORY_BYTES, MAX_WORKERS
 from ipc.schema import MAX_FRAME_SIZE, U8, U16, U32, U64, Bytes, Field, Flag, Int, ListOf, RecordOf, Text, pack, unpack
 from ipc.typed import NamedTuple

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from ipc.messages import (
+from ipc.messages.descriptors import IpiPath
+from ipc.messages.ghosts import OpenIpiTarget
+from ipc.messages.hand_over import (
     MAX_PATHS_AT_ONCE,
-    Configure,
     GhostState,
     HandedOver,
     HandOver,
-    IpiPath,
     LoadState,
-    OpenIpiTarget,
-    Route,
-    SavedState,
-    SaveState,
     StateLoaded,
     TakeBack,
     TakenBack,
     TakenOver,
     TakeOver,
 )
+from ipc.messages.records import Route
+from ipc.messages.worker import Configure, SavedState, SaveState
 from ipc.typed import Any, Callable, NamedTuple, Sequence
 from vmm.lifecycle import WorkerEvent
 from vmm.workers import Worker, WorkerDescriptors

@@ -8,11 +8,11 @@ import time
 from ipc.channel import PairChannel
 from ipc.descriptors import OwnedDescriptors
 from ipc.errors import IpcError
-from ipc.messages import (
+from ipc.messages.records import Failed
+from ipc.messages.supervisor import (
     SUPERVISOR,
     CellEnded,
     CreateMemory,
-    Failed,
     MemoryCreated,
     Shutdown,
     SignalCell,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 
-from ipc.messages import GhostsReported, ReportGhosts
+from ipc.messages.ghosts import GhostsReported, ReportGhosts
 from ipc.typed import TYPE_CHECKING, Any, Sequence
 from vmm.errors import VmmError
 from vmm.event_manager import EventManager

@@ -6,15 +6,9 @@ import time
 
 from ipc import exit_codes
 from ipc.exit_ring import COUNTER_EXITS
-from ipc.messages import (
-    CellEnded,
-    DumpCpuConfig,
-    DumpedCpuConfig,
-    GhostRecovered,
-    SavedState,
-    SaveState,
-    VcpuExited,
-)
+from ipc.messages.ghosts import GhostRecovered
+from ipc.messages.supervisor import CellEnded
+from ipc.messages.worker import DumpCpuConfig, DumpedCpuConfig, SavedState, SaveState, VcpuExited
 from ipc.typed import TYPE_CHECKING, Callable, Sequence
 from vmm.conductor import Conductor, Machine
 from vmm.console import ConsoleInput, ConsoleOutput

@@ -6,7 +6,7 @@ import os
 import select
 import time
 
-from ipc.messages import CellEnded
+from ipc.messages.supervisor import CellEnded
 from ipc.plain import signal, signal_name, socket
 from ipc.plan import Assignment
 from vmm.errors import SupervisorError

@@ -10,16 +10,14 @@ import zmq
 
 from ipc.channel import Channel, PairChannel
 from ipc.errors import IpcError
-from ipc.messages import (
-    DESCRIPTORS,
-    WORKER,
-    CellEnded,
+from ipc.messages.descriptors import DESCRIPTORS
+from ipc.messages.ghosts import GhostEvent, GhostRecovered
+from ipc.messages.records import WORKER, Failed, Route
+from ipc.messages.supervisor import CellEnded
+from ipc.messages.worker import (
     Configure,
     Configured,
-    Failed,
     Finish,
-    GhostEvent,
-    GhostRecovered,
     Hello,
     Pause,
     Paused,
@@ -27,7 +25,6 @@ from ipc.messages import (
     Pong,
     Resume,
     Resumed,
-    Route,
     RoutesSet,
     SetRoutes,
     VcpuExited,

@@ -18,7 +18,9 @@ import msgpack
 
 from ipc.channel import Sequencer
 from ipc.errors import ChannelError, MessageError
-from ipc.messages import DESCRIPTORS, SUPERVISOR, WORKER
+from ipc.messages.descriptors import DESCRIPTORS
+from ipc.messages.records import WORKER
+from ipc.messages.supervisor import SUPERVISOR
 from ipc.schema import (
     MAX_FRAME_SIZE,
     MAX_LIST_LENGTH,

@@ -21,14 +21,7 @@ from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
 
 from ipc.channel import PairChannel  # noqa: E402
-from ipc.messages import (  # noqa: E402
-    SUPERVISOR,
-    CellEnded,
-    CreateMemory,
-    Shutdown,
-    SignalCell,
-    Spawn,
-)
+from ipc.messages.supervisor import SUPERVISOR, CellEnded, CreateMemory, Shutdown, SignalCell, Spawn  # noqa: E402
 from ipc.plan import ENDPOINT_BOUND, FORKED_AHEAD, Assignment, LaunchPlan  # noqa: E402
 from jailer import cli, launch, main, settings, start, template  # noqa: E402
 from jailer.errors import JailerError  # noqa: E402

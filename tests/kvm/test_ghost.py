@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ipc.messages import GHOST_INIT, GHOST_INTERRUPT, GHOST_NMI, GHOST_STARTUP, GhostAtRest
+from ipc.messages.ghosts import GHOST_INIT, GHOST_INTERRUPT, GHOST_NMI, GHOST_STARTUP, GhostAtRest
 from ipc.plan import Assignment
 from vcpu_worker.cpu import boot_state, cpuid
 from vcpu_worker.cpu.topology import Topology

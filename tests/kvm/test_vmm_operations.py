@@ -16,7 +16,7 @@ import pytest
 
 from devtool.project import ROOT
 from ipc import descriptors
-from ipc.messages import Spawn, Spawned
+from ipc.messages.supervisor import Spawn, Spawned
 from ipc.plan import ENDPOINT_BOUND, Assignment
 from tests.guests.build import build
 from tests.unit.api.fakes import parse_response

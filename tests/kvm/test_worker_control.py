@@ -10,25 +10,22 @@ from typing import Any
 
 import pytest
 
-from ipc.messages import (
-    BootRegisters,
+from ipc.messages.descriptors import ExitRing
+from ipc.messages.records import BootRegisters, MemoryRegion, Route, Window
+from ipc.messages.worker import (
     Configured,
     DumpCpuConfig,
     DumpedCpuConfig,
-    ExitRing,
     Finish,
-    MemoryRegion,
     Pause,
     Paused,
     Ping,
     Pong,
     Resume,
     Resumed,
-    Route,
     SavedState,
     SaveState,
     SetRoutes,
-    Window,
 )
 from tests.conftest import Scale
 from tests.kvm.worker_harness import ChecksCounts, Controller

@@ -7,15 +7,12 @@ from typing import Any
 
 import pytest
 
-from ipc.messages import (
-    CapabilityDemand,
+from ipc.messages.records import CapabilityDemand, CpuidEntry, Failed, MsrChange
+from ipc.messages.worker import (
     Configure,
-    CpuidEntry,
     DumpCpuConfig,
     DumpedCpuConfig,
-    Failed,
     HostCpuRead,
-    MsrChange,
     ReadHostCpu,
     SavedState,
     SaveState,

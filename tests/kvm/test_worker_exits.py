@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ipc.messages import Ping, Pong
+from ipc.messages.worker import Ping, Pong
 from tests.conftest import Scale
 from tests.kvm.worker_harness import ChecksCounts, Controller
 from vcpu_worker import exits

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ipc.messages import Route, RoutesSet, SetRoutes
+from ipc.messages.records import Route
+from ipc.messages.worker import RoutesSet, SetRoutes
 from tests.conftest import Scale
 from tests.kvm.worker_harness import DONE, FAILED, Controller
 

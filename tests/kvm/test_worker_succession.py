@@ -6,23 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from ipc.messages import (
+from ipc.messages.hand_over import (
     HandedOver,
     HandOver,
     LoadState,
-    Ping,
-    Pong,
-    Resume,
-    Route,
-    SavedState,
-    SaveState,
-    SetRoutes,
     StateLoaded,
     TakeBack,
     TakenBack,
     TakenOver,
     TakeOver,
 )
+from ipc.messages.records import Route
+from ipc.messages.worker import Ping, Pong, Resume, SavedState, SaveState, SetRoutes
 from tests.kvm.worker_harness import ChecksCounts, Controller
 from vcpu_worker import state as vcpu_state
 from vcpu_worker.cpu.msr import IA32_TSC, IA32_TSC_DEADLINE

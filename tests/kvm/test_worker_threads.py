@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from ipc.messages import DumpCpuConfig, DumpedCpuConfig, SavedState, SaveState
+from ipc.messages.worker import DumpCpuConfig, DumpedCpuConfig, SavedState, SaveState
 from tests.kvm.worker_harness import ChecksCounts, Controller
 from vcpu_worker import exits, run_loop
 from vcpu_worker.errors import KvmError

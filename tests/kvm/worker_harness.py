@@ -19,29 +19,20 @@ from ipc import descriptors, device_page, exit_ring
 from ipc.channel import Channel, PairChannel
 from ipc.errors import ChannelError
 from ipc.layout import create_published, create_shared, map_shared
-from ipc.messages import (
-    DESCRIPTORS,
-    WORKER,
-    BootRegisters,
+from ipc.messages.descriptors import DESCRIPTORS, DevicePages, ExitRing, GuestMemory, Interrupt, VcpuDescriptor
+from ipc.messages.records import WORKER, BootRegisters, Failed, MemoryRegion, Window
+from ipc.messages.worker import (
     Configure,
     Configured,
-    DevicePages,
-    ExitRing,
-    Failed,
     Finish,
     Finished,
-    GuestMemory,
     Hello,
-    Interrupt,
-    MemoryRegion,
     Pause,
     Paused,
     Resume,
     Resumed,
-    VcpuDescriptor,
     VcpuExited,
     Welcome,
-    Window,
 )
 from ipc.plan import ENDPOINT_BOUND, Assignment, LaunchPlan, endpoint
 from tests.guests.build import build

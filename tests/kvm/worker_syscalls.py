@@ -16,13 +16,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from ipc.messages import (
+from ipc.messages.records import Route
+from ipc.messages.worker import (
     DumpCpuConfig,
     DumpedCpuConfig,
     Ping,
     Pong,
     Resume,
-    Route,
     RoutesSet,
     SavedState,
     SaveState,

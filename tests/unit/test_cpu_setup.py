@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipc.messages import CapabilityDemand, CpuidEntry, MsrChange
+from ipc.messages.records import CapabilityDemand, CpuidEntry, MsrChange
 from vmm.api.schema import decode
 from vmm.cpu_config.setup import CpuSetup, CpuTemplateError, changed_cpuid, cpu_setup
 from vmm.cpu_config.static_templates import (

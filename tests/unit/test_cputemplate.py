@@ -14,7 +14,8 @@ from cputemplate import capture, files, fingerprint
 from cputemplate.errors import DifferenceError, ToolError
 from cputemplate.main import main
 from cputemplate.patterns import Bits, Place, bit_count, differences, strip
-from ipc.messages import CpuidEntry, DumpedCpuConfig, MsrValue
+from ipc.messages.records import CpuidEntry, MsrValue
+from ipc.messages.worker import DumpedCpuConfig
 from tests.conftest import SOAK
 from vmm.cpu_config.dump import to_template
 from vmm.cpu_config.setup import changed_cpuid

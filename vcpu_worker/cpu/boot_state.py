@@ -5,7 +5,7 @@ The controller computed the registers (``vmm.boot``); here they become kvm_regs,
 
 from __future__ import annotations
 
-from ipc.messages import BootRegisters
+from ipc.messages.records import BootRegisters
 from vcpu_worker.kvm import abi
 
 FCW_DEFAULT = 0x37F

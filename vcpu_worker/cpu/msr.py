@@ -5,7 +5,7 @@ Sources: the compatibility map, section 5 (boot MSRs); Intel SDM volume 4; Docum
 
 from __future__ import annotations
 
-from ipc.messages import MsrChange, MsrValue
+from ipc.messages.records import MsrChange, MsrValue
 from ipc.typed import Iterable, Sequence
 from vcpu_worker.errors import TemplateError
 

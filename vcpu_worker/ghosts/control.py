@@ -5,18 +5,16 @@ from __future__ import annotations
 import time
 
 from ipc.errors import IpcError
-from ipc.messages import (
+from ipc.messages.ghosts import (
     VCPU_STARTING,
     ClockRead,
     ClockSet,
-    Failed,
     GhostEvent,
     GhostEventDone,
     GhostRecovered,
     GhostReport,
     GhostsParked,
     GhostsReported,
-    GhostState,
     InitVcpu,
     InterruptRaised,
     IpiPathOpen,
@@ -34,6 +32,8 @@ from ipc.messages import (
     StartVcpu,
     StubPlaced,
 )
+from ipc.messages.hand_over import GhostState
+from ipc.messages.records import Failed
 from ipc.typed import Any, Callable, Sequence
 from vcpu_worker.descriptor_set import DescriptorSet
 from vcpu_worker.errors import ConfigurationError, StateError, WorkerError

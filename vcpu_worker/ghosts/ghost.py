@@ -9,7 +9,9 @@ from __future__ import annotations
 import fcntl
 import time
 
-from ipc.messages import GHOST_INIT, GHOST_INTERRUPT, GHOST_NMI, GHOST_STARTUP, GhostAtRest, GhostState, MsrValue
+from ipc.messages.ghosts import GHOST_INIT, GHOST_INTERRUPT, GHOST_NMI, GHOST_STARTUP, GhostAtRest
+from ipc.messages.hand_over import GhostState
+from ipc.messages.records import MsrValue
 from ipc.typed import Callable
 from vcpu_worker.errors import KvmError, WorkerError
 from vcpu_worker.ghosts import stub

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from ipc.messages import CpuidEntry
+from ipc.messages.records import CpuidEntry
 from vcpu_worker.errors import CapabilityError, KvmError
 from vcpu_worker.kvm import abi
 from vcpu_worker.kvm.ioctl import ioctl_buffer, ioctl_integer

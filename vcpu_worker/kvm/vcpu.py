@@ -10,7 +10,7 @@ import ctypes
 import mmap
 import os
 
-from ipc.messages import CpuidEntry, MsrValue
+from ipc.messages.records import CpuidEntry, MsrValue
 from ipc.typed import Iterable, Sequence
 from vcpu_worker.errors import KvmError, MsrError
 from vcpu_worker.kvm import abi

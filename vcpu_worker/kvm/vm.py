@@ -6,7 +6,7 @@ import mmap
 import os
 
 from ipc.guest_mapping import GuestMapping
-from ipc.messages import MemoryRegion
+from ipc.messages.records import MemoryRegion
 from ipc.typed import Iterable, Mapping, NamedTuple, Sequence
 from vcpu_worker.errors import ConfigurationError
 from vcpu_worker.kvm import abi

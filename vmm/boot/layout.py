@@ -5,7 +5,7 @@ docs/formats/guest-memory.md describes them. All addresses and sizes are bytes o
 
 from __future__ import annotations
 
-from ipc.messages import MemoryRegion
+from ipc.messages.records import MemoryRegion
 from ipc.plan import MAX_MEMORY_BYTES
 from vmm.boot.errors import LayoutError
 

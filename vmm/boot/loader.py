@@ -6,7 +6,7 @@ import os
 import stat
 
 from ipc.errno_text import errno_text
-from ipc.messages import BootRegisters
+from ipc.messages.records import BootRegisters
 from ipc.typed import NamedTuple, Sequence
 from vmm.boot import acpi, bzimage, elf, heap, layout, long_mode, payload, pvh, zero_page
 from vmm.boot.cmdline import Cmdline

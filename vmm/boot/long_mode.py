@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 
-from ipc.messages import BootRegisters
+from ipc.messages.records import BootRegisters
 from vmm.boot import layout
 from vmm.memory import GuestMemory
 

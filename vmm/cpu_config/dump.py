@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from ipc.errno_text import errno_text
-from ipc.messages import DumpedCpuConfig
+from ipc.messages.worker import DumpedCpuConfig
 from vmm.api.text import json_text
 from vmm.cpu_config.template import (
     BitPattern,

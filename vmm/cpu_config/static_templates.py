@@ -12,7 +12,7 @@ from vmm.cpu_config.template import BitPattern, CpuidModifier, CpuidRegisterModi
 from vmm.errors import VmmError
 
 if TYPE_CHECKING:
-    from ipc.messages import CpuidEntry
+    from ipc.messages.records import CpuidEntry
 
 _INTEL = b"GenuineIntel"
 _AMD = b"AuthenticAMD"

@@ -8,7 +8,7 @@ from _bisect import bisect_right
 
 from ipc.device_page import FLAG_READ_LOCAL, FLAG_WRITE_LAZY, FLAG_WRITE_POSTED, DevicePage
 from ipc.errors import LayoutError
-from ipc.messages import Window
+from ipc.messages.records import Window
 from ipc.typed import Callable, NamedTuple
 from vmm.errors import DeviceError
 from vmm.state import InterruptState

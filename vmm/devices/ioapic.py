@@ -6,7 +6,7 @@ edge and reported once.
 
 from __future__ import annotations
 
-from ipc.messages import Route
+from ipc.messages.records import Route
 from ipc.typed import Callable, Sequence
 from vmm.boot.layout import IOAPIC_PIN_COUNT
 from vmm.devices.bus import Deferral, Device, PublishedSlot

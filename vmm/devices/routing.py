@@ -6,7 +6,7 @@ one then; what is signalled between stays in the eventfd and is raised when it i
 
 from __future__ import annotations
 
-from ipc.messages import Route
+from ipc.messages.records import Route
 from ipc.plain import deque
 from ipc.typed import Callable, Protocol, Sequence
 

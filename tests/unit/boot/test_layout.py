@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipc.messages import MemoryRegion
+from ipc.messages.records import MemoryRegion
 from ipc.plan import MAX_MEMORY_BYTES
 from vmm.boot import layout
 from vmm.boot.errors import LayoutError

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipc.messages import MemoryRegion
+from ipc.messages.records import MemoryRegion
 from tests.unit.boot.conftest import FileFactory, MemoryFactory
 from vmm.boot import layout
 from vmm.errors import VmmError

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import struct
 
-from ipc.messages import WORKER, Configure
+from ipc.messages.records import WORKER
+from ipc.messages.worker import Configure
 from ipc.schema import pack, unpack
 from tests.unit.boot.conftest import MemoryFactory
 from vmm.boot import layout, long_mode, pvh, zero_page

@@ -15,7 +15,8 @@ import zmq
 
 from ipc.channel import Channel
 from ipc.errors import ChannelError
-from ipc.messages import WORKER, Hello, Ping, Welcome
+from ipc.messages.records import WORKER
+from ipc.messages.worker import Hello, Ping, Welcome
 from ipc.schema import Envelope
 from tests.unit.ipc.processes import PATIENCE_SECONDS, open_descriptors
 

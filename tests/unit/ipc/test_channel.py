@@ -19,7 +19,8 @@ import zmq
 
 from ipc.channel import HIGH_WATER_MARK, Channel
 from ipc.errors import ChannelError
-from ipc.messages import WORKER, Ping, Pong, SavedState
+from ipc.messages.records import WORKER
+from ipc.messages.worker import Ping, Pong, SavedState
 from ipc.schema import MAX_FRAME_SIZE
 from tests.unit.ipc import zmtp
 from tests.unit.ipc.channels import (

@@ -12,7 +12,7 @@ import pytest
 from ipc import faults
 from ipc.channel import Channel
 from ipc.errors import ChannelError
-from ipc.messages import Ping, Pong
+from ipc.messages.worker import Ping, Pong
 from ipc.schema import Envelope
 from tests.unit.ipc.channels import (
     HELLO,

@@ -16,7 +16,8 @@ import zmq
 
 from ipc.channel import HIGH_WATER_MARK, MAX_REFUSED
 from ipc.errors import ChannelError
-from ipc.messages import WORKER, Ping, Pong
+from ipc.messages.records import WORKER
+from ipc.messages.worker import Ping, Pong
 from ipc.schema import MAX_FRAME_SIZE, Envelope, encode
 from tests.unit.ipc import zmtp
 from tests.unit.ipc.channels import (

@@ -12,7 +12,7 @@ from ipc import descriptors
 from ipc.channel import MAX_REFUSED, PairChannel
 from ipc.descriptors import MAX_DESCRIPTORS, OwnedDescriptors
 from ipc.errors import ChannelError, DescriptorError
-from ipc.messages import SUPERVISOR, MemoryCreated, Signalled
+from ipc.messages.supervisor import SUPERVISOR, MemoryCreated, Signalled
 from ipc.schema import MAX_FRAME_SIZE, Envelope, encode
 from tests.unit.ipc.processes import Child, open_descriptors
 

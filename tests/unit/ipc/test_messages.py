@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 
 from ipc.device_page import SLOT_COUNT
 from ipc.errors import MessageError
-from ipc.messages import DESCRIPTORS, SUPERVISOR, WORKER, Configure, Pong, Resumed, SignalCell, Spawn
+from ipc.messages.descriptors import DESCRIPTORS
+from ipc.messages.records import WORKER
+from ipc.messages.supervisor import SUPERVISOR, SignalCell, Spawn
+from ipc.messages.worker import Configure, Pong, Resumed
 from ipc.plan import MAX_WORKERS
 from ipc.schema import (
     MAX_FRAME_SIZE,

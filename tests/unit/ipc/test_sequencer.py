@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from ipc.channel import MAX_REFUSED, Sequencer
 from ipc.errors import ChannelError, MessageError
-from ipc.messages import WORKER, Paused, Ping, Pong
+from ipc.messages.records import WORKER
+from ipc.messages.worker import Paused, Ping, Pong
 from ipc.schema import Envelope, encode
 
 EPOCH = 7

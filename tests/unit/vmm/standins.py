@@ -27,29 +27,37 @@ from ipc.channel import Channel, PairChannel
 from ipc.errors import IpcError
 from ipc.exit_ring import RING_SIZE, ExitRingProducer
 from ipc.layout import create_shared, map_shared
-from ipc.messages import (
-    DESCRIPTORS,
-    SUPERVISOR,
-    WORKER,
-    BootRegisters,
-    CellEnded,
-    Configure,
-    Configured,
-    CreateMemory,
-    DumpCpuConfig,
-    DumpedCpuConfig,
-    ExitRing,
-    Failed,
-    Finish,
-    Finished,
-    GhostsParked,
+from ipc.messages.descriptors import DESCRIPTORS, ExitRing, VcpuDescriptor
+from ipc.messages.ghosts import GhostsParked, ParkGhosts
+from ipc.messages.hand_over import (
     HandedOver,
     HandOver,
-    Hello,
     LoadState,
+    StateLoaded,
+    TakeBack,
+    TakenBack,
+    TakenOver,
+    TakeOver,
+)
+from ipc.messages.records import WORKER, BootRegisters, Failed, MemoryRegion
+from ipc.messages.supervisor import (
+    SUPERVISOR,
+    CellEnded,
+    CreateMemory,
     MemoryCreated,
-    MemoryRegion,
-    ParkGhosts,
+    SignalCell,
+    Signalled,
+    Spawn,
+    Spawned,
+)
+from ipc.messages.worker import (
+    Configure,
+    Configured,
+    DumpCpuConfig,
+    DumpedCpuConfig,
+    Finish,
+    Finished,
+    Hello,
     Pause,
     Paused,
     Ping,
@@ -60,16 +68,6 @@ from ipc.messages import (
     SavedState,
     SaveState,
     SetRoutes,
-    SignalCell,
-    Signalled,
-    Spawn,
-    Spawned,
-    StateLoaded,
-    TakeBack,
-    TakenBack,
-    TakenOver,
-    TakeOver,
-    VcpuDescriptor,
     VcpuExited,
     Welcome,
 )

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipc.messages import Route
+from ipc.messages.records import Route
 from tests.unit.vmm.devices import device_page
 from vmm.devices.bus import Deferral, mmio_bus
 from vmm.devices.ioapic import IOAPIC_LENGTH, IoApic, msi_of_entry

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from ipc.messages import Failed, LoadState, Resumed, SavedState, StateLoaded, TakenBack
+from ipc.messages.hand_over import LoadState, StateLoaded, TakenBack
+from ipc.messages.records import Failed
+from ipc.messages.worker import Resumed, SavedState
 from tests.unit.vmm.standins import StandInWorker, configure_message, honest, open_descriptors, settle
 from tests.unit.vmm.test_vmm import Machine
 from vmm import vmm as vmm_module

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ipc.messages import GhostAtRest
+from ipc.messages.ghosts import GhostAtRest
 from vmm.rest import unrest
 from vmm.state import WorkerAtRest
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from ipc.messages import Route
+from ipc.messages.records import Route
 from vmm.devices.routing import InterruptRouter
 
 

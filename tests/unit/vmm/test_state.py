@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipc.messages import GhostAtRest, MemoryRegion, SavedState
+from ipc.messages.ghosts import GhostAtRest
+from ipc.messages.records import MemoryRegion
+from ipc.messages.worker import SavedState
 from vmm import state
 from vmm.boot.layout import COM1_PORT, I8042_DATA_PORT, IOAPIC_PIN_COUNT
 from vmm.devices.manager import DeviceManager

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from ipc.messages import CellEnded, CreateMemory, MemoryCreated, Shutdown, SignalCell, Spawn, Spawned
+from ipc.messages.supervisor import CellEnded, CreateMemory, MemoryCreated, Shutdown, SignalCell, Spawn, Spawned
 from ipc.plan import Assignment
 from tests.unit.vmm.standins import MEMORY_SIZE, Controller, is_close_on_exec, open_descriptors
 from vmm import supervisor as supervisor_module

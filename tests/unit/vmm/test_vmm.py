@@ -12,7 +12,8 @@ import pytest
 
 from ipc.exit_ring import KIND_MMIO_WRITE, KIND_PIO_READ, KIND_PIO_WRITE
 from ipc.layout import create_shared
-from ipc.messages import Configured, MemoryRegion, Paused, Resumed, VcpuExited
+from ipc.messages.records import MemoryRegion
+from ipc.messages.worker import Configured, Paused, Resumed, VcpuExited
 from tests.unit.vmm.standins import (
     MEMORY_SIZE,
     Controller,

@@ -10,19 +10,10 @@ from contextlib import suppress
 import pytest
 
 from ipc.exit_ring import RING_SIZE
-from ipc.messages import (
-    CellEnded,
-    Configured,
-    Interrupt,
-    Paused,
-    Resume,
-    Resumed,
-    Route,
-    SavedState,
-    SaveState,
-    Spawn,
-    Spawned,
-)
+from ipc.messages.descriptors import Interrupt
+from ipc.messages.records import Route
+from ipc.messages.supervisor import CellEnded, Spawn, Spawned
+from ipc.messages.worker import Configured, Paused, Resume, Resumed, SavedState, SaveState
 from ipc.plan import endpoint
 from tests.unit.vmm.standins import (
     MEMORY_SIZE,

@@ -11,17 +11,16 @@ from contextlib import suppress
 import pytest
 import zmq
 
-from ipc.messages import (
+from ipc.messages.descriptors import VcpuDescriptor
+from ipc.messages.records import Failed, Route
+from ipc.messages.worker import (
     Configured,
     DumpedCpuConfig,
-    Failed,
     Finished,
     Paused,
     Pong,
     Resumed,
-    Route,
     RoutesSet,
-    VcpuDescriptor,
     VcpuExited,
     Welcome,
 )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipc.messages import BootRegisters
+from ipc.messages.records import BootRegisters
 from vcpu_worker.cpu import boot_state, msr
 from vcpu_worker.kvm import abi
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipc.messages import CpuidEntry
+from ipc.messages.records import CpuidEntry
 from vcpu_worker.cpu import cpuid
 from vcpu_worker.cpu.topology import MAX_VCPUS, Topology
 

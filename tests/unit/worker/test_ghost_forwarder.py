@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from ipc.messages import GHOST_INTERRUPT, GhostEvent
+from ipc.messages.ghosts import GHOST_INTERRUPT, GhostEvent
 from vcpu_worker.ghosts.control import MAX_OPEN_EVENTS, Forwarder
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipc.messages import MsrChange, MsrValue
+from ipc.messages.records import MsrChange, MsrValue
 from vcpu_worker.cpu.msr import BOOT_MSRS, IA32_MISC_ENABLE, IA32_TSC_DEADLINE, boot_msrs, state_indices
 from vcpu_worker.errors import TemplateError
 

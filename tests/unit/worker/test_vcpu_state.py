@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipc.messages import CpuidEntry, MsrValue
+from ipc.messages.records import CpuidEntry, MsrValue
 from ipc.schema import pack
 from vcpu_worker import state
 from vcpu_worker.errors import StateError

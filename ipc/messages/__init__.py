@@ -1,0 +1,10 @@
+"""The messages of the control channels. docs/formats/messages.md; numbers are never given twice.
+
+``WORKER``: controller ↔ worker, over ZeroMQ. ``SUPERVISOR``: controller ↔ supervisor, over an inherited socket pair.
+``DESCRIPTORS``: controller → worker, over another. All modules are loaded together, so that a schema is complete
+wherever it is used.
+"""
+
+from ipc.messages import descriptors, ghosts, hand_over, records, supervisor, worker
+
+__all__ = ["descriptors", "ghosts", "hand_over", "records", "supervisor", "worker"]

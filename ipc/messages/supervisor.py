@@ -1,0 +1,90 @@
+"""Controller ↔ supervisor, over an inherited socket pair."""
+
+from __future__ import annotations
+
+from ipc.messages.records import CODE_FIELD, TEXT_FIELD, VCPU_FIELD, WORKER_FIELD, Failed
+from ipc.plan import MAX_MEMORY_BYTES, MAX_WORKERS
+from ipc.schema import U8, U32, Int, ListOf, Schema, Text
+from ipc.typed import NamedTuple
+
+SUPERVISOR = Schema()
+
+
+class Spawn(NamedTuple):
+    """Fork a worker for these vCPUs and ghosts (``ipc.plan.Assignment``); its ZeroMQ endpoint is bound already."""
+
+    worker: int
+    vcpus: tuple[int, ...]
+    ghosts: tuple[int, ...]
+
+
+class Spawned(NamedTuple):
+    """With two descriptors: the cell's pidfd, and our end of its descriptor channel."""
+
+    worker: int
+    pid: int
+
+
+class SignalCell(NamedTuple):
+    """Send SIGKILL, SIGSTOP or SIGCONT to a worker; ``pid`` tells it from the one that replaces it."""
+
+    worker: int
+    pid: int
+    signal: int
+
+
+class Signalled(NamedTuple):
+    """The signal was sent."""
+
+
+class CreateMemory(NamedTuple):
+    """Make the guest memory, at most what the plan allows."""
+
+    size: int
+
+
+class MemoryCreated(NamedTuple):
+    """With one descriptor: a sealed memfd of ``size`` bytes."""
+
+    size: int
+
+
+class CellEnded(NamedTuple):
+    """Supervisor → controller: a cell ended. ``signal`` is 0 when it exited with ``status``.
+
+    ``wall`` names the wall that ended it ("seccomp"), or is empty.
+    """
+
+    worker: int
+    pid: int
+    status: int
+    signal: int
+    wall: str
+
+
+class Shutdown(NamedTuple):
+    """Supervisor → controller: end the microVM now, in order; ``code`` is the exit code, ``text`` the log line."""
+
+    code: int
+    text: str
+
+
+class SignalNoticed(NamedTuple):
+    """Supervisor → controller: the visible process got a signal that ends nothing; ``text`` is the log line."""
+
+    signal: int
+    text: str
+
+
+SUPERVISOR.register(1, Failed, code=CODE_FIELD, text=TEXT_FIELD)
+SUPERVISOR.register(
+    2, Spawn, worker=WORKER_FIELD, vcpus=ListOf(VCPU_FIELD, MAX_WORKERS), ghosts=ListOf(VCPU_FIELD, MAX_WORKERS)
+)
+SUPERVISOR.register(3, Spawned, worker=WORKER_FIELD, pid=Int(U32, 1))
+SUPERVISOR.register(4, SignalCell, worker=WORKER_FIELD, pid=Int(U32, 1), signal=Int(64, 1))
+SUPERVISOR.register(5, Signalled)
+SUPERVISOR.register(6, CreateMemory, size=Int(MAX_MEMORY_BYTES, 1))
+SUPERVISOR.register(7, MemoryCreated, size=Int(MAX_MEMORY_BYTES, 1))
+SUPERVISOR.register(8, CellEnded, worker=WORKER_FIELD, pid=Int(U32, 1), status=Int(U8), signal=Int(64), wall=Text(64))
+SUPERVISOR.register(9, Shutdown, code=Int(U8), text=TEXT_FIELD)
+SUPERVISOR.register(10, SignalNoticed, signal=Int(64, 1), text=TEXT_FIELD)
