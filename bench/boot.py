@@ -158,7 +158,8 @@ def main() -> int:
     if os.environ.get("CELLBLOCK_LAB") == "1" or has_hardware_paging():
         return _measure(options.rounds)
     ensure()  # outside, where the cache is kept
-    command = [str(PYTHON), "-m", "lab", "--timeout", "1500", "--", str(PYTHON), "-m", "bench.boot"]
+    lab = [str(PYTHON), "-m", "lab", "--timeout", "1500", "--memory", "3072", "--touched", "--"]
+    command = [*lab, str(PYTHON), "-m", "bench.boot"]
     return subprocess.run([*command, "--rounds", str(options.rounds)], check=False, cwd=ROOT).returncode
 
 

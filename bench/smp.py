@@ -143,7 +143,8 @@ def main() -> int:
         return _measure(options.rounds, options.seconds)
     ensure()  # outside, where the cache is kept
     build_program("smpbench")
-    command = [str(PYTHON), "-m", "lab", "--timeout", "1500", "--", str(PYTHON), "-m", "bench.smp"]
+    lab = [str(PYTHON), "-m", "lab", "--timeout", "1500", "--memory", "3072", "--touched", "--"]
+    command = [*lab, str(PYTHON), "-m", "bench.smp"]
     command += ["--rounds", str(options.rounds), "--seconds", str(options.seconds)]
     return subprocess.run(command, check=False, cwd=ROOT).returncode
 

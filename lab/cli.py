@@ -31,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeout", type=float, default=3600, metavar="SECONDS", help="default: %(default)s; 0: none")
     parser.add_argument("--cpus", type=int, default=size.cpus, help="processors (default: %(default)s)")
     parser.add_argument("--memory", type=int, default=size.memory_mib, metavar="MIB", help="default: %(default)s")
+    parser.add_argument("--touched", action="store_true", help="have the host give all memory first, for measurements")
     parser.add_argument("--cpu-model", default=size.cpu_model, metavar="MODEL", help="default: %(default)s")
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="set a variable for COMMAND")
     parser.add_argument(
@@ -61,7 +62,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if interactive:
             say("starting the lab; leave it with exit")
-        with Lab(Machine(options.cpus, options.memory, options.cpu_model), keep=[Path.cwd()]) as lab:
+        machine = Machine(options.cpus, options.memory, options.cpu_model, options.touched)
+        with Lab(machine, keep=[Path.cwd()]) as lab:
             if interactive:
                 return _shell(lab)
             status = lab.run(command, environment=environment, timeout=options.timeout or None)

@@ -45,11 +45,15 @@ class LabTimeoutError(LabError):
 
 
 class Machine(NamedTuple):
-    """Size of the emulated machine; ``cpu_model`` is QEMU's -cpu."""
+    """Size of the emulated machine; ``cpu_model`` is QEMU's -cpu.
+
+    ``touched``: the host gives all memory at the start, for measurements: else it comes while they run.
+    """
 
     cpus: int = 2
     memory_mib: int = 6144
     cpu_model: str = "max"
+    touched: bool = False
 
 
 def qemu_command(machine: Machine, image: LabImage, exchange: Path, ports: Mapping[str, int]) -> list[str]:
@@ -60,11 +64,13 @@ def qemu_command(machine: Machine, image: LabImage, exchange: Path, ports: Mappi
         # A machine that stands still is asked by an NMI (lab.monitor), and says what all its processors do.
         "rcupdate.rcu_expedited=1 audit=0 unknown_nmi_panic panic_print=0x40"
     )
+    touched = "on" if machine.touched else "off"
     # fmt: off
     command = [
         "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
-        "-machine", "q35,hpet=off", "-accel", "tcg,thread=multi,tb-size=1024", "-cpu", machine.cpu_model,
-        "-smp", str(machine.cpus), "-m", f"{machine.memory_mib}M",
+        "-object", f"memory-backend-ram,id=ram,size={machine.memory_mib}M,prealloc={touched}",
+        "-machine", "q35,hpet=off,memory-backend=ram", "-accel", "tcg,thread=multi,tb-size=1024",
+        "-cpu", machine.cpu_model, "-smp", str(machine.cpus), "-m", f"{machine.memory_mib}M",
         "-kernel", str(image.vmlinux), "-initrd", str(image.initramfs), "-append", append,
         "-serial", f"file:{exchange / '.lab' / 'console.log'}",
         "-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap",
