@@ -52,10 +52,10 @@ class NoLeftovers(Protocol):
 
 
 def _soak_names(item: pytest.Item) -> set[str]:
-    """Return the soaks that a test takes part in; a mark without a name means the module's name without test_."""
+    """Return the soaks that a test takes part in."""
     names: set[str] = set()
     for mark in item.iter_markers("soak"):
-        names.update(mark.args or (item.path.stem.removeprefix("test_"),))
+        names.update(mark.args)
     return names
 
 

@@ -113,3 +113,11 @@ def test_missing_packages_are_named():
 def test_hardware_paging_is_read_from_the_modules():
     assert testing.has_hardware_paging() in {True, False}
     assert Path("/dev/kvm").exists() or not testing.has_hardware_paging()
+
+
+def test_a_soak_starts_a_lab_only_for_files_with_tests_of_its_own():
+    stages = testing.plan_stages(["tests/lab"], quick=False)
+    taking_part = {name: [s.name for s in stages if testing._takes_part(s, name)] for name in ("smp", "fuzz", "all")}
+    assert not taking_part["fuzz"]
+    assert "lab, test_smp.py" in taking_part["smp"]
+    assert set(taking_part["smp"]) <= set(taking_part["all"]) < {stage.name for stage in stages}
