@@ -19,7 +19,6 @@ from vmm.errors import StateError, WorkerError
 from vmm.events import EVENTS
 from vmm.handover import WorkerDescriptors
 from vmm.lifecycle import WorkerState
-from vmm.logger import LOG
 from vmm.post_mortem import Cause
 from vmm.procedures import REPLACE
 from vmm.succession import Interrupts, Succession
@@ -61,16 +60,6 @@ class Replaceable(Machine):
         super().close()
         for worker in self.recruits:
             worker.close()
-
-
-@pytest.fixture
-def log(tmp_path):
-    path = tmp_path / "log"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    LOG.use_descriptor(descriptor)
-    yield path.read_text
-    LOG.close()
-    os.close(descriptor)
 
 
 @pytest.fixture

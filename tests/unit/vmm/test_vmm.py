@@ -111,16 +111,6 @@ class Machine:
 
 
 @pytest.fixture
-def log(tmp_path):
-    path = tmp_path / "log"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    LOG.use_descriptor(descriptor)
-    yield path.read_text
-    LOG.close()
-    os.close(descriptor)
-
-
-@pytest.fixture
 def make(tmp_path, log):
     machines = []
     directory = tmp_path / "ipc"
