@@ -37,6 +37,8 @@ from vmm.vmm import Vmm, end_workers
 from vmm.workers import Worker, WorkerDescriptors
 
 MIB = 1 << 20
+#: How long the start waits for a worker that has not said HELLO yet: it can also do so while the kernel is loaded.
+WELCOME_NS = 1_000_000
 # Values of StartOptions.console (vmm.cli.CONSOLES).
 CONSOLE_STDIO = "stdio"
 CONSOLE_PTY = "pty"
@@ -123,7 +125,7 @@ class MicrovmBuilder:
         try:
             assembly.attach_devices(resources.options, self._plan)
             assembly.attach_console(resources, self._plan)
-            self._spawn_workers(placement)
+            self._welcome(self._spawn_workers(placement))
             boot = load_boot_source(resources, memory, self._plan)
             faults.visit("vmm.kernel_loaded")
             self._start_workers(assembly, resources, boot)
@@ -137,8 +139,16 @@ class MicrovmBuilder:
             raise
         return vmm
 
-    def _spawn_workers(self, placement: Placement) -> None:
-        """Ask for all workers at once. The one that was forked ahead is replaced if it does not fit."""
+    def _welcome(self, workers: Sequence[Worker]) -> None:
+        """Welcome the workers that say HELLO about now: they close their walls while the kernel is loaded."""
+
+        def welcomed() -> bool:
+            return all(worker.state is not WorkerState.SPAWNED for worker in workers)
+
+        self._events.run_until(welcomed, time.monotonic_ns() + WELCOME_NS)
+
+    def _spawn_workers(self, placement: Placement) -> list[Worker]:
+        """Ask for all workers at once and return them. The one that was forked ahead is replaced if it does not fit."""
         count = len(placement.groups)
         if count > self._plan.max_workers:
             raise WorkerError(f"{count} workers are needed, the launch plan allows {self._plan.max_workers}.")
@@ -156,6 +166,7 @@ class MicrovmBuilder:
             if not worker.wait_ended(DEADLINES[WorkerState.SPAWNED].nanoseconds):
                 raise WorkerError(f"The worker of vCPU {worker.index} cannot be replaced: it does not end.")
             worker.spawn(placement.assignment(worker.index))
+        return workers
 
     def _start_workers(self, assembly: _Assembly, resources: VmResources, boot: BootRegisters) -> None:
         workers = [self._worker(index) for index in range(len(assembly.placement.groups))]
