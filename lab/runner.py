@@ -27,8 +27,6 @@ from lab.tsc import host_tsc_khz
 EXCHANGE = "/run/lab/exchange"
 _BOOT_SECONDS = 180.0
 _CONSOLE_TAIL_LINES = 30
-#: With what every processor does.
-_REPORT_LINES = 200
 _CHUNK = 65536
 #: Folders of the host that the lab hides under fresh ones (see init.sh).
 _HIDDEN = ("/tmp", "/run", "/var/tmp", "/srv/jailer", "/dev", "/proc", "/sys")
@@ -305,21 +303,23 @@ class Lab:
                 qemu.wait(seconds)
 
         where = Monitor(self._ports["monitor"]).diagnose(wait)
-        return f"{where}\n{self._console_tail(_REPORT_LINES)}"
+        return f"{where}\n{self._console_tail()}"
 
     def _gone(self) -> LabError:
         status = self._qemu.wait() if self._qemu is not None else None
         return LabError(f"the lab's machine went away (QEMU ended with status {status})\n{self._console_tail()}")
 
-    def _console_tail(self, count: int = _CONSOLE_TAIL_LINES) -> str:
-        """Return the end of what QEMU and the emulated machine's console said, for an error text."""
+    def _console_tail(self) -> str:
+        """Return the end of what QEMU and the machine's console said, from its kernel's panic on, for an error text."""
         lines: list[str] = []
         for name in ("qemu.log", "console.log"):
             try:
                 lines += (self._exchange / ".lab" / name).read_text(errors="replace").splitlines()
             except OSError:
                 continue
-        return "\n".join(f"    {line}" for line in lines[-count:])
+        first = max(0, len(lines) - _CONSOLE_TAIL_LINES)
+        first = next((number for number, line in enumerate(lines[:first]) if "Kernel panic" in line), first)
+        return "\n".join(f"    {line}" for line in lines[first:])
 
 
 def remove_abandoned() -> None:

@@ -72,7 +72,11 @@ def start_cli(temporary):
     """Start ./dev lab with a command that announces itself; returns the process when the command runs."""
     command = [sys.executable, "-m", "lab", "--", "sh", "-c", "echo running; sleep 1000"]
     environment = {**os.environ, "TMPDIR": str(temporary)}
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell started with &
+    try:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert process.stdout is not None
     assert process.stdout.readline() == "running\n"
     return process
