@@ -92,12 +92,14 @@ class Forwarder:
 class GhostRunner:
     """A ghost with its thread and what the control thread knows of it."""
 
-    __slots__ = ("ghost", "running", "thread", "when_stopped")
+    __slots__ = ("ghost", "placing", "running", "thread", "when_stopped")
 
     def __init__(self, ghost: Ghost, thread: VcpuThread) -> None:
         self.ghost = ghost
         self.thread = thread
         self.running = False
+        #: It was running and is being made the stub: it is not at rest, although it does not run.
+        self.placing = False
         self.when_stopped: list[Callable[[], None]] = []
 
     def stop(self) -> None:
@@ -255,7 +257,9 @@ class GhostControl:
             self._stop_all()
 
     def _check_parked(self) -> None:
-        if not self._parking or self._forwarder.count or any(each.running for each in self._runners.values()):
+        if not self._parking or self._forwarder.count:
+            return
+        if any(each.running or each.placing for each in self._runners.values()):
             return
         self.due_ns = 0
         waiting, self._parking = self._parking, []
@@ -305,14 +309,19 @@ class GhostControl:
         was_running = runner.running
 
         def placed(result: Any) -> None:
-            reply(_failed(result) if isinstance(result, Exception) else StubPlaced())
-            if was_running and not isinstance(result, Exception):
+            runner.placing = False
+            failed = isinstance(result, Exception)
+            reply(_failed(result) if failed else StubPlaced())
+            # A pause that came meanwhile keeps it from running; a resume may have let it run already.
+            if was_running and not (failed or self._parking or runner.running):
                 self._run(runner)
+            self._check_parked()
 
         def place() -> None:
             runner.thread.submit(runner.ghost.place_stub, placed)
 
         if was_running:
+            runner.placing = True
             runner.when_stopped.append(place)
             runner.stop()
         else:
