@@ -95,7 +95,7 @@ def test_stress_while_pausing_and_resuming(guest_image, no_leftovers, scale, see
 @pytest.mark.timeout(0)
 @SOAK_ONLY
 def test_serial_interrupt_moves_while_text_is_typed(guest_image, no_leftovers, seed):
-    """Must-show 9. Open: about one run in ten stops before its 40th line, an interrupt of the UART having been lost."""
+    """Must-show 9. Open: it was seen to stop for good after a few lines (docs/smp.md, known faults)."""
     with jail("move-serial") as made, no_leftovers(names=("move-serial",)):
         machine = {"vcpu_count": 2, "vcpu_placement": "Split"}
         path = config(made, guest_image, machine, "", "stay")
