@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from devtool import setup, testing
+from devtool.process import end_on_signals
 from devtool.project import CHECKED, LAUNCHERS, PYTHON, ROOT, DevError, existing, say
 
 _SIGNAL_STATUS = 128
@@ -97,6 +98,7 @@ def _lab(arguments: list[str]) -> int:
 
 
 def _test(options: argparse.Namespace, rest: list[str]) -> int:
+    end_on_signals()
     setup.set_up()
     return testing.run_tests(quick=options.quick, soak=options.soak, arguments=rest)
 

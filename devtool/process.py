@@ -1,8 +1,9 @@
-"""Running long commands with progress, and their output kept for when they fail."""
+"""Running long commands: with progress, their output kept for when they fail, and ended in order."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,39 @@ from devtool.project import DevError, say
 
 _HEARTBEAT_SECONDS = 10.0
 _FAILURE_TAIL_LINES = 40
+#: What a command that is to end may take to remove what it has made.
+_END_SECONDS = 60.0
+
+
+def end_on_signals() -> None:
+    """Let SIGTERM and SIGHUP end this process in order, through every `finally`."""
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGHUP, end)
+
+
+def run(
+    command: Sequence[str], *, cwd: Path | None = None, environment: Mapping[str, str], stop: int = signal.SIGTERM
+) -> int:
+    """Run a command with our output and return its exit status. Whatever ends this process ends it, too, in order.
+
+    `stop`: the signal that asks the command to end; it has a minute for it.
+    """
+    process = subprocess.Popen(command, cwd=cwd, stdin=subprocess.DEVNULL, env=dict(environment))
+    try:
+        return process.wait()
+    except BaseException:
+        if process.poll() is None:
+            process.send_signal(stop)
+        try:
+            process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        raise
 
 
 def run_step(

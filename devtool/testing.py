@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import tempfile
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+from devtool import process
 from devtool.project import PYTHON, ROOT, DevError, say
 
 #: Folders of tests/ whose tests share nothing with other processes: two at a time.
@@ -172,7 +174,10 @@ def _run_stage(stage: Stage, options: list[str], environment: dict[str, str], re
     else:
         command = [*pytest, f"--junit-xml={report}"]
     variables_here = {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, check=False, stdin=subprocess.DEVNULL, env=variables_here).returncode
+    # pytest takes its fixtures down on SIGINT, the lab its machine on SIGTERM.
+    return process.run(
+        command, cwd=ROOT, environment=variables_here, stop=signal.SIGTERM if stage.in_lab else signal.SIGINT
+    )
 
 
 def read_report(report: Path) -> Counts | None:

@@ -10,8 +10,9 @@ import tty
 from collections.abc import Sequence
 from pathlib import Path
 
+from devtool.process import end_on_signals
 from devtool.project import DevError, say
-from lab.runner import Lab, LabTimeoutError, Machine, end_on_signals
+from lab.runner import Lab, LabTimeoutError, Machine
 
 _TIMEOUT_STATUS = 124
 _LAB_FAILED_STATUS = 125

@@ -132,7 +132,7 @@ class Microvm:
         self.process.stdin.write(text.encode())
         self.process.stdin.flush()
 
-    def tail(self, lines: int = 40) -> str:
+    def tail(self, lines: int = 150) -> str:
         """Return the last lines of the output."""
         return "\n".join(self.console.decode(errors="replace").splitlines()[-lines:])
 

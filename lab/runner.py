@@ -8,7 +8,6 @@ import os
 import selectors
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -338,13 +337,3 @@ def remove_abandoned() -> None:
             continue
         finally:
             os.close(descriptor)
-
-
-def end_on_signals() -> None:
-    """Let SIGTERM and SIGHUP end this process in order, through every `finally`."""
-
-    def end(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGHUP, end)

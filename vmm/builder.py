@@ -140,7 +140,7 @@ class MicrovmBuilder:
         return vmm
 
     def _welcome(self, workers: Sequence[Worker]) -> None:
-        """Welcome the workers that say HELLO about now: they close their walls while the kernel is loaded."""
+        """Welcome workers that were forked ahead and say HELLO about now: their walls close while the kernel is loaded."""
 
         def welcomed() -> bool:
             return all(worker.state is not WorkerState.SPAWNED for worker in workers)
@@ -148,14 +148,13 @@ class MicrovmBuilder:
         self._events.run_until(welcomed, time.monotonic_ns() + WELCOME_NS)
 
     def _spawn_workers(self, placement: Placement) -> list[Worker]:
-        """Ask for all workers at once and return them. The one that was forked ahead is replaced if it does not fit."""
+        """Ask for all workers at once; return those that were forked ahead and fit. One that does not fit is replaced."""
         count = len(placement.groups)
         if count > self._plan.max_workers:
             raise WorkerError(f"{count} workers are needed, the launch plan allows {self._plan.max_workers}.")
         workers = [self._worker(index) for index in range(count)]
-        unfit = [
-            worker for worker in workers if worker.alive and worker.assignment != placement.assignment(worker.index)
-        ]
+        ahead = [worker for worker in workers if worker.alive]
+        unfit = [worker for worker in ahead if worker.assignment != placement.assignment(worker.index)]
         for worker in unfit:
             worker.wait_greeted()  # one that is only starting could not be asked to end in order
             worker.finish()
@@ -166,7 +165,7 @@ class MicrovmBuilder:
             if not worker.wait_ended(DEADLINES[WorkerState.SPAWNED].nanoseconds):
                 raise WorkerError(f"The worker of vCPU {worker.index} cannot be replaced: it does not end.")
             worker.spawn(placement.assignment(worker.index))
-        return workers
+        return [worker for worker in ahead if worker not in unfit]
 
     def _start_workers(self, assembly: _Assembly, resources: VmResources, boot: BootRegisters) -> None:
         workers = [self._worker(index) for index in range(len(assembly.placement.groups))]

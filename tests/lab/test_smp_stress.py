@@ -26,6 +26,12 @@ def pause_and_resume(vm: Microvm, generator: random.Random) -> None:
     time.sleep(generator.random())
 
 
+def replace_a_worker(vm: Microvm, generator: random.Random) -> None:
+    vcpus = len(vm.must("GET", "/vcpus"))
+    vm.must("PATCH", f"/vcpus/{generator.randrange(vcpus)}", {"action": "Replace"})
+    time.sleep(generator.random())
+
+
 def stress(vm: Microvm, seconds: int, disturb: Disturb, generator: random.Random) -> dict[str, int]:
     """Run the stress program for so long and disturb the microVM meanwhile; return what the program counted."""
     vm.type(f"stress {seconds}\n")
@@ -76,15 +82,23 @@ def move_serial_interrupt(vm: Microvm, lines: int, generator: random.Random) -> 
 
 @pytest.mark.timeout(0 if SOAK else 900)  # a busy host makes a guest twenty times slower
 @pytest.mark.soak("smp")
-@pytest.mark.parametrize("vcpus", [2, pytest.param(4, marks=SOAK_ONLY)])
-def test_stress_while_pausing_and_resuming(guest_image, no_leftovers, scale, seed, vcpus):
+@pytest.mark.parametrize(
+    ("vcpus", "disturb"),
+    [
+        (2, pause_and_resume),
+        pytest.param(4, pause_and_resume, marks=SOAK_ONLY),
+        (2, replace_a_worker),
+        pytest.param(4, replace_a_worker, marks=SOAK_ONLY),
+    ],
+)
+def test_stress_while_the_microvm_is_disturbed(guest_image, no_leftovers, scale, seed, vcpus, disturb):
     name = f"stress-{vcpus}"
     with jail(name) as made, no_leftovers(names=(name,)):
         machine = {"vcpu_count": vcpus, "vcpu_placement": "Split"}
-        path = config(made, guest_image, machine, "", "stay", programs=("stress",))
+        path = config(made, guest_image, machine, "", "stay", programs=("stress",), patient=True)
         with made.launch((*CGROUP_OPTIONS, "--cleanup"), ("--config-file", path)) as vm:
             vm.expect("CELLBLOCK-READY", scale(BOOT_TIMEOUT, 10 * BOOT_TIMEOUT))
-            check_counts(stress(vm, scale(20, 600), pause_and_resume, random.Random(seed)))
+            check_counts(stress(vm, scale(20, 600), disturb, random.Random(seed)))
             assert "\nno complaint" in run(vm, COMPLAINTS)
             assert not any(ghost["recoveries"] for vcpu in vm.must("GET", "/vcpus") for ghost in vcpu["ghosts"])
             vm.type("exit\n")
@@ -98,10 +112,10 @@ def test_serial_interrupt_moves_while_text_is_typed(guest_image, no_leftovers, s
     """Must-show 9. Open: it was seen to stop for good after a few lines (docs/smp.md, known faults)."""
     with jail("move-serial") as made, no_leftovers(names=("move-serial",)):
         machine = {"vcpu_count": 2, "vcpu_placement": "Split"}
-        path = config(made, guest_image, machine, "", "stay")
+        path = config(made, guest_image, machine, "", "stay", patient=True)
         with made.launch((*CGROUP_OPTIONS, "--cleanup"), ("--config-file", path)) as vm:
             vm.expect("CELLBLOCK-READY", 10 * BOOT_TIMEOUT)
-            move_serial_interrupt(vm, 4_000, random.Random(seed))
+            move_serial_interrupt(vm, 600, random.Random(seed))
             vm.type("exit\n")
             vm.expect("CELLBLOCK-DONE", 60.0)
             assert vm.wait(60.0) == 0

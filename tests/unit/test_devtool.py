@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -121,3 +123,26 @@ def test_a_soak_starts_a_lab_only_for_files_with_tests_of_its_own():
     assert not taking_part["fuzz"]
     assert "lab, test_smp.py" in taking_part["smp"]
     assert set(taking_part["smp"]) <= set(taking_part["all"]) < {stage.name for stage in stages}
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_ended_takes_its_command_down_in_order(tmp_path, end):
+    ready, told = tmp_path / "ready", tmp_path / "told"
+    command = f"trap 'echo > {told}; exit' INT; echo > {ready}; while :; do sleep 0.01; done"
+    script = (
+        "import signal; from devtool import process; process.end_on_signals(); "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
+        f"process.run(['bash', '-c', {command!r}], environment={{'PATH': '/bin'}}, stop=signal.SIGINT)"
+    )
+    outer = subprocess.Popen([PYTHON, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL, preexec_fn=restore_sigint)
+    while not ready.exists():
+        assert outer.poll() is None
+        time.sleep(0.01)
+    outer.send_signal(end)
+    assert outer.wait(60.0) != 0
+    assert told.exists()
+
+
+def restore_sigint():
+    """A shell's background jobs ignore it, and a child inherits that for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
