@@ -140,7 +140,7 @@ class MicrovmBuilder:
         return vmm
 
     def _welcome(self, workers: Sequence[Worker]) -> None:
-        """Welcome workers that were forked ahead and say HELLO about now: their walls close while the kernel is loaded."""
+        """Welcome the workers forked ahead, which say HELLO about now: they go on while the kernel is loaded."""
 
         def welcomed() -> bool:
             return all(worker.state is not WorkerState.SPAWNED for worker in workers)
@@ -148,7 +148,7 @@ class MicrovmBuilder:
         self._events.run_until(welcomed, time.monotonic_ns() + WELCOME_NS)
 
     def _spawn_workers(self, placement: Placement) -> list[Worker]:
-        """Ask for all workers at once; return those that were forked ahead and fit. One that does not fit is replaced."""
+        """Ask for all workers at once; return those forked ahead that fit. One that does not is replaced."""
         count = len(placement.groups)
         if count > self._plan.max_workers:
             raise WorkerError(f"{count} workers are needed, the launch plan allows {self._plan.max_workers}.")

@@ -83,15 +83,17 @@ def move_serial_interrupt(vm: Microvm, lines: int, generator: random.Random) -> 
 @pytest.mark.timeout(0 if SOAK else 900)  # a busy host makes a guest twenty times slower
 @pytest.mark.soak("smp")
 @pytest.mark.parametrize(
-    ("vcpus", "disturb"),
+    "what",
     [
         (2, pause_and_resume),
-        pytest.param(4, pause_and_resume, marks=SOAK_ONLY),
+        pytest.param((4, pause_and_resume), marks=SOAK_ONLY),
         (2, replace_a_worker),
-        pytest.param(4, replace_a_worker, marks=SOAK_ONLY),
+        pytest.param((4, replace_a_worker), marks=SOAK_ONLY),
     ],
+    ids=lambda what: f"{what[0]}-{what[1].__name__}",
 )
-def test_stress_while_the_microvm_is_disturbed(guest_image, no_leftovers, scale, seed, vcpus, disturb):
+def test_stress_while_the_microvm_is_disturbed(guest_image, no_leftovers, scale, seed, what):
+    vcpus, disturb = what
     name = f"stress-{vcpus}"
     with jail(name) as made, no_leftovers(names=(name,)):
         machine = {"vcpu_count": vcpus, "vcpu_placement": "Split"}

@@ -131,18 +131,15 @@ def test_a_run_that_is_ended_takes_its_command_down_in_order(tmp_path, end):
     command = f"trap 'echo > {told}; exit' INT; echo > {ready}; while :; do sleep 0.01; done"
     script = (
         "import signal; from devtool import process; process.end_on_signals(); "
-        "signal.signal(signal.SIGINT, signal.default_int_handler); "
         f"process.run(['bash', '-c', {command!r}], environment={{'PATH': '/bin'}}, stop=signal.SIGINT)"
     )
-    outer = subprocess.Popen([PYTHON, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL, preexec_fn=restore_sigint)
+    # A shell's background jobs ignore SIGINT, and a child inherits that for ever.
+    outer = subprocess.Popen(
+        ["env", "--default-signal=INT", PYTHON, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
     while not ready.exists():
         assert outer.poll() is None
         time.sleep(0.01)
     outer.send_signal(end)
     assert outer.wait(60.0) != 0
     assert told.exists()
-
-
-def restore_sigint():
-    """A shell's background jobs ignore it, and a child inherits that for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
