@@ -162,6 +162,7 @@ class Microvm:
         """Send a request that has to succeed; return the body."""
         reply = self.api(method, target, body)
         if reply.status not in (200, 204):
+            self.pump(0.2)  # what was logged about it
             raise ClientError(f"{method} {target}: {reply.status} {reply.body}\n{self.tail()}")
         return reply.body
 
