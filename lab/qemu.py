@@ -65,7 +65,7 @@ def _fetch(releases: Path) -> None:
         apt = [
             "apt-get", "-q", "-o", "APT::Sandbox::User=root", "-o", f"Dir::Etc::SourceList={sources}",
             "-o", "Dir::Etc::SourceParts=/dev/null", "-o", f"Dir::State::Lists={scratch / 'lists'}",
-            "-o", f"Dir::Cache={scratch}",
+            "-o", f"Dir::Cache={scratch}", "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=20",
         ]
         # fmt: on
         advice = f"Is a Debian mirror with {SUITE} reachable?"

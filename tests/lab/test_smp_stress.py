@@ -111,7 +111,7 @@ def test_stress_while_the_microvm_is_disturbed(guest_image, no_leftovers, scale,
 @pytest.mark.timeout(0)
 @SOAK_ONLY
 def test_serial_interrupt_moves_while_text_is_typed(guest_image, no_leftovers, seed):
-    """Must-show 9. Open: it was seen to stop for good after a few lines (docs/smp.md, known faults)."""
+    """Must-show 9. Both workers get interrupts, and every byte arrives once."""
     with jail("move-serial") as made, no_leftovers(names=("move-serial",)):
         machine = {"vcpu_count": 2, "vcpu_placement": "Split"}
         path = config(made, guest_image, machine, "", "stay", patient=True)
