@@ -28,11 +28,11 @@ from ipc.messages.supervisor import (
     Spawned,
 )
 from ipc.plain import signal, signal_name, socket
-from ipc.plan import ENDPOINT_BOUND, MAX_WORKERS, ROLE_VCPU, SECCOMP_OFF, Assignment
+from ipc.plan import ENDPOINT_BOUND, MAX_WORKERS, ROLE_VCPU, Assignment
 from ipc.typed import Any, Callable
-from jailer import cell, syscalls, verify, wall_report, walls
+from jailer import cell, syscalls
 from jailer.cells import SEAL_TIMEOUT_S, Cell, Setup
-from jailer.seccomp import notification
+from jailer.sealing import WALL_SECCOMP, Sealing
 from jailer.steps import process
 
 #: A controller that floods its channel must not keep the supervisor from its signals.
@@ -43,7 +43,6 @@ SHUTDOWN_GRACE_S = 0.6
 CLOSING_GRACE_S = 5.0
 #: How long killed cells may take to disappear.
 REAP_TIMEOUT_S = 5.0
-WALL_SECCOMP = "seccomp"
 
 
 class Supervisor:
@@ -62,7 +61,7 @@ class Supervisor:
         self._exit_code: int | None = None
         self._end_deadline = 0.0
         self._ended = False
-        self._reported = False
+        self._sealing = Sealing(setup, controller, self._fail_cell)
         self._log_end = False
         #: The worker that was forked without being asked for, and the controller's end of its descriptor channel.
         self._ahead: tuple[Assignment, Cell, socket.socket] | None = None
@@ -100,11 +99,11 @@ class Supervisor:
             self._serve()  # first: a worker's way to its guest is the longest
         for record in list(self._cells.values()):
             if record.listener in ready:
-                self._notified(record)
+                self._sealing.notified(record)
             if record.seal is not None and record.seal.fileno() in ready:
-                self._seal_message(record)
-        if not ready and not self._reported:
-            self._report_self()
+                self._sealing.receive(record)
+        if not ready and not self._sealing.reported:
+            self._sealing.report_self()
         self._check_deadlines()
 
     def _poll(self) -> set[int]:
@@ -120,7 +119,7 @@ class Supervisor:
         return {descriptor for descriptor, _ in poll.poll(self._timeout_ms())}
 
     def _timeout_ms(self) -> int | None:
-        if not self._reported:
+        if not self._sealing.reported:
             return 0  # there is something to do when nobody wants anything
         deadlines = [record.deadline for record in self._cells.values() if record.seal is not None]
         if self._end_deadline:
@@ -197,7 +196,7 @@ class Supervisor:
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 0
         if record.seal is not None and not record.wall:
-            self._drain_seal(record)
+            self._sealing.drain(record)
         if number == signal.SIGSYS and not record.wall:
             record.wall = WALL_SECCOMP
             self._log.error(
@@ -439,106 +438,6 @@ class Supervisor:
         self._cells.clear()
         if self._ahead is not None:
             self._ahead[2].detach()
-
-    # ------------------------------------------------------------ walls
-
-    def _seal_message(self, record: Cell) -> None:
-        assert record.seal is not None
-        try:
-            frame, owned = descriptors.receive(record.seal, 1, socket.MSG_DONTWAIT)
-        except (BlockingIOError, InterruptedError):
-            return
-        except IpcError as error:
-            self._fail_cell(record, f"{record.name} (pid {record.pid}): {error}")
-            return
-        with owned:
-            if frame == cell.FILTERED:
-                if len(owned):
-                    record.listener = owned.take()
-                self._verify(record)
-            elif frame == cell.CLOSED:
-                self._finish_seal(record)
-            elif frame.startswith(cell.FAILED):
-                text = frame[len(cell.FAILED) :].decode("utf-8", "replace")
-                self._fail_cell(record, f"{record.name} (pid {record.pid}) cannot be confined: {text}")
-            elif frame != cell.ENTERED:
-                record.seal.close()  # at the end of the channel the exit status tells the rest
-                record.seal = None
-
-    def _drain_seal(self, record: Cell) -> None:
-        """A cell ended before it was sealed: its last words, if any, say why."""
-        while record.seal is not None:
-            before = record.seal
-            self._seal_message(record)
-            if record.seal is before:
-                return
-
-    def _verify(self, record: Cell) -> None:
-        assert record.seal is not None
-        faults.visit("supervisor.spawn.seal")
-        if self._differences(record.role, record.pid, record):
-            return
-        faults.visit("supervisor.spawn.verified")
-        self._answer_seal(record, cell.VERIFIED)
-
-    def _differences(self, role: str, pid: int, record: Cell | None) -> bool:
-        """Compare a process with its walls; True if there was a difference and the process is ended for it."""
-        name = role if record is None else record.name
-        differences = wall_report.compare(self._setup, name, role, pid, -1 if record is None else record.pidfd)
-        if differences is None:
-            return True  # it died meanwhile: its exit status tells why
-        if not differences or walls.VERIFY in self._plan.switched_off:
-            return False
-        text = f"{name} (pid {pid}): walls differ: {'; '.join(differences)}"
-        if record is None:
-            self._log.error(text)
-            self._exit_code = exit_codes.GENERIC_ERROR
-            self._controller.kill()
-        else:
-            self._refuse(record, text)
-        return True
-
-    def _refuse(self, record: Cell, text: str) -> None:
-        record.wall = "verify"
-        self._fail_cell(record, text)
-
-    def _finish_seal(self, record: Cell) -> None:
-        wanted = walls.DUMPABLE not in self._plan.switched_off
-        if wanted and verify.is_dumpable(record.pid, self._plan.uid, self._setup.proc):
-            self._refuse(record, f"{record.name} (pid {record.pid}): walls differ: dumpable: asked False, found True")
-            return
-        if record is not self._controller and not self._reported and self._report_self():
-            return  # no guest starts under a supervisor that is not what it should be
-        self._answer_seal(record, cell.GO)
-        if record.seal is not None:
-            record.seal.close()
-            record.seal = None
-
-    def _answer_seal(self, record: Cell, frame: bytes) -> None:
-        assert record.seal is not None
-        try:
-            descriptors.send(record.seal, frame)
-        except IpcError:
-            record.seal.close()  # the cell ended meanwhile
-            record.seal = None
-
-    def _report_self(self) -> bool:
-        """Verify our own walls, when nobody waits for us or before the first worker goes on; True if one differs."""
-        self._reported = True
-        if self._plan.seccomp == SECCOMP_OFF:
-            self._log.warning("seccomp is off in every cell")
-        return self._differences("supervisor", self._pid, None)
-
-    def _notified(self, record: Cell) -> None:
-        """Report mode: a cell waits inside a forbidden system call; say which, and end it."""
-        call = notification.receive(record.listener)
-        if call is None:
-            return
-        record.wall = WALL_SECCOMP
-        self._log.error(f"{record.name} (pid {record.pid}): wall seccomp: {notification.describe(call)}")
-        record.kill()
-        os.close(record.listener)
-        record.listener = -1
 
 
 def _refuse_assignment(request: Spawn) -> str:

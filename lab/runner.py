@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from devtool.project import ROOT, DevError
-from lab import qemu
 from lab.image import LabImage, ensure
 from lab.monitor import Monitor
 from lab.tsc import host_tsc_khz
@@ -54,10 +53,8 @@ class Machine(NamedTuple):
     touched: bool = False
 
 
-def qemu_command(
-    qemu: Sequence[str], machine: Machine, image: LabImage, exchange: Path, ports: Mapping[str, int]
-) -> list[str]:
-    """Return QEMU's command line, which begins with `qemu`. `ports`: names of the agent's ports, inherited sockets."""
+def qemu_command(machine: Machine, image: LabImage, exchange: Path, ports: Mapping[str, int]) -> list[str]:
+    """Return QEMU's command line. `ports` maps the names of the agent's ports to inherited sockets."""
     append = (
         "console=ttyS0 quiet panic=-1 oops=panic cgroup_no_v1=all mitigations=off "
         f"no_timer_check tsc=reliable tsc_early_khz={host_tsc_khz()} nokaslr random.trust_cpu=on "
@@ -67,7 +64,7 @@ def qemu_command(
     touched = "on" if machine.touched else "off"
     # fmt: off
     command = [
-        *qemu, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
+        "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
         "-object", f"memory-backend-ram,id=ram,size={machine.memory_mib}M,prealloc={touched}",
         "-machine", "q35,hpet=off,memory-backend=ram", "-accel", "tcg,thread=multi,tb-size=1024",
         "-cpu", machine.cpu_model, "-smp", str(machine.cpus), "-m", f"{machine.memory_mib}M",
@@ -198,7 +195,7 @@ class Lab:
             for name in ("control", "stdout", "stderr", "console", "monitor"):
                 self._ports[name], far_ends[name] = socket.socketpair()
             descriptors = {name: end.fileno() for name, end in far_ends.items()}
-            command = qemu_command(qemu.ensure(), machine, image, self._exchange, descriptors)
+            command = qemu_command(machine, image, self._exchange, descriptors)
             with (self._exchange / ".lab" / "qemu.log").open("wb") as log:
                 # Its own session: Ctrl-C is for us, and we end it. --pdeathsig: it ends even if we are killed.
                 self._qemu = subprocess.Popen(

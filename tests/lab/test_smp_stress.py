@@ -87,7 +87,7 @@ def move_serial_interrupt(vm: Microvm, lines: int, generator: random.Random) -> 
     [
         (2, pause_and_resume),
         pytest.param((4, pause_and_resume), marks=SOAK_ONLY),
-        (2, replace_a_worker),
+        pytest.param((2, replace_a_worker), marks=SOAK_ONLY),
         pytest.param((4, replace_a_worker), marks=SOAK_ONLY),
     ],
     ids=lambda what: f"{what[0]}-{what[1].__name__}",
