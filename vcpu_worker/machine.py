@@ -29,9 +29,6 @@ from vcpu_worker.kvm.vcpu import KvmVcpu
 from vcpu_worker.kvm.vm import KvmVm, MsiRoute
 from vcpu_worker.run_loop import RunLoop
 
-#: MSI address of fixed delivery to one APIC id, below 256.
-MSI_ADDRESS_BASE = 0xFEE0_0000
-_APIC_ID_SHIFT = 12
 #: KVM_CHECK_EXTENSION takes an int.
 _MAX_CAPABILITY = (1 << 31) - 1
 #: MSI data: INIT, level asserted.
@@ -204,7 +201,7 @@ class Machine:
     def _address(self, vcpu: int) -> int:
         if all(each.index != vcpu for each in self.vcpus):
             raise ConfigurationError(f"this worker does not run vCPU {vcpu}")
-        return MSI_ADDRESS_BASE | vcpu << _APIC_ID_SHIFT
+        return abi.MSI_ADDRESS_BASE | vcpu << abi.MSI_DESTINATION_SHIFT
 
     def signal(self, vcpu: int, data: int) -> bool:
         """Send an MSI to one of our own vCPUs; False if its LAPIC did not take it."""
@@ -212,7 +209,7 @@ class Machine:
 
     def send_init(self, ghost: int) -> None:
         """Let the ghost of a vCPU wait for a SIPI, as it did in another worker."""
-        self.vm.signal_msi(MSI_ADDRESS_BASE | ghost << _APIC_ID_SHIFT, _INIT)
+        self.vm.signal_msi(abi.MSI_ADDRESS_BASE | ghost << abi.MSI_DESTINATION_SHIFT, _INIT)
 
     def open_ipi_target(self, command: OpenIpiTarget, eventfd: int) -> None:
         """Let ``eventfd`` raise a vector in one of our vCPUs; what it counts comes at once. Takes the eventfd."""

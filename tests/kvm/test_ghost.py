@@ -16,7 +16,7 @@ from vcpu_worker.ghosts import watch
 from vcpu_worker.ghosts.ghost import BUSY, IDLE, Ghost
 from vcpu_worker.kvm import abi
 from vcpu_worker.kvm.system import KvmSystem
-from vcpu_worker.machine import MSI_ADDRESS_BASE, Machine
+from vcpu_worker.machine import Machine
 from vcpu_worker.vcpu_thread import Completions, VcpuThread, install_kick_handler
 
 INIT, SIPI, NMI = 0x4500, 0x4600, 0x400
@@ -50,7 +50,7 @@ class Bench:
         self.do(watch.start)
 
     def send(self, data: int) -> None:
-        self.machine.vm.signal_msi(MSI_ADDRESS_BASE | 1 << 12, data)
+        self.machine.vm.signal_msi(abi.MSI_ADDRESS_BASE | 1 << abi.MSI_DESTINATION_SHIFT, data)
 
     def do(self, job: object) -> object:
         self.thread.submit(job, self.results.append)  # type: ignore[arg-type]

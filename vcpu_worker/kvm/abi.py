@@ -300,6 +300,9 @@ assert DEVICE_ATTR.size == 24 and MP_STATE.size == MP_STATE_SIZE
 #: In-service and interrupt request registers: eight words of 32 bits each, 16 bytes apart.
 APIC_ISR = 0x100
 APIC_IRR = 0x200
+#: An MSI of fixed delivery to one APIC id below 256 goes to this address, with the id in the bits from 12 on.
+MSI_ADDRESS_BASE = 0xFEE0_0000
+MSI_DESTINATION_SHIFT = 12
 APIC_LVTT = 0x320
 APIC_LVT_LINT0 = 0x350
 APIC_LVT_LINT1 = 0x360
