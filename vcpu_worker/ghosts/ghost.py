@@ -268,8 +268,8 @@ class Ghost:
             self.index,
             self.is_stub,
             self.kvm.get_mp_state(),
-            len(_vectors(lapic, abi.APIC_IRR)),
-            len(_vectors(lapic, abi.APIC_ISR)),
+            len(abi.apic_vectors(lapic, abi.APIC_IRR)),
+            len(abi.apic_vectors(lapic, abi.APIC_ISR)),
             events[_EVENTS_NMI_INJECTED] + min(events[_EVENTS_NMI_PENDING], 2),
         )
 
@@ -280,7 +280,7 @@ class Ghost:
         self._recovery_times = [each for each in self._recovery_times if now - each < RECOVERY_WINDOW_NS] + [now]
         self._settle()
         lapic = self.kvm.get_lapic()
-        for vector in _vectors(lapic, abi.APIC_ISR):
+        for vector in abi.apic_vectors(lapic, abi.APIC_ISR):
             self._report(GHOST_INTERRUPT, self.index, vector)
         self._place()
         self._restore_lapic(lapic)
@@ -314,15 +314,3 @@ def _without_trap_flag(regs: bytes) -> bytes:
 def _without_interrupts(lapic: bytes) -> bytes:
     """Return the LAPIC page with ISR, TMR and IRR, which follow each other, empty."""
     return lapic[: abi.APIC_ISR] + bytes(abi.APIC_IRR + 0x80 - abi.APIC_ISR) + lapic[abi.APIC_IRR + 0x80 :]
-
-
-def _vectors(lapic: bytes | bytearray, register: int) -> list[int]:
-    """Return the vectors whose bits are set in the IRR or ISR of a LAPIC page.
-
-    Those below 16 do not count: no processor takes them (their priority class is 0), however long they are there.
-    """
-    return [
-        vector
-        for vector in range(stub.FIRST_VECTOR, 256)
-        if lapic[register + (vector >> 5) * 16 + (vector >> 3 & 3)] >> (vector & 7) & 1
-    ]

@@ -300,6 +300,21 @@ assert DEVICE_ATTR.size == 24 and MP_STATE.size == MP_STATE_SIZE
 #: In-service and interrupt request registers: eight words of 32 bits each, 16 bytes apart.
 APIC_ISR = 0x100
 APIC_IRR = 0x200
+#: Vectors below are never delivered: their priority class is 0.
+FIRST_VECTOR = 16
+
+
+def apic_vectors(lapic: bytes | bytearray, register: int) -> list[int]:
+    """Return the vectors, in rising order, that are set in the IRR or ISR of a LAPIC page and can be delivered."""
+    return [
+        vector
+        for word in range(8)
+        if (bits := int.from_bytes(lapic[register + 16 * word : register + 16 * word + 4], "little"))
+        for vector in range(max(32 * word, FIRST_VECTOR), 32 * word + 32)
+        if bits >> (vector & 31) & 1
+    ]
+
+
 #: An MSI of fixed delivery to one APIC id below 256 goes to this address, with the id in the bits from 12 on.
 MSI_ADDRESS_BASE = 0xFEE0_0000
 MSI_DESTINATION_SHIFT = 12

@@ -20,8 +20,6 @@ from vcpu_worker.kvm.vm import KvmVm
 
 #: DR7: breakpoint 0 is on, for execution (its type and length bits are zero); bit 10 is always set.
 _BREAK_ON_EXECUTION = 0x402
-#: Vectors below are never delivered.
-_FIRST_VECTOR = 16
 
 
 class KvmVcpu:
@@ -120,14 +118,8 @@ class KvmVcpu:
         requested once more, which changes nothing else.
         """
         self._set(abi.KVM_SET_LAPIC, value, abi.LAPIC_SIZE)
-        for register in range(7, -1, -1):
-            at = abi.APIC_IRR + 16 * register
-            requested = int.from_bytes(value[at : at + 4], "little")
-            if requested:
-                vector = 32 * register + requested.bit_length() - 1
-                if vector >= _FIRST_VECTOR:
-                    self.vm.signal_msi(abi.MSI_ADDRESS_BASE | self.index << abi.MSI_DESTINATION_SHIFT, vector)
-                return
+        if requested := abi.apic_vectors(value, abi.APIC_IRR):
+            self.vm.signal_msi(abi.MSI_ADDRESS_BASE | self.index << abi.MSI_DESTINATION_SHIFT, requested[-1])
 
     def get_mp_state(self) -> int:
         """MP_STATE_*."""
