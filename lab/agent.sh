@@ -2,7 +2,8 @@
 #   run JOB   runs .lab/JOB/script of the exchange folder; answers `exit JOB STATUS` after its output went out
 #   shell JOB the same on the console hvc0, with job control
 # Output goes over two more ports. When the host's side closes the port, the machine goes off.
-busybox() { /run/lab/bin/busybox "$@"; }
+# Not a function: in the background that would be one process more, and a kill of it would leave the program running.
+busybox=/run/lab/bin/busybox
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME="${HOME:-/root}"
 exchange=/run/lab/exchange
 
@@ -14,18 +15,18 @@ for port in /sys/class/virtio-ports/*; do
     cellblock.stderr) exec 5>"/dev/${port##*/}" ;;
     esac
 done
-busybox mkfifo /run/lab/stdout /run/lab/stderr
+$busybox mkfifo /run/lab/stdout /run/lab/stderr
 
 run() {
     # Through pipes, because a port can be opened only once and commands may reopen their standard output.
-    busybox cat /run/lab/stdout >&4 3>&- 5>&- &
+    $busybox cat /run/lab/stdout >&4 3>&- 5>&- &
     out=$!
-    busybox cat /run/lab/stderr >&5 3>&- 4>&- &
+    $busybox cat /run/lab/stderr >&5 3>&- 4>&- &
     err=$!
-    busybox setsid /bin/sh "$exchange/.lab/$1/script" </dev/null >/run/lab/stdout 2>/run/lab/stderr 3>&- 4>&- 5>&-
+    $busybox setsid /bin/sh "$exchange/.lab/$1/script" </dev/null >/run/lab/stdout 2>/run/lab/stderr 3>&- 4>&- 5>&-
     status=$?
     # What the command left running may hold the pipes: its output is cut off after two seconds.
-    { busybox sleep 2; kill "$out" "$err"; } 2>/dev/null 3>&- 4>&- 5>&- &
+    { $busybox sleep 2; kill "$out" "$err"; } 2>/dev/null 3>&- 4>&- 5>&- &
     limit=$!
     wait "$out"
     wait "$err"
@@ -34,20 +35,20 @@ run() {
     echo "exit $1 $status" >&3
 }
 
-busybox setsid /usr/bin/python3 -IS /run/lab/bin/keep_vm.py </dev/null >/run/lab/stdout 3>&- 4>&- 5>&- &
+$busybox setsid /usr/bin/python3 -IS /run/lab/bin/keep_vm.py </dev/null >/run/lab/stdout 3>&- 4>&- 5>&- &
 read -r kept </run/lab/stdout
-[ "$kept" = kept ] || { echo "lab: no virtual machine can be kept: see lab/keep_vm.py" >/dev/console; busybox poweroff -f; }
+[ "$kept" = kept ] || { echo "lab: no virtual machine can be kept: see lab/keep_vm.py" >/dev/console; $busybox poweroff -f; }
 
 echo ready >&3
 while read -r order job <&3; do
     case $order in
     run) run "$job" ;;
     shell)
-        busybox setsid -c /bin/sh "$exchange/.lab/$job/script" </dev/hvc0 >/dev/hvc0 2>&1 3>&- 4>&- 5>&-
+        $busybox setsid -c /bin/sh "$exchange/.lab/$job/script" </dev/hvc0 >/dev/hvc0 2>&1 3>&- 4>&- 5>&-
         echo "exit $job $?" >&3
         ;;
     off) break ;;
     esac
 done
-busybox sync
-busybox poweroff -f
+$busybox sync
+$busybox poweroff -f

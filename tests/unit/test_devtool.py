@@ -134,9 +134,7 @@ def test_a_run_that_is_ended_takes_its_command_down_in_order(tmp_path, end):
         f"process.run(['bash', '-c', {command!r}], environment={{'PATH': '/bin'}}, stop=signal.SIGINT)"
     )
     # A shell's background jobs ignore SIGINT, and a child inherits that for ever.
-    outer = subprocess.Popen(
-        ["env", "--default-signal=INT", PYTHON, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL
-    )
+    outer = subprocess.Popen(["env", "--default-signal=INT", PYTHON, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL)
     while not ready.exists():
         assert outer.poll() is None
         time.sleep(0.01)

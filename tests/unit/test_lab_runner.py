@@ -45,6 +45,9 @@ def test_commands_output_files_and_time_limit(tmp_path, no_leftovers):
         assert run(lab, "cat sub/file; ls -A .. | wc -l; touch new", directory=tmp_path)[1] == b"from the host\n1\n"
         assert not (tmp_path / "new").exists()  # writes stay inside
         assert run(lab, "echo > /dev/stdout; (sleep 1000 &) ; echo ended")[1] == b"\nended\n"
+        # What was left running holds the pipes still: only the next command's readers may read from them.
+        order = b"".join(b"%d\n" % number for number in range(500))
+        assert run(lab, "for n in $(seq 0 499); do echo $n; echo $n >&2; done") == (0, order, order)
         assert run(lab, "no-such-command")[0] == 127
         assert run(lab, "", directory=Path("/no/such/folder"))[0] == 127
 
