@@ -278,13 +278,14 @@ class Ghost:
         now = time.monotonic_ns()
         self.recoveries += 1
         self._recovery_times = [each for each in self._recovery_times if now - each < RECOVERY_WINDOW_NS] + [now]
+        where = stub.where(self.kvm.get_regs(), self.kvm.get_sregs())
         self._settle()
         lapic = self.kvm.get_lapic()
         for vector in abi.apic_vectors(lapic, abi.APIC_ISR):
             self._report(GHOST_INTERRUPT, self.index, vector)
         self._place()
         self._restore_lapic(lapic)
-        text = f"the ghost of vCPU {self.index} left its stub ({text}) and was put back"
+        text = f"the ghost of vCPU {self.index} left its stub ({text}: {where}) and was put back"
         if len(self._recovery_times) >= MAX_RECOVERIES:
             raise GhostError(f"{text}, {len(self._recovery_times)} times within a second: the guest damages it")
         self._recovered(self.index, text)

@@ -160,8 +160,19 @@ def is_sound(regs_now: bytes, sregs_now: bytes, ghost: int) -> bool:
     return values[_RIP] - BASE in _INSTRUCTIONS and values[_RBX] == PORT + ghost and values[_RBP] == stack
 
 
+def where(regs_now: bytes, sregs_now: bytes) -> str:
+    """Return what the checks above look at, for people."""
+    values = dict(zip(abi.REGS_NAMES, abi.REGS.unpack(regs_now), strict=True))
+    code = sregs_now[abi.SREGS_CS : abi.SREGS_CS + abi.SEGMENT_SIZE]
+    shown = " ".join(f"{name} {values[name]:#x}" for name in ("rip", "rflags", "rsp", "rbp", "rax", "rbx"))
+    return f"{shown}, cs {code.hex()}, cr0 {_cr0(sregs_now):#x}"
+
+
+def _cr0(sregs_now: bytes) -> int:
+    return int.from_bytes(sregs_now[abi.SREGS_CR0 : abi.SREGS_CR0 + 8], "little")
+
+
 def is_starting(regs_now: bytes, sregs_now: bytes) -> bool:
     """Is a ghost with these registers where a SIPI has led it, before the first instruction there?"""
     rip = int.from_bytes(regs_now[abi.REGS_RIP : abi.REGS_RIP + 8], "little")
-    cr0 = int.from_bytes(sregs_now[abi.SREGS_CR0 : abi.SREGS_CR0 + 8], "little")
-    return rip == 0 and not cr0 & _CR0_PE
+    return rip == 0 and not _cr0(sregs_now) & _CR0_PE
