@@ -9,6 +9,8 @@ from ipc.typed import NamedTuple
 
 #: As many vCPUs as the API accepts (``vcpu_count``), hence as many workers at the most.
 MAX_WORKERS = 32
+#: As many CPUs as Linux can be built for on x86 (CONFIG_NR_CPUS_RANGE_END).
+MAX_HOST_CPUS = 8192
 #: Guest RAM ends below 1022 GiB in the guest physical map.
 MAX_MEMORY_BYTES = 1022 << 30
 
@@ -62,12 +64,14 @@ class Assignment(NamedTuple):
     """What a worker is forked for, since its VM, vCPUs and threads are made before it is sealed.
 
     ``worker`` is its number, ``vcpus`` are the indices that it runs. ``ghosts`` are the indices of the guest's other
-    vCPUs: its VM has them, too, to receive what this worker's vCPUs send to them.
+    vCPUs: its VM has them, too, to receive what this worker's vCPUs send to them. ``affinity[n]`` are the host CPUs
+    that the thread of ``vcpus[n]`` may use; without entries all that the cell may use.
     """
 
     worker: int
     vcpus: tuple[int, ...]
     ghosts: tuple[int, ...]
+    affinity: tuple[tuple[int, ...], ...] = ()
 
 
 #: What the worker that is forked ahead is made for: nearly every microVM has one vCPU.

@@ -447,4 +447,6 @@ def _refuse_assignment(request: Spawn) -> str:
         return "a worker runs at least one vCPU, and none twice"
     if max(mine | others) >= MAX_WORKERS:
         return f"a microVM has at most {MAX_WORKERS} vCPUs"
+    if request.affinity and (len(request.affinity) != len(request.vcpus) or not all(request.affinity)):
+        return "a worker's affinity names host CPUs for each of its vCPUs"
     return ""

@@ -19,13 +19,14 @@ from ipc.messages.worker import Hello, Welcome
 from ipc.plain import socket
 from ipc.plan import ENDPOINT_BOUND, PLACEMENT_SPLIT, Assignment, LaunchPlan, endpoint
 from ipc.typed import Callable
+from vcpu_worker import affinity
 from vcpu_worker.commands import EXIT_ERROR, Control
 from vcpu_worker.descriptor_set import DescriptorSet
 from vcpu_worker.errors import WorkerError
 from vcpu_worker.ghosts import watch
 from vcpu_worker.kvm.system import KvmSystem
 from vcpu_worker.machine import Machine
-from vcpu_worker.vcpu_thread import Completions, VcpuThread, install_kick_handler
+from vcpu_worker.vcpu_thread import Completions, Job, VcpuThread, install_kick_handler
 
 #: A controller that does not answer HELLO in this time is dead or hostile.
 WELCOME_TIMEOUT_S = 30
@@ -77,12 +78,14 @@ def _run(
     )
     # While the controller starts: everything that takes time and needs /dev/kvm.
     machine = _make_machine(system, assignment, plan)
+    if isinstance(machine, Machine):
+        machine = _bind_control_thread(machine, assignment)
     completions = Completions()
     names = [*(f"fc_vcpu {index}" for index in assignment.vcpus), *(f"ghost {index}" for index in assignment.ghosts)]
     threads = [VcpuThread(name, completions) for name in names]
     for thread in threads:
         thread.start()
-    machine = _touch_vcpus(machine, threads, completions)
+    machine = _touch_vcpus(machine, assignment, threads, completions)
     os.close(kvm_fd)
     context = zmq.Context(io_threads=1)
     control_channel = Channel(context, WORKER, plan.epoch)
@@ -109,25 +112,37 @@ def _make_machine(system: KvmSystem, assignment: Assignment, plan: LaunchPlan) -
         return error
 
 
+def _bind_control_thread(machine: Machine, assignment: Assignment) -> Machine | WorkerError:
+    """Bind the calling thread, and hence those that it makes, to the host CPUs of all vCPUs."""
+    try:
+        if assignment.affinity:
+            affinity.bind(sorted({cpu for cpus in assignment.affinity for cpu in cpus}), assignment.vcpus)
+    except WorkerError as error:
+        return error
+    return machine
+
+
 def _touch_vcpus(
-    machine: Machine | WorkerError, threads: list[VcpuThread], completions: Completions
+    machine: Machine | WorkerError, assignment: Assignment, threads: list[VcpuThread], completions: Completions
 ) -> Machine | WorkerError:
-    """Let every vCPU enter KVM_RUN once, in its own thread, and ghosts be watched.
+    """Let every vCPU enter KVM_RUN once, in its own thread on its own host CPUs, and ghosts be watched.
 
     Return the machine, or why it is of no use.
     """
     if not isinstance(machine, Machine):
         return machine
     results: list[object] = []
+    jobs: list[tuple[VcpuThread, Job]] = []
+    for thread, cpus, vcpu in zip(threads, assignment.affinity, assignment.vcpus, strict=False):
+        jobs.append((thread, lambda cpus=cpus, vcpu=vcpu: affinity.bind(cpus, (vcpu,))))  # type: ignore[misc]
     kvms = [*(vcpu.kvm for vcpu in machine.vcpus), *machine.ghost_vcpus]
-    for kvm, thread in zip(kvms, threads, strict=True):
-        thread.submit(kvm.touch, results.append)
-    ghost_threads = threads[len(machine.vcpus) :]
-    for thread in ghost_threads:
-        thread.submit(watch.start, results.append)
+    jobs += [(thread, kvm.touch) for kvm, thread in zip(kvms, threads, strict=True)]
+    jobs += [(thread, watch.start) for thread in threads[len(machine.vcpus) :]]
+    for thread, job in jobs:
+        thread.submit(job, results.append)
     poll = select.poll()
     poll.register(completions.eventfd, select.POLLIN)
-    while len(results) < len(threads) + len(ghost_threads):
+    while len(results) < len(jobs):
         poll.poll()
         completions.deliver()
     for result in results:

@@ -112,7 +112,7 @@ class MicrovmBuilder:
         memory = GuestMemory(descriptor, size, ram_regions(size), huge_pages=self._plan.huge_pages)
         try:
             machine = resources.machine_config
-            placement = decide(machine.vcpu_placement, machine.vcpu_count, self._plan)
+            placement = decide(machine.vcpu_placement, machine.vcpu_count, self._plan, machine.affinity)
             assembly = _Assembly(self._events, self._plan.microvm_id, memory, placement)
         except (VmmError, IpcError, OSError):
             memory.close()

@@ -269,7 +269,7 @@ def _start_options(line: CommandLine) -> StartOptions:
             cache = os.open(line.kernel_cache, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             raise CommandLineError(f"--kernel-cache {line.kernel_cache}: {error.strerror}.") from None
-    return StartOptions.of(line, cache)
+    return StartOptions.of(line, cache, tuple(sorted(os.sched_getaffinity(0))))
 
 
 def _log_end(code: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from ipc.plan import PLACEMENT_GROUPED, PLACEMENT_SPLIT, Assignment, LaunchPlan
 from ipc.typed import NamedTuple
+from vmm.affinity import Affinity
 from vmm.errors import VmmError
 
 AUTOMATIC = "Automatic"
@@ -29,18 +30,21 @@ class PlacementError(VmmError):
 
 
 class Placement(NamedTuple):
-    """``groups[n]`` are the vCPUs of worker n. ``kind`` is Split, Grouped or Mixed; ``reason``: why it was chosen."""
+    """``groups[n]`` are the vCPUs of worker n. ``kind`` is Split, Grouped or Mixed; ``reason``: why it was chosen.
+
+    ``affinity[n]`` are the host CPUs of vCPU n; empty: all that the microVM may use.
+    """
 
     kind: str
     groups: tuple[tuple[int, ...], ...]
     reason: str
+    affinity: Affinity = ()
 
     def assignment(self, worker: int) -> Assignment:
         """Return what a worker is forked for."""
         mine = self.groups[worker]
-        return Assignment(
-            worker, mine, tuple(sorted(each for group in self.groups for each in group if each not in mine))
-        )
+        others = tuple(sorted(each for group in self.groups for each in group if each not in mine))
+        return Assignment(worker, mine, others, tuple(self.affinity[each] for each in mine) if self.affinity else ())
 
     def owner(self, vcpu: int) -> int:
         """Return the number of the worker that runs a vCPU."""
@@ -56,19 +60,19 @@ def check(text: str, vcpu_count: int) -> None:
         _groups(text, vcpu_count)
 
 
-def decide(text: str | None, vcpu_count: int, plan: LaunchPlan) -> Placement:
+def decide(text: str | None, vcpu_count: int, plan: LaunchPlan, affinity: Affinity = ()) -> Placement:
     """Return the placement for ``vcpu_count`` vCPUs; ``text`` is None if the client has not asked for one.
 
     Raises PlacementError.
     """
     if text is None or text == AUTOMATIC:
         kind = SPLIT if plan.placement == PLACEMENT_SPLIT else GROUPED
-        return Placement(kind, _uniform(kind, vcpu_count), plan.placement_reason)
+        return Placement(kind, _uniform(kind, vcpu_count), plan.placement_reason, affinity)
     if text in (SPLIT, GROUPED):
-        return Placement(text, _uniform(text, vcpu_count), "asked for")
+        return Placement(text, _uniform(text, vcpu_count), "asked for", affinity)
     groups = _groups(text, vcpu_count)
     kind = {1: GROUPED, vcpu_count: SPLIT}.get(len(groups), MIXED)
-    return Placement(kind, groups, "asked for")
+    return Placement(kind, groups, "asked for", affinity)
 
 
 def warning(placement: Placement, plan: LaunchPlan) -> str:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 
-from ipc.typed import TYPE_CHECKING, NamedTuple
+from ipc.typed import TYPE_CHECKING, NamedTuple, Sequence
 from vmm import placement
+from vmm.affinity import ANY, Affinity, AffinityError, parse
 from vmm.boot.cmdline import DEFAULT_COMMAND_LINE, Cmdline
 from vmm.boot.errors import CmdlineError
 from vmm.cli import CONSOLES, DEFAULT_PAYLOAD_LIMIT, KERNEL_ENTRIES
@@ -85,6 +86,7 @@ class MachineConfigUpdate(NamedTuple):
     huge_pages: str | None = None
     vcpu_placement: str | None = None
     reboot_action: str | None = None
+    vcpu_affinity: str | None = None
 
 
 class MachineConfig(NamedTuple):
@@ -98,6 +100,12 @@ class MachineConfig(NamedTuple):
     huge_pages: str = HUGE_PAGES_NONE
     vcpu_placement: str | None = None
     reboot_action: str | None = None
+    vcpu_affinity: str | None = None
+
+    @property
+    def affinity(self) -> Affinity:
+        """The host CPUs of each vCPU; nothing if they may use all that the microVM may."""
+        return parse(self.vcpu_affinity, self.vcpu_count)
 
     @property
     def restarts(self) -> bool:
@@ -109,8 +117,11 @@ class MachineConfig(NamedTuple):
         """Size of guest memory in bytes."""
         return self.mem_size_mib << 20
 
-    def updated(self, update: MachineConfigUpdate) -> MachineConfig:
-        """Return the configuration after a change. Raises MachineConfigError."""
+    def updated(self, update: MachineConfigUpdate, host_cpus: Sequence[int] = ()) -> MachineConfig:
+        """Return the configuration after a change. Raises MachineConfigError.
+
+        ``host_cpus`` are the host's CPUs that may be used, in ascending order; empty: any.
+        """
         vcpu_count = self.vcpu_count if update.vcpu_count is None else update.vcpu_count
         smt = self.smt if update.smt is None else update.smt
         if not 0 < vcpu_count <= MAX_SUPPORTED_VCPUS or (smt and vcpu_count > 1 and vcpu_count % 2):
@@ -125,11 +136,13 @@ class MachineConfig(NamedTuple):
                 "The memory size (MiB) is either 0, or not a multiple of the configured page size."
             )
         placed = self.vcpu_placement if update.vcpu_placement is None else update.vcpu_placement
-        if placed is not None:
-            try:
+        affinity = self.vcpu_affinity if update.vcpu_affinity is None else update.vcpu_affinity
+        try:
+            if placed is not None:
                 placement.check(placed, vcpu_count)
-            except PlacementError as error:
-                raise MachineConfigError(str(error)) from None
+            parse(affinity, vcpu_count, host_cpus)
+        except (PlacementError, AffinityError) as error:
+            raise MachineConfigError(str(error)) from None
         template = self.cpu_template if update.cpu_template is None else update.cpu_template
         return MachineConfig(
             vcpu_count,
@@ -140,12 +153,14 @@ class MachineConfig(NamedTuple):
             huge_pages,
             placed,
             self.reboot_action if update.reboot_action is None else update.reboot_action,
+            None if affinity == ANY else affinity,
         )
 
     def to_json(self) -> dict[str, JsonValue]:
         """Return what GET /machine-config shows: CPU template and what is ours only if they were set."""
         template: dict[str, JsonValue] = {} if self.cpu_template is None else {"cpu_template": self.cpu_template}
         placed: dict[str, JsonValue] = {} if self.vcpu_placement is None else {"vcpu_placement": self.vcpu_placement}
+        affinity: dict[str, JsonValue] = {} if self.vcpu_affinity is None else {"vcpu_affinity": self.vcpu_affinity}
         reboot: dict[str, JsonValue] = {} if self.reboot_action is None else {"reboot_action": self.reboot_action}
         return {
             "vcpu_count": self.vcpu_count,
@@ -156,6 +171,7 @@ class MachineConfig(NamedTuple):
             "huge_pages": self.huge_pages,
             **placed,
             **reboot,
+            **affinity,
         }
 
 
@@ -244,9 +260,11 @@ class StartOptions(NamedTuple):
     exerciser: bool = False
     #: Bytes of the metadata service's content.
     mmds_size_limit: int = DEFAULT_PAYLOAD_LIMIT
+    #: The host's CPUs that this process may use, in ascending order; empty: not known.
+    host_cpus: tuple[int, ...] = ()
 
     @staticmethod
-    def of(line: CommandLine, kernel_cache_fd: int) -> StartOptions:
+    def of(line: CommandLine, kernel_cache_fd: int, host_cpus: tuple[int, ...] = ()) -> StartOptions:
         """Return what a command line asks for."""
         return StartOptions(
             line.boot_timer,
@@ -256,6 +274,7 @@ class StartOptions(NamedTuple):
             line.console,
             line.exerciser,
             line.mmds_size_limit,
+            host_cpus,
         )
 
 
@@ -282,7 +301,7 @@ class VmResources:
 
     def update_machine_config(self, update: MachineConfigUpdate) -> None:
         """Change the machine configuration. Raises MachineConfigError."""
-        updated = self.machine_config.updated(update)
+        updated = self.machine_config.updated(update, self.options.host_cpus)
         if self.balloon is not None and updated.mem_size_mib < self.balloon.amount_mib:
             raise MachineConfigError(
                 "The memory size (MiB) is smaller than the previously set balloon device target size."

@@ -185,6 +185,7 @@ class Vmm(Microvm, Machine):
                 "placement": self.vm.placement.kind,
                 "state": "stalled" if self._heartbeat.is_stalled(worker) else worker.state.value,
                 "exits": self._executors[vcpu].counters()[COUNTER_EXITS],
+                "affinity": list(self.vm.placement.affinity[vcpu]) if self.vm.placement.affinity else None,
                 "clock_ahead_ns": worker.clock_ahead_ns,
                 "ghosts": ghosts.get(worker.index),
                 "replacements": self._replacements.get(worker.index, 0),

@@ -164,8 +164,10 @@ class Controller:
         memory_size: int = MEMORY_SIZE,
         interrupts: tuple[int, ...] = (),
         seal: Callable[[], None] = lambda: None,
+        affinity: tuple[tuple[int, ...], ...] = (),
     ) -> None:
         self.device = device
+        self._affinity = affinity
         self.events: list[VcpuExited] = []
         self.entries = 0
         self._replies: dict[int, Any] = {}
@@ -201,7 +203,7 @@ class Controller:
         status = 99
         try:
             self._upper.close()
-            status = main.run(self.plan, Assignment(0, (0,), ()), lower, kvm_fd, seal)
+            status = main.run(self.plan, Assignment(0, (0,), (), self._affinity), lower, kvm_fd, seal)
         finally:
             os._exit(status)
 

@@ -58,6 +58,7 @@ MACHINE_CONFIG = Object(
     Field("huge_pages", _HUGE_PAGES, HUGE_PAGES_NONE),
     Field("vcpu_placement", Option(STRING), extension=True),
     Field("reboot_action", Option(_REBOOT_ACTION), extension=True),
+    Field("vcpu_affinity", Option(STRING), extension=True),
 )
 _MACHINE_CONFIG_UPDATE = Object(
     "MachineConfigUpdate",
@@ -70,6 +71,7 @@ _MACHINE_CONFIG_UPDATE = Object(
     Field("huge_pages", Option(_HUGE_PAGES)),
     Field("vcpu_placement", Option(STRING), extension=True),
     Field("reboot_action", Option(_REBOOT_ACTION), extension=True),
+    Field("vcpu_affinity", Option(STRING), extension=True),
 )
 BOOT_SOURCE = Object(
     "BootSourceConfig",
