@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from devtool.process import end_on_signals
-from devtool.project import DevError, say
+from devtool.project import LAB_FAILED_STATUS, DevError, say
 from lab.runner import Lab, LabTimeoutError, Machine
 
 _TIMEOUT_STATUS = 124
-_LAB_FAILED_STATUS = 125
 _INTERRUPTED_STATUS = 130
 
 
@@ -75,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
         return _TIMEOUT_STATUS
     except DevError as error:
         say(f"error: {error}")
-        return _LAB_FAILED_STATUS
+        return LAB_FAILED_STATUS
     except KeyboardInterrupt:
         return _INTERRUPTED_STATUS
 

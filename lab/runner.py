@@ -25,6 +25,8 @@ from lab.tsc import host_tsc_khz
 #: Where the exchange folder is inside. Commands find it as $LAB_EXCHANGE.
 EXCHANGE = "/run/lab/exchange"
 _BOOT_SECONDS = 180.0
+#: A processor that has not come by for so long will not come any more.
+_STALL_SECONDS = 60
 _CONSOLE_TAIL_LINES = 30
 _CHUNK = 65536
 #: Folders of the host that the lab hides under fresh ones (see init.sh).
@@ -59,7 +61,9 @@ def qemu_command(machine: Machine, image: LabImage, exchange: Path, ports: Mappi
         "console=ttyS0 quiet panic=-1 oops=panic cgroup_no_v1=all mitigations=off "
         f"no_timer_check tsc=reliable tsc_early_khz={host_tsc_khz()} nokaslr random.trust_cpu=on "
         # A machine that stands still is asked by an NMI (lab.monitor), and says what all its processors do.
-        "rcupdate.rcu_expedited=1 audit=0 unknown_nmi_panic panic_print=0x40"
+        "rcupdate.rcu_expedited=1 audit=0 unknown_nmi_panic panic_print=0x40 "
+        # One of whose processors takes no interrupt any more ends by itself.
+        f"rcupdate.rcu_cpu_stall_timeout={_STALL_SECONDS} sysctl.kernel.panic_on_rcu_stall=1"
     )
     touched = "on" if machine.touched else "off"
     # fmt: off

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -60,19 +60,20 @@ def config(
     end: str,
     *,
     programs: Sequence[str] = (),
+    files: Mapping[str, bytes] | None = None,
     patient: bool = not SOAK,
 ) -> str:
-    """Write a configuration file; ``programs`` of tests/guests are in the guest's /bin.
+    """Write a configuration file. The guest has ``programs`` of tests/guests in /bin, and ``files``.
 
     Soaks run alone, and with the kernel's own limits unless they are to be ``patient``.
 
     What is to be run comes in an archive of its own: it is too long for a command line.
     """
     arguments = boot_args("", end) + f" tsc_early_khz={host_tsc_khz()}{PATIENCE if patient else ''}"
-    files = {f"bin/{name}": build_program(name).read_bytes() for name in programs}
+    added = {f"bin/{name}": build_program(name).read_bytes() for name in programs} | dict(files or {})
     if run:
-        files["cellblock/script"] = run.encode()
-    more = archive(files) if files else b""
+        added["cellblock/script"] = run.encode()
+    more = archive(added) if added else b""
     path: str = made.write(
         json.dumps(
             {
@@ -137,6 +138,33 @@ def test_debian_boots_with_several_vcpus(guest_image, no_leftovers, scale, vcpus
     assert not re.search(r"^failed", output, re.MULTILINE), output
     kind = {"Grouped": "Grouped", "Split": "Split", None: "Split"}.get(placement, "Mixed")
     assert f"vCPU placement: {kind}" in output
+
+
+@pytest.mark.timeout(0)
+@SOAK_ONLY
+@pytest.mark.parametrize("placement", ["Split", "0,1/2"])
+def test_another_kernel_is_started_from_the_first(guest_image, no_leftovers, placement):
+    """kexec: the new kernel finds all processors halted, and starts them by INIT and SIPI as if they were off."""
+    name = f"kexec-{placement.replace(',', '').replace('/', '-').lower()}"
+    with jail(name) as made, no_leftovers(names=(name,)):
+        second = f"cat /proc/uptime; {REPORT}; {PINNED}; {COMPLAINTS}; {cycles(1)}; {COMPLAINTS}"
+        files = {
+            "next/bzImage": guest_image.vmlinuz.read_bytes(),
+            "next/initramfs": guest_image.initramfs.read_bytes() + archive({"cellblock/script": second.encode()}),
+        }
+        first = f"{PINNED}; echo first kernel has $(nproc); kexec /next/bzImage /next/initramfs"
+        machine = {"vcpu_count": 3, "vcpu_placement": placement, "mem_size_mib": 512}
+        path = config(made, guest_image, machine, first, "reboot", programs=("kexec",), files=files)
+        options = (*CGROUP_OPTIONS, "--cleanup")
+        with made.launch(options, ("--config-file", path, "--no-api", "--level", "Debug")) as vm:
+            before = vm.expect("first kernel has 3", 10 * BOOT_TIMEOUT)
+            output = vm.expect("CELLBLOCK-DONE", 10 * BOOT_TIMEOUT)
+            assert vm.wait(60.0) == 0, vm.tail()
+    print(output)
+    assert before.count("CELLBLOCK-INIT") == 1 == output.count("CELLBLOCK-INIT")
+    check_report(output, 3)
+    assert output.count("\nno complaint") == 2, output
+    assert not re.search(r"^failed", output, re.MULTILINE), output
 
 
 def run(vm: Microvm, command: str) -> str:

@@ -117,6 +117,41 @@ def test_hardware_paging_is_read_from_the_modules():
     assert Path("/dev/kvm").exists() or not testing.has_hardware_paging()
 
 
+@pytest.mark.parametrize(
+    ("statuses", "result", "said"),
+    [
+        ([0], 0, []),
+        ([125, 0], 0, ["emulated machines that died: 1", "1 passed, 0 failed"]),
+        ([125, 125], 1, ["emulated machines that died: 1", "0 passed, 1 failed"]),
+        ([125, 1], 1, ["emulated machines that died: 1", "0 passed, 1 failed"]),
+        ([1], 1, ["0 passed, 1 failed"]),
+        ([124], 1, ["0 passed, 1 failed"]),
+    ],
+)
+def test_a_dead_machine_is_replaced_once_and_a_failed_test_is_not_repeated(monkeypatch, capsys, statuses, result, said):
+    left = list(statuses)
+
+    def run_stage(_stage, _options, _environment, report):
+        status = left.pop(0)
+        if status in {0, 1}:
+            report.write_text(f'<testsuites><testsuite tests="1" failures="{status}"/></testsuites>')
+        return status
+
+    monkeypatch.setattr(testing, "has_hardware_paging", lambda: False)
+    monkeypatch.setattr(testing, "_run_stage", run_stage)
+    arguments = ["tests/lab/test_lab_itself.py"]
+    assert testing.run_tests(quick=False, soak=None, arguments=arguments) == result
+    assert not left
+    output = "".join(capsys.readouterr())
+    assert all(text in output for text in said), output
+
+
+def test_tests_on_this_host_are_not_repeated(monkeypatch):
+    statuses = [125]
+    monkeypatch.setattr(testing, "_run_stage", lambda *_: statuses.pop())
+    assert testing.run_tests(quick=False, soak=None, arguments=["tests/unit/test_devtool.py"]) == 1
+
+
 def test_a_soak_starts_a_lab_only_for_files_with_tests_of_its_own():
     stages = testing.plan_stages(["tests/lab"], quick=False)
     taking_part = {name: [s.name for s in stages if testing._takes_part(s, name)] for name in ("smp", "fuzz", "all")}
