@@ -67,9 +67,10 @@ def _read_reply(connection: socket.socket) -> Reply:
 _LOG_LINE = r"(?:\d{4}-\d\d-\d\dT[^\n]*\n|\{\"[^\n]*\n)"
 
 
-def without_log(console: bytes | bytearray) -> str:
+def without_log(console: bytes | bytearray | str) -> str:
     """Return what the guest said. The log goes to the same place, also between two letters of the guest."""
-    return re.sub(_LOG_LINE, "", console.decode(errors="replace"))
+    text = console if isinstance(console, str) else console.decode(errors="replace")
+    return re.sub(_LOG_LINE, "", text)
 
 
 def _with_log_between(text: str) -> re.Pattern[bytes]:

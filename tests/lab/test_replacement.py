@@ -65,7 +65,7 @@ def test_a_guest_under_load_does_not_notice(guest_image, no_leftovers, scale, se
     name = f"replace-{placement.replace(',', '').replace('/', '-').lower()}"
     with jail(name) as made, no_leftovers(names=(name,)):
         machine = {"vcpu_count": vcpus, "vcpu_placement": placement}
-        path = config(made, guest_image, machine, "", "stay")
+        path = config(made, guest_image, machine, "", "stay", patient=True)
         with made.launch((*CGROUP_OPTIONS, "--cleanup"), ("--config-file", path)) as vm:
             vm.expect("CELLBLOCK-READY", BOOT_TIMEOUT)
             begin = uptime(vm)

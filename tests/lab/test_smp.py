@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lab.client import Microvm
+from lab.client import Microvm, without_log
 from lab.guest_image import archive
 from lab.tsc import host_tsc_khz
 from tests.conftest import IN_LAB, SOAK
@@ -168,8 +168,9 @@ def test_another_kernel_is_started_from_the_first(guest_image, no_leftovers, pla
 
 
 def run(vm: Microvm, command: str) -> str:
+    """Run a command in the guest; return what the guest has said until its end."""
     vm.type(f"{command}\n")
-    return vm.expect("CELLBLOCK-RUN end", 120.0)
+    return without_log(vm.expect("CELLBLOCK-RUN end", 120.0))
 
 
 @pytest.mark.timeout(0)
