@@ -44,7 +44,7 @@ class LabTimeoutError(LabError):
 
 
 class Machine(NamedTuple):
-    """Size of the emulated machine; ``cpu_model`` is QEMU's -cpu.
+    """Size of the emulated machine; ``cpus`` for commands, one more for the kernel alone; ``cpu_model``: QEMU's -cpu.
 
     ``touched``: the host gives all memory at the start, for measurements: else it comes while they run.
     """
@@ -71,7 +71,8 @@ def qemu_command(machine: Machine, image: LabImage, exchange: Path, ports: Mappi
         "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
         "-object", f"memory-backend-ram,id=ram,size={machine.memory_mib}M,prealloc={touched}",
         "-machine", "q35,hpet=off,memory-backend=ram", "-accel", "tcg,thread=multi,tb-size=1024",
-        "-cpu", machine.cpu_model, "-smp", str(machine.cpus), "-m", f"{machine.memory_mib}M",
+        # Commands run on all processors but the first: see agent.sh.
+        "-cpu", machine.cpu_model, "-smp", str(machine.cpus + 1), "-m", f"{machine.memory_mib}M",
         "-kernel", str(image.vmlinux), "-initrd", str(image.initramfs), "-append", append,
         "-serial", f"file:{exchange / '.lab' / 'console.log'}",
         "-fsdev", "local,id=host,path=/,security_model=none,readonly=on,multidevs=remap",
