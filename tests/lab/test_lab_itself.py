@@ -30,6 +30,21 @@ def test_kvm_pages_in_hardware_and_runs():
 
 
 @only_in_the_emulated_machine
+def test_nothing_of_ours_runs_on_the_first_processor():
+    """docs/lab.md, "Why no guest runs on the first processor": no process but the kernel's own."""
+    allowed = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cmdline").read_bytes():
+                allowed[process.name] = os.sched_getaffinity(int(process.name))
+        except OSError:
+            continue  # it has ended
+    assert {"1", str(os.getpid())} <= allowed.keys()
+    others = set(range(1, os.cpu_count() or 0))
+    assert others and all(cpus <= others for cpus in allowed.values()), allowed
+
+
+@only_in_the_emulated_machine
 def test_cgroups_are_version_2_only():
     mounted = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     assert [fields[1] for fields in mounted if fields[2].startswith("cgroup")] == ["/sys/fs/cgroup"]
