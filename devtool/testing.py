@@ -139,7 +139,7 @@ def run_tests(*, quick: bool, soak: str | None, arguments: Sequence[str]) -> int
             report = Path(scratch) / f"{number}.xml"
             status = _run_stage(stage, options, environment, report)
             if stage.in_lab and status == LAB_FAILED_STATUS:
-                # Its text has told of it. QEMU's software CPU loses a machine now and then: docs/lab.md.
+                # Its text has told of it. QEMU's software CPU has lost machines (docs/lab.md); no test has failed.
                 say(f"tests, stage {stage.name}: the emulated machine died; once more, in a new one")
                 deaths += 1
                 report.unlink(missing_ok=True)

@@ -11,6 +11,8 @@ from ipc.typed import NamedTuple
 MAX_WORKERS = 32
 #: As many CPUs as Linux can be built for on x86 (CONFIG_NR_CPUS_RANGE_END).
 MAX_HOST_CPUS = 8192
+#: As many of them can be named for one vCPU.
+MAX_AFFINITY = 1024
 #: Guest RAM ends below 1022 GiB in the guest physical map.
 MAX_MEMORY_BYTES = 1022 << 30
 

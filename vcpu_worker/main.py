@@ -122,6 +122,10 @@ def _bind_control_thread(machine: Machine, assignment: Assignment) -> Machine | 
     return machine
 
 
+def _binding(cpus: tuple[int, ...], vcpu: int) -> Job:
+    return lambda: affinity.bind(cpus, (vcpu,))
+
+
 def _touch_vcpus(
     machine: Machine | WorkerError, assignment: Assignment, threads: list[VcpuThread], completions: Completions
 ) -> Machine | WorkerError:
@@ -134,7 +138,7 @@ def _touch_vcpus(
     results: list[object] = []
     jobs: list[tuple[VcpuThread, Job]] = []
     for thread, cpus, vcpu in zip(threads, assignment.affinity, assignment.vcpus, strict=False):
-        jobs.append((thread, lambda cpus=cpus, vcpu=vcpu: affinity.bind(cpus, (vcpu,))))  # type: ignore[misc]
+        jobs.append((thread, _binding(cpus, vcpu)))
     kvms = [*(vcpu.kvm for vcpu in machine.vcpus), *machine.ghost_vcpus]
     jobs += [(thread, kvm.touch) for kvm, thread in zip(kvms, threads, strict=True)]
     jobs += [(thread, watch.start) for thread in threads[len(machine.vcpus) :]]

@@ -5,7 +5,7 @@ One list per vCPU, in order, separated by ``/``; a list is written as in the ker
 
 from __future__ import annotations
 
-from ipc.plan import MAX_HOST_CPUS
+from ipc.plan import MAX_AFFINITY, MAX_HOST_CPUS
 from ipc.typed import Iterable, Sequence
 from vmm.errors import VmmError
 
@@ -73,6 +73,8 @@ def _cpus(text: str, vcpu: int) -> tuple[int, ...]:
                 f"The host CPUs of vCPU {vcpu}: {part} is no range of numbers below {MAX_HOST_CPUS}, lowest first."
             )
         cpus.update(range(first, last + 1))
+    if len(cpus) > MAX_AFFINITY:
+        raise AffinityError(f"The host CPUs of vCPU {vcpu} are more than {MAX_AFFINITY}.")
     return tuple(sorted(cpus))
 
 

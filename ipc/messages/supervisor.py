@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ipc.messages.records import CODE_FIELD, TEXT_FIELD, VCPU_FIELD, WORKER_FIELD, Failed
-from ipc.plan import MAX_HOST_CPUS, MAX_MEMORY_BYTES, MAX_WORKERS
-from ipc.schema import MAX_LIST_LENGTH, U8, U32, Int, ListOf, Schema, Text
+from ipc.plan import MAX_AFFINITY, MAX_HOST_CPUS, MAX_MEMORY_BYTES, MAX_WORKERS
+from ipc.schema import U8, U32, Int, ListOf, Schema, Text
 from ipc.typed import NamedTuple
 
 SUPERVISOR = Schema()
@@ -84,7 +84,7 @@ SUPERVISOR.register(
     worker=WORKER_FIELD,
     vcpus=ListOf(VCPU_FIELD, MAX_WORKERS),
     ghosts=ListOf(VCPU_FIELD, MAX_WORKERS),
-    affinity=ListOf(ListOf(Int(MAX_HOST_CPUS - 1), MAX_LIST_LENGTH), MAX_WORKERS),
+    affinity=ListOf(ListOf(Int(MAX_HOST_CPUS - 1), MAX_AFFINITY), MAX_WORKERS),
 )
 SUPERVISOR.register(3, Spawned, worker=WORKER_FIELD, pid=Int(U32, 1))
 SUPERVISOR.register(4, SignalCell, worker=WORKER_FIELD, pid=Int(U32, 1), signal=Int(64, 1))

@@ -24,6 +24,7 @@ from vmm.resources import MachineConfigError, MachineConfigUpdate, StartOptions,
         ("1/0", 2, ((1,), (0,))),
         ("2/3/4-5,7/7,4-5,5", 4, ((2,), (3,), (4, 5, 7), (4, 5, 7))),
         ("8190-8191", 1, ((8190, 8191),)),
+        ("1-1024", 1, (tuple(range(1, 1025)),)),
     ],
 )
 def test_what_is_read(text, vcpus, affinity):
@@ -47,6 +48,7 @@ def test_what_is_read(text, vcpus, affinity):
         ("2-1/1", "2-1 is no range of numbers below 8192, lowest first"),
         ("0/8192", "8192 is no range"),
         ("0/" + "1," * 3000 + "1", "a list of host CPUs for each"),
+        ("0/0-1024", "vCPU 1 are more than 1024"),
         ("0/4-6", "names host CPU 4-6; this microVM may use 0-3,7"),
     ],
 )
