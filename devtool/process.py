@@ -29,6 +29,24 @@ def end_on_signals() -> None:
     signal.signal(signal.SIGHUP, end)
 
 
+class _HeldSignals:
+    """Keeps what would end this process until it is released; a child that is started meanwhile has its defaults."""
+
+    def __init__(self) -> None:
+        self._held: list[int] = []
+        ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self._handlers = {number: handler for number in ends if callable(handler := signal.getsignal(number))}
+        for number in self._handlers:
+            signal.signal(number, lambda came, _frame: self._held.append(came))
+
+    def release(self) -> None:
+        """Take the handlers back, and call them for what has come."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        for came in self._held:
+            signal.raise_signal(came)
+
+
 def run(
     command: Sequence[str], *, cwd: Path | None = None, environment: Mapping[str, str], stop: int = signal.SIGTERM
 ) -> int:
@@ -36,8 +54,14 @@ def run(
 
     `stop`: the signal that asks the command to end; it has a minute for it.
     """
-    process = subprocess.Popen(command, cwd=cwd, stdin=subprocess.DEVNULL, env=dict(environment))
+    held = _HeldSignals()  # one that came while Popen works would leave the command running
     try:
+        process = subprocess.Popen(command, cwd=cwd, stdin=subprocess.DEVNULL, env=dict(environment))
+    except BaseException:
+        held.release()
+        raise
+    try:
+        held.release()
         return process.wait()
     except BaseException:
         if process.poll() is None:

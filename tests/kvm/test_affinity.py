@@ -46,7 +46,8 @@ def test_every_thread_runs_where_it_may(tmp_path, no_leftovers):
             for index, (own, _, rest) in wanted.items():
                 threads = allowed(vcpus[index]["pid"])
                 assert threads.pop(f"fc_vcpu {index}") == own
-                others = {cpus for name, cpus in threads.items() if not name.startswith("fc_vcpu")}
+                # KVM's own thread (huge page recovery) goes where the thread goes that ran a vCPU first.
+                others = {cpus for name, cpus in threads.items() if not name.startswith(("fc_vcpu", "kvm-"))}
                 assert others == {rest if index != 1 else last}, threads
             vm.must("PATCH", "/vcpus", {"action": "Replace"})
         assert set(allowed(vm.process.pid).values()) == {as_text(CPUS)}  # who started it is not bound

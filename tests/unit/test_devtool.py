@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from devtool import setup, testing
+from devtool import process, setup, testing
 from devtool.project import LAUNCHERS, PYTHON, ROOT, DevError
 
 
@@ -176,3 +176,27 @@ def test_a_run_that_is_ended_takes_its_command_down_in_order(tmp_path, end):
     outer.send_signal(end)
     assert outer.wait(60.0) != 0
     assert told.exists()
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_while_the_command_is_started_ends_it_too(monkeypatch, end):
+    started = []
+    start = subprocess.Popen
+
+    def start_and_be_ended(*arguments, **options):
+        started.append(start(*arguments, **options))
+        signal.raise_signal(end)
+        return started[0]
+
+    def ended(_number, _frame):
+        raise SystemExit(1)
+
+    monkeypatch.setattr(subprocess, "Popen", start_and_be_ended)
+    before = signal.signal(end, ended)
+    try:
+        with pytest.raises(SystemExit):
+            process.run(["sleep", "1000"], environment={"PATH": "/bin"})
+        assert signal.getsignal(end) is ended
+    finally:
+        signal.signal(end, before)
+    assert started[0].returncode == -signal.SIGTERM
