@@ -4,7 +4,7 @@
 # Output goes over two more ports. When the host's side closes the port, the machine goes off.
 # Not a function: in the background that would be one process more, and a kill of it would leave the program running.
 busybox=/run/lab/bin/busybox
-# No virtual machine may run on the first processor. Whenever any processor restores FPU state, QEMU (to 10 at least)
+# No virtual machine may run on the first processor. Whenever any processor restores FPU state, QEMU
 # clears a bit of the first one's flags (cpu_clear_ignne), without a lock: it may undo what VMRUN or an exit has just done
 # there to the global interrupt flag. A guest then never lets the lab have that processor back, or the kernel is
 # interrupted while it still has the guest's GS.
