@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -99,6 +99,19 @@ def scale(request: pytest.FixtureRequest) -> Scale:
 def seed() -> int:
     """Return the seed for the test's random choices: fixed, or CELLBLOCK_SEED."""
     return SEED
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[Callable[[], str]]:
+    """Let the controller's log, in this process, go to a file; return a function that reads it."""
+    from vmm.logger import LOG
+
+    path = tmp_path / "log"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    LOG.use_descriptor(descriptor)
+    yield path.read_text
+    LOG.close()
+    os.close(descriptor)
 
 
 @pytest.fixture(scope="session")

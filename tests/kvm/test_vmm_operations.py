@@ -137,16 +137,6 @@ class Machine:
 
 
 @pytest.fixture
-def log(tmp_path: Path) -> Iterator[Any]:
-    path = tmp_path / "log"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    LOG.use_descriptor(descriptor)
-    yield path.read_text
-    LOG.close()
-    os.close(descriptor)
-
-
-@pytest.fixture
 def machine(tmp_path: Path, log: Any) -> Iterator[Machine]:
     directory = tmp_path / "ipc"
     directory.mkdir()

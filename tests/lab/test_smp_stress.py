@@ -59,19 +59,21 @@ def check_counts(counts: dict[str, int]) -> None:
         assert counts[name] > 0, counts
 
 
-def move_serial_interrupt(vm: Microvm, lines: int, generator: random.Random) -> None:
+def move_serial_interrupt(vm: Microvm, lines: int, replace_every: int, generator: random.Random) -> None:
     """Must-show 9: type text while the UART's interrupt goes from processor to processor a hundred times a second.
 
-    Every byte arrives once, and both processors take interrupts. The kernel's own messages, which would come between
-    the letters, are read in the end.
+    Every byte arrives once, and both processors take interrupts. Every so many lines a worker is replaced while the
+    next one is typed. The kernel's own messages, which would come between the letters, are read in the end.
     """
     run(vm, "dmesg -n 1")
     run(vm, "irq=$(awk -F: '/ttyS0/ { print $1 + 0 }' /proc/interrupts); echo $irq > /irq; grep ttyS0 /proc/interrupts")
     run(vm, "(while :; do for m in 1 2; do echo $m > /proc/irq/$(cat /irq)/smp_affinity; usleep 10000; done; done) &")
     text = "".join(f"{generator.randbytes(30).hex()}\n" for _ in range(lines))
     vm.type("cat > /typed\n")
-    for line in text.splitlines(keepends=True):
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
         vm.type(line)
+        if replace_every and number % replace_every == 0:
+            vm.must("PATCH", f"/vcpus/{generator.randrange(2)}", {"action": "Replace"})
         vm.expect(line.strip(), 60.0)  # its echo
     vm.type("\x04")
     vm.expect("CELLBLOCK-RUN end", 60.0)
@@ -90,7 +92,7 @@ def move_serial_interrupt(vm: Microvm, lines: int, generator: random.Random) -> 
     [
         (2, pause_and_resume),
         pytest.param((4, pause_and_resume), marks=SOAK_ONLY),
-        pytest.param((2, replace_a_worker), marks=SOAK_ONLY),
+        (2, replace_a_worker),
         pytest.param((4, replace_a_worker), marks=SOAK_ONLY),
     ],
     ids=lambda what: f"{what[0]}-{what[1].__name__}",
@@ -111,16 +113,18 @@ def test_stress_while_the_microvm_is_disturbed(guest_image, no_leftovers, scale,
             assert vm.wait(60.0) == 0
 
 
-@pytest.mark.timeout(0)
-@SOAK_ONLY
-def test_serial_interrupt_moves_while_text_is_typed(guest_image, no_leftovers, seed):
-    """Must-show 9. Both workers get interrupts, and every byte arrives once."""
-    with jail("move-serial") as made, no_leftovers(names=("move-serial",)):
+@pytest.mark.timeout(0 if SOAK else 900)
+@pytest.mark.soak("smp")
+@pytest.mark.parametrize("replace_every", [0, 3])
+def test_serial_interrupt_moves_while_text_is_typed(guest_image, no_leftovers, scale, seed, replace_every):
+    """Must-show 9. Both workers get interrupts, and every byte arrives once; also while workers are replaced."""
+    name = f"move-serial-{replace_every}"
+    with jail(name) as made, no_leftovers(names=(name,)):
         machine = {"vcpu_count": 2, "vcpu_placement": "Split"}
         path = config(made, guest_image, machine, "", "stay", patient=True)
         with made.launch((*CGROUP_OPTIONS, "--cleanup"), ("--config-file", path)) as vm:
-            vm.expect("CELLBLOCK-READY", 10 * BOOT_TIMEOUT)
-            move_serial_interrupt(vm, 600, random.Random(seed))
+            vm.expect("CELLBLOCK-READY", scale(BOOT_TIMEOUT, 10 * BOOT_TIMEOUT))
+            move_serial_interrupt(vm, scale(20, 600), replace_every, random.Random(seed))
             vm.type("exit\n")
             vm.expect("CELLBLOCK-DONE", 60.0)
             assert vm.wait(60.0) == 0

@@ -2,23 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from tests.unit.vmm.standins import Controller
-from vmm.logger import LOG
-
-
-@pytest.fixture
-def log(tmp_path):
-    """The log goes to a file: a function that returns its text."""
-    path = tmp_path / "log"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    LOG.use_descriptor(descriptor)
-    yield path.read_text
-    LOG.close()
-    os.close(descriptor)
 
 
 @pytest.fixture
