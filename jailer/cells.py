@@ -12,6 +12,7 @@ from jailer import verify
 from jailer.log import Log
 from jailer.memory import MemoryMaker
 from jailer.seccomp.install import Filter
+from jailer.steps.worker_cgroups import WorkerCgroups
 from jailer.template import Roles
 
 #: Signals that end the microVM when somebody sends them to the visible process. They are blocked and read from a
@@ -46,6 +47,7 @@ class Setup(NamedTuple):
     filters: dict[str, Filter]
     memory: MemoryMaker
     log: Log
+    worker_cgroups: WorkerCgroups
 
 
 class Cell:

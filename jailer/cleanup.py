@@ -19,6 +19,7 @@ from jailer import syscalls
 from jailer.errors import CleanupError, JailerError
 from jailer.seccomp.install import Filter, install
 from jailer.steps import cgroups, identity, process
+from jailer.steps.worker_cgroups import directories_of
 
 _RESOLVE = (
     syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS | syscalls.RESOLVE_NO_XDEV
@@ -223,7 +224,8 @@ def purge(jail_directory: str, exec_name: str, cgroup_name: str) -> list[str]:
     _refuse_running(pid_file)
     hierarchies = cgroups.find_hierarchies()
     mounts = dict.fromkeys((*hierarchies.v1.values(), hierarchies.v2))
-    paths = [jail_directory, *(os.path.join(mount, cgroup_name) for mount in mounts if mount)]
+    own = [os.path.join(mount, cgroup_name) for mount in mounts if mount]
+    paths = [jail_directory, *(path for each in own for path in (*directories_of(each), each))]
     items = [leftover(path, is_cgroup=path != jail_directory) for path in paths if os.path.isdir(path)]
     failures = remove_all(items)
     for item in items:

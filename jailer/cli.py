@@ -51,6 +51,7 @@ _OURS = (
     _Flag("wall-log", "FILE", "append the report on the walls of each cell here instead of standard error"),
     _Flag("seccomp-mode", "kill|report|off", "what a forbidden system call does", default=SECCOMP_KILL),
     _Flag("without", "STEP", "switch a wall off, for tests (always logged)", repeatable=True),
+    _Flag("vcpu-cgroup", "FILE=VALUE", "give each vCPU worker a cgroup of its own, with this value", repeatable=True),
     _Flag("kernel-cache", "DIR", "directory with unpacked kernels, handed into the jail read-only"),
     _Flag("arm-fault", "POINT=ACTION", "make a fault happen on purpose, for tests", repeatable=True),
     _Flag("drill", "NAME", "let a cell attack its walls, for tests", repeatable=True),

@@ -26,6 +26,7 @@ from jailer.start import (
     wait_entered,
 )
 from jailer.steps import identity, process
+from jailer.steps.worker_cgroups import WorkerCgroups
 from jailer.supervisor import Supervisor
 
 _ATTEMPTS = 100
@@ -97,7 +98,7 @@ def launch(
     identity.set_no_new_privileges()
     asked = verify.Asked(host.facts, None, "", False, False, None)
     memory = MemoryMaker(False)
-    setup = Setup(plan, roles, asked, proc, host.kvm_fd, host.kvm_error, sealing.filters, memory, log)
+    setup = Setup(plan, roles, asked, proc, host.kvm_fd, host.kvm_error, sealing.filters, memory, log, WorkerCgroups())
     close_supervisor(setup, host, "firecracker", dumpable_wall=True)
     os.close(host.null)
     if sealing.warning:

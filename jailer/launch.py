@@ -142,6 +142,7 @@ class JailedLaunch:
         self._plan_on_host.execute()
         self._tell_janitor([root, *(each for each in items.operations if isinstance(each, cgroups.MakeCgroup))])
         self._cgroups = items.directories if walls.CGROUP not in off else ()
+        self._worker_cgroups = items.workers
         return reserve.maker
 
     def _tell_janitor(self, made: list[directories.MakeJailRoot | cgroups.MakeCgroup]) -> None:
@@ -196,7 +197,18 @@ class JailedLaunch:
             timeline.mark("enter empty root")
             roots.enter_empty_root(settings.jail_root, trees.others)
             os.close(trees.others)
-        setup = Setup(plan, roles, asked, jailed_proc, host.kvm_fd, host.kvm_error, sealing.filters, memory, self._log)
+        setup = Setup(
+            plan,
+            roles,
+            asked,
+            jailed_proc,
+            host.kvm_fd,
+            host.kvm_error,
+            sealing.filters,
+            memory,
+            self._log,
+            self._worker_cgroups,
+        )
         return setup, channel, controller, signals
 
     def _has(self, wall: str) -> bool:

@@ -7,7 +7,7 @@ import os
 from ipc import descriptors, faults
 from ipc.errors import IpcError
 from ipc.plain import socket
-from ipc.plan import SECCOMP_OFF
+from ipc.plan import ROLE_SUPERVISOR, SECCOMP_OFF, cell_name
 from ipc.typed import Callable
 from jailer import cell, verify, wall_report, walls
 from jailer.cells import Cell, Setup
@@ -63,7 +63,7 @@ class Sealing:
     def _verify(self, record: Cell) -> None:
         assert record.seal is not None
         faults.visit("supervisor.spawn.seal")
-        differences = self._differences(record.name, record.role, record.pid, record.pidfd)
+        differences = self._differences(record.role, record.index, record.pid, record.pidfd)
         if differences is None:
             return  # it died meanwhile: its exit status tells why
         if differences:
@@ -72,14 +72,14 @@ class Sealing:
         faults.visit("supervisor.spawn.verified")
         self._answer(record, cell.VERIFIED)
 
-    def _differences(self, name: str, role: str, pid: int, pidfd: int) -> str | None:
+    def _differences(self, role: str, index: int, pid: int, pidfd: int) -> str | None:
         """Compare a process with its walls; return what differs and is not tolerated, None if it has ended."""
-        differences = wall_report.compare(self._setup, name, role, pid, pidfd)
+        differences = wall_report.compare(self._setup, role, index, pid, pidfd)
         if differences is None:
             return None
         if not differences or walls.VERIFY in self._plan.switched_off:
             return ""
-        return f"{name} (pid {pid}): walls differ: {'; '.join(differences)}"
+        return f"{cell_name(role, index)} (pid {pid}): walls differ: {'; '.join(differences)}"
 
     def _refuse(self, record: Cell, text: str) -> None:
         record.wall = "verify"
@@ -110,7 +110,7 @@ class Sealing:
         self.reported = True
         if self._plan.seccomp == SECCOMP_OFF:
             self._log.warning("seccomp is off in every cell")
-        differences = self._differences("supervisor", "supervisor", os.getpid(), -1)
+        differences = self._differences(ROLE_SUPERVISOR, 0, os.getpid(), -1)
         if differences == "":
             return False
         if differences:

@@ -15,12 +15,14 @@ MARKER = b"cellblock-launcher"
 MARKER_WINDOW = 1024
 DEFAULT_NO_FILE = 2048
 MAX_ID_LENGTH = 64
+#: Those that work in a threaded cgroup: admin-guide/cgroup-v2.rst, "Threads".
+THREADED_CONTROLLERS = ("cpu", "cpuset", "perf_event", "pids")
 _U32 = (1 << 32) - 1
 _U64 = (1 << 64) - 1
 
 
 class CgroupItem(NamedTuple):
-    """One ``--cgroup FILE=VALUE``; ``controller`` is what stands before the first dot of FILE."""
+    """One ``--cgroup`` or ``--vcpu-cgroup FILE=VALUE``; ``controller`` is what stands before the first dot of FILE."""
 
     controller: str
     file: str
@@ -51,6 +53,7 @@ class Settings(NamedTuple):
     parent_cgroup: str
     parent_cgroup_given: bool
     cgroups: tuple[CgroupItem, ...]
+    vcpu_cgroups: tuple[CgroupItem, ...]
     limits: Limits
 
 
@@ -114,6 +117,18 @@ def parse_cgroup(text: str) -> CgroupItem:
     return CgroupItem(controller, file, value)
 
 
+def parse_vcpu_cgroup(text: str, version: int) -> CgroupItem:
+    """Parse ``--vcpu-cgroup``, whose cgroups are threaded in version 2. Raises ArgumentError."""
+    item = parse_cgroup(text)
+    if version == 2 and item.controller not in THREADED_CONTROLLERS:
+        known = ", ".join(THREADED_CONTROLLERS)
+        raise ArgumentError(
+            f"--vcpu-cgroup {text}: in cgroup version 2 the cgroup of a worker has only the controllers {known}; "
+            f"give the whole microVM a value with --cgroup"
+        )
+    return item
+
+
 def parse_limits(items: tuple[str, ...]) -> Limits:
     """Parse every ``--resource-limit``; a later one of the same resource wins. Raises ArgumentError."""
     limits = Limits(DEFAULT_NO_FILE, None)
@@ -167,5 +182,6 @@ def resolve(options: Options) -> Settings:
         parent_cgroup="/".join(part for part in parent.split("/") if part),
         parent_cgroup_given="parent-cgroup" in options.values,
         cgroups=tuple(parse_cgroup(item) for item in options.values_of("cgroup")),
+        vcpu_cgroups=tuple(parse_vcpu_cgroup(item, int(version)) for item in options.values_of("vcpu-cgroup")),
         limits=parse_limits(options.values_of("resource-limit")),
     )

@@ -418,6 +418,7 @@ class Supervisor:
         setup = self._setup
 
         def prepare() -> tuple[int, ...]:
+            setup.worker_cgroups.join(index)
             self._abandon()
             process.keep_only((channel.fileno(), seal.fileno(), setup.kvm_fd))
             cell.reset_signals()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 
+from ipc.plan import ROLE_VCPU, cell_name
 from jailer import verify
 from jailer.cells import Setup
 
@@ -11,13 +12,16 @@ from jailer.cells import Setup
 DYING_MS = 100
 
 
-def compare(setup: Setup, name: str, role: str, pid: int, pidfd: int) -> list[str] | None:
+def compare(setup: Setup, role: str, index: int, pid: int, pidfd: int) -> list[str] | None:
     """Compare a process with its walls, write the line, return the differences.
 
     None if the process (``pidfd``, -1 for ourselves) died meanwhile: a dead process has no walls.
     """
     plan = setup.plan
-    wanted = verify.asked(plan, role, setup.asked)
+    asked = setup.asked
+    if role == ROLE_VCPU:
+        asked = asked._replace(cgroup=setup.worker_cgroups.membership(index, asked.cgroup))
+    wanted = verify.asked(plan, role, asked)
     actual = verify.found(pid, setup.proc, setup.asked.host, wanted)
     differences = verify.differences(wanted, actual)
     if differences and pidfd >= 0 and _ended(pidfd):
@@ -25,7 +29,7 @@ def compare(setup: Setup, name: str, role: str, pid: int, pidfd: int) -> list[st
     chosen = setup.filters.get(role)
     setup.log.record(
         {
-            "walls": name,
+            "walls": cell_name(role, index),
             "pid": pid,
             "verified": not differences,
             "differences": differences,

@@ -13,8 +13,9 @@ from ipc.typed import NamedTuple
 from jailer import walls
 from jailer.errors import StepError
 from jailer.plan import Operation
-from jailer.settings import Settings
+from jailer.settings import CgroupItem, Settings
 from jailer.steps.directories import make_directories, remove_empty
+from jailer.steps.worker_cgroups import OpenWorkerCgroups, WorkerCgroups, directories_of
 
 PROC_MOUNTS = "/proc/mounts"
 _MAX_VALUE_SIZE = 64 << 10
@@ -152,7 +153,7 @@ class EnableController(Operation):
 
 
 class WriteValue(Operation):
-    """``--cgroup FILE=VALUE``."""
+    """``--cgroup FILE=VALUE``, ``--vcpu-cgroup``; the type of a worker's cgroup."""
 
     __slots__ = ("_path", "_value")
     step = walls.CGROUP
@@ -216,12 +217,17 @@ def current_cgroup(controller: str, text: str | None = None) -> str:
 
 
 class CgroupPlan(NamedTuple):
-    """Operations, and the directories of this microVM alone (what ``--cleanup`` and ``--purge`` remove)."""
+    """Operations, and the directories of this microVM alone, parents first (``--cleanup`` and ``--purge`` remove them).
+
+    ``workers`` is filled when the operations are carried out.
+    """
 
     operations: tuple[Operation, ...]
     directories: tuple[str, ...]
-    #: (controller, "" for version 2, and the end of the path) of every cgroup that each cell must be found in.
-    expected: tuple[tuple[str, str], ...]
+    workers: WorkerCgroups
+
+
+_NOTHING = CgroupPlan((), (), WorkerCgroups())
 
 
 def _relative(settings: Settings) -> str:
@@ -229,23 +235,23 @@ def _relative(settings: Settings) -> str:
 
 
 def plan_parent_only(settings: Settings) -> CgroupPlan:
-    """Version 2 with --parent-cgroup and no --cgroup: join the parent if it exists. Raises StepError."""
-    if settings.cgroup_version != 2 or not settings.parent_cgroup_given or settings.cgroups:
-        return CgroupPlan((), (), ())
+    """Version 2 with --parent-cgroup and no values: join the parent if it exists. Raises StepError."""
+    if settings.cgroup_version != 2 or not settings.parent_cgroup_given or settings.cgroups or settings.vcpu_cgroups:
+        return _NOTHING
     mount = find_hierarchies().v2
     if not mount:
         raise StepError("Hierarchy not found: No hierarchy found for this cgroup version.")
     directory = os.path.join(mount, settings.parent_cgroup)
     if not os.path.isdir(directory):
-        return CgroupPlan((), (), ())
+        return _NOTHING
     join = JoinCgroup(mount, directory, "", "Failed to move process to cgroup")
-    return CgroupPlan((join,), (), (("", f"/{settings.parent_cgroup}"),))
+    return CgroupPlan((join,), (), WorkerCgroups())
 
 
 def plan_items(settings: Settings) -> CgroupPlan:
-    """Everything for --cgroup, or nothing. Raises StepError if a hierarchy or a controller is missing."""
-    if not settings.cgroups:
-        return CgroupPlan((), (), ())
+    """Everything for --cgroup and --vcpu-cgroup. Raises StepError if a hierarchy or a controller is missing."""
+    if not settings.cgroups and not settings.vcpu_cgroups:
+        return _NOTHING
     hierarchies = find_hierarchies()
     if not (hierarchies.v1 if settings.cgroup_version == 1 else hierarchies.v2):
         raise StepError("Hierarchy not found: No hierarchy found for this cgroup version.")
@@ -254,21 +260,43 @@ def plan_items(settings: Settings) -> CgroupPlan:
 
 def _plan_v1(settings: Settings, hierarchies: Hierarchies) -> CgroupPlan:
     operations: list[Operation] = []
-    joined: dict[str, Operation] = {}
-    expected = []
-    for controller, file, value in settings.cgroups:
-        mount = hierarchies.v1.get(controller)
+    joined: dict[str, tuple[str, str]] = {}  # by directory: the mount, and a controller of it
+    for_workers: dict[str, list[CgroupItem]] = {}  # by directory as well
+    own = len(settings.cgroups)
+    for number, item in enumerate((*settings.cgroups, *settings.vcpu_cgroups)):
+        mount = hierarchies.v1.get(item.controller)
         if mount is None:
-            raise StepError(f"Controller {controller} is unavailable")
+            raise StepError(f"Controller {item.controller} is unavailable")
         directory = os.path.join(mount, _relative(settings))
         if directory not in joined:
-            operations.append(MakeCgroup(directory))
-            if controller == "cpuset":
-                operations.extend(InheritValue(mount, directory, each) for each in ("cpuset.cpus", "cpuset.mems"))
-            joined[directory] = JoinCgroup(mount, directory, controller)
-            expected.append((controller, f"/{_relative(settings)}"))
-        operations.append(WriteValue(os.path.join(directory, file), value))
-    return CgroupPlan((*operations, *joined.values()), tuple(joined), tuple(expected))
+            operations += [MakeCgroup(directory), *_inherit(mount, directory, item.controller)]
+            joined[directory] = mount, item.controller
+        if number < own:
+            operations.append(WriteValue(os.path.join(directory, item.file), item.value))
+        else:
+            for_workers.setdefault(directory, []).append(item)
+    workers = WorkerCgroups(item.controller for item in settings.vcpu_cgroups)
+    directories: list[str] = []
+    for microvm, (mount, controller) in joined.items():
+        directories.append(microvm)
+        if items := for_workers.get(microvm):
+            operations += _workers_v1(mount, microvm, items, workers)
+            directories += directories_of(microvm)
+        operations.append(JoinCgroup(mount, microvm, controller))
+    return CgroupPlan(tuple(operations), tuple(directories), workers)
+
+
+def _workers_v1(mount: str, microvm: str, items: list[CgroupItem], workers: WorkerCgroups) -> list[Operation]:
+    operations: list[Operation] = []
+    for directory in directories_of(microvm):
+        operations += [MakeCgroup(directory), *_inherit(mount, directory, items[0].controller)]
+        operations += [WriteValue(os.path.join(directory, item.file), item.value) for item in items]
+    return [*operations, OpenWorkerCgroups(microvm, workers)]
+
+
+def _inherit(mount: str, directory: str, controller: str) -> list[Operation]:
+    files = ("cpuset.cpus", "cpuset.mems") if controller == "cpuset" else ()
+    return [InheritValue(mount, directory, file) for file in files]
 
 
 def _plan_v2(settings: Settings, hierarchies: Hierarchies) -> CgroupPlan:
@@ -284,5 +312,28 @@ def _plan_v2(settings: Settings, hierarchies: Hierarchies) -> CgroupPlan:
     # cgroup.* files belong to the core; no controller has to be enabled for them.
     operations.extend(EnableController(mount, tuple(parents), each) for each in controllers if each != "cgroup")
     operations.extend(WriteValue(os.path.join(directory, item.file), item.value) for item in settings.cgroups)
+    workers = WorkerCgroups(("",))
+    directories = [directory]
+    if settings.vcpu_cgroups:
+        operations += _workers_v2(mount, (*parents, directory), settings.vcpu_cgroups, workers)
+        directories += directories_of(directory)
     operations.append(JoinCgroup(mount, directory, ""))
-    return CgroupPlan(tuple(operations), (directory,), (("", f"/{_relative(settings)}"),))
+    return CgroupPlan(tuple(operations), tuple(directories), workers)
+
+
+def _workers_v2(
+    mount: str, levels: tuple[str, ...], items: tuple[CgroupItem, ...], workers: WorkerCgroups
+) -> list[Operation]:
+    """Return what makes the workers' cgroups below the last of ``levels``, the microVM's own.
+
+    They have to be threaded before a controller is enabled for them, or nothing could join the microVM's.
+    """
+    directories = directories_of(levels[-1])
+    operations: list[Operation] = []
+    for directory in directories:
+        operations += [MakeCgroup(directory), WriteValue(os.path.join(directory, "cgroup.type"), "threaded")]
+    controllers = dict.fromkeys(item.controller for item in items)
+    operations += [EnableController(mount, levels, controller) for controller in controllers]
+    for directory in directories:
+        operations += [WriteValue(os.path.join(directory, item.file), item.value) for item in items]
+    return [*operations, OpenWorkerCgroups(levels[-1], workers)]

@@ -153,15 +153,15 @@ class JailedMicrovm:
         wait_for(up, "the API")
         return self
 
-    def boot(self, guest: str = "spin", boot_args: str = "0") -> JailedMicrovm:
-        """Wait for the API and start a tiny guest."""
+    def boot(self, guest: str = "spin", boot_args: str = "0", **machine: Any) -> JailedMicrovm:
+        """Wait for the API and start a tiny guest; ``machine`` is what else its machine-config has."""
         self.root.mkdir(parents=True, exist_ok=True)
         if self._process is None:
             self.add_guest(guest)
             self.start()
         self.wait_up()
         for method, target, body in (
-            ("PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 64}),
+            ("PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 64, **machine}),
             ("PUT", "/boot-source", {"kernel_image_path": "/kernel", "boot_args": boot_args}),
             ("PUT", "/actions", {"action_type": "InstanceStart"}),
         ):

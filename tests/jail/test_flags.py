@@ -248,6 +248,47 @@ def test_cgroup_v1(base: Path, parent: str) -> None:
         wait_for(lambda: not list(Path("/sys/fs/cgroup").glob(f"*/{where.parts[0]}")), "the cgroups to be removed")
 
 
+def test_each_worker_has_a_cgroup_v1(base: Path) -> None:
+    """The second worker for a vCPU as well; all other cells stay in the microVM's."""
+    where = Path("firecracker") / "jail-test"
+    options = ["--vcpu-cgroup", "cpu.shares=300", "--vcpu-cgroup", "cpuset.cpus=1", "--cgroup", "pids.max=90"]
+    with microvm(base, *options, "--cleanup") as jailed:
+        jailed.boot(vcpu_count=2, vcpu_placement="Split")
+        assert jailed.api("PATCH", "/vcpus/1", {"action": "Replace"}).status == 204
+        cells = jailed.wait_cells(*ALL, "vcpu 1")
+        assert cells["vcpu 1"] == jailed.api("GET", "/vcpus").body[1]["pid"]
+        for controller, file, value in (("cpu", "cpu.shares", "300"), ("cpuset", "cpuset.cpus", "1")):
+            directory = Path("/sys/fs/cgroup") / controller / where
+            members = set(map(int, (directory / "cgroup.procs").read_text().split()))
+            assert members == {cells["supervisor"], cells["vmm"]}
+            for worker in (0, 1):
+                own = directory / f"vcpu-{worker}"
+                assert (own / file).read_text().strip() == value
+                assert (own / "cgroup.procs").read_text() == f"{cells[f'vcpu {worker}']}\n"
+        for name, pid in cells.items():
+            assert _cgroup_of(pid, "pids") == f"/{where}", name
+            assert jailed.wall_records()[name]["verified"], name
+            descriptors = [os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()]
+            assert any("cgroup.procs" in each for each in descriptors) == (name == "supervisor"), name
+        jailed.stop()
+        wait_for(lambda: not list(Path("/sys/fs/cgroup").glob("*/firecracker")), "the cgroups to be removed")
+
+
+def test_worker_that_cannot_join_its_cgroup(base: Path) -> None:
+    """No worker runs outside of it; here somebody has removed it."""
+    with microvm(base, "--vcpu-cgroup", "cpu.shares=300", "--cleanup") as jailed:
+        jailed.add_guest("spin")
+        jailed.start().wait_up()
+        os.rmdir("/sys/fs/cgroup/cpu/firecracker/jail-test/vcpu-1")
+        with pytest.raises(AssertionError, match="/actions"):
+            jailed.boot(vcpu_count=2, vcpu_placement="Split")
+        text = "cannot be confined: cannot join the cgroup of worker 1: No such device (os error 19)"
+        wait_for(lambda: text in jailed.log(), jailed.describe)
+        assert jailed.api("GET", "/").body["state"] == "Not started"
+        assert jailed.stop() == 143
+    wait_for(lambda: not list(Path("/sys/fs/cgroup").glob("*/firecracker")), "the cgroups to be removed")
+
+
 def test_cgroup_v2_parent_only(base: Path) -> None:
     root = next(Path(line.split()[1]) for line in Path("/proc/mounts").read_text().splitlines() if " cgroup2 " in line)
     parent = root / "jail-tests-parent"

@@ -52,6 +52,36 @@ def test_cgroup_v2(base: Path) -> None:  # noqa: F811
         wait_for(lambda: not jailed.directory.exists(), "the janitor", PATIENCE_S)
 
 
+def test_each_worker_has_a_threaded_cgroup(base: Path) -> None:  # noqa: F811
+    """Its limit holds it back; the microVM's cgroup still lists every process, and has its own limits."""
+    # fmt: off
+    options = [
+        "--cgroup-version", "2", "--parent-cgroup", "jail-lab", "--cgroup", "memory.max=1073741824",
+        "--vcpu-cgroup", "cpu.max=20000 100000", "--vcpu-cgroup", "cpuset.cpus=1", "--cleanup",
+    ]
+    # fmt: on
+    directory = CGROUPS / "jail-lab" / "jail-test"
+    with microvm(base, *options) as jailed:
+        jailed.boot(vcpu_count=2, vcpu_placement="Split")
+        cells = jailed.wait_cells(*ALL, "vcpu 1")
+        assert (directory / "cgroup.type").read_text() == "domain threaded\n"
+        assert (directory / "memory.max").read_text() == "1073741824\n"
+        assert set(map(int, (directory / "cgroup.procs").read_text().split())) >= set(cells.values())
+        for name, pid in cells.items():
+            own = f"/vcpu-{name.partition(' ')[2]}" if name.startswith("vcpu") else ""
+            assert Path(f"/proc/{pid}/cgroup").read_text() == f"0::/jail-lab/jail-test{own}\n", name
+            assert jailed.wall_records()[name]["verified"], name
+            if own:
+                threads = set(map(int, (directory / own[1:] / "cgroup.threads").read_text().split()))
+                assert threads >= set(map(int, os.listdir(f"/proc/{pid}/task")))
+                assert (directory / own[1:] / "cpuset.cpus").read_text() == "1\n"
+        # The first vCPU of this guest never sleeps.
+        statistics = directory / "vcpu-0" / "cpu.stat"
+        wait_for(lambda: "nr_throttled 0\n" not in statistics.read_text(), statistics.read_text, PATIENCE_S)
+        jailed.stop()
+        wait_for(lambda: not (CGROUPS / "jail-lab").exists(), "the janitor", PATIENCE_S)
+
+
 def test_parent_with_domain_controllers_is_busy(base: Path) -> None:  # noqa: F811
     parent = CGROUPS / "jail-lab-busy"
     parent.mkdir()

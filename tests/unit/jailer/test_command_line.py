@@ -77,6 +77,15 @@ def test_bad_cgroup_items(text: str) -> None:
         settings.parse_cgroup(text)
 
 
+def test_cgroups_of_workers_are_threaded_in_version_2() -> None:
+    assert settings.parse_vcpu_cgroup("cpu.weight=10", 2) == ("cpu", "cpu.weight", "10")
+    assert settings.parse_vcpu_cgroup("memory.limit_in_bytes=1", 1)[0] == "memory"
+    with pytest.raises(ArgumentError, match=r"^--vcpu-cgroup memory.max=1: in cgroup version 2 the cgroup of a worker"):
+        settings.parse_vcpu_cgroup("memory.max=1", 2)
+    with pytest.raises(ArgumentError, match=r"Invalid format for cgroups: cpu\.weight"):
+        settings.parse_vcpu_cgroup("cpu.weight", 2)
+
+
 def test_limits() -> None:
     assert settings.parse_limits(()) == (2048, None)
     assert settings.parse_limits(("fsize=5", "no-file=6", "no-file=7")) == (7, 5)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from jailer.errors import JailerError, StepError
+from jailer.errors import CellError, JailerError, StepError
 from jailer.plan import Operation, Plan
 from jailer.settings import CgroupItem, Limits, Settings
-from jailer.steps import cgroups, detach, devices, directories
+from jailer.steps import cgroups, detach, devices, directories, worker_cgroups
 
 
 class Recorded(Operation):
@@ -113,12 +113,16 @@ def test_pid_file(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- cgroups, on a make-believe file system
 
 
-def _settings(version: int, *items: str, parent: str = "vmm", given: bool = False) -> Settings:
-    parsed = tuple(CgroupItem(item.partition(".")[0], *item.split("=")) for item in items)
+def _settings(
+    version: int, *items: str, parent: str = "vmm", given: bool = False, vcpu: tuple[str, ...] = ()
+) -> Settings:
+    parsed, of_vcpus = (
+        tuple(CgroupItem(item.partition(".")[0], *item.split("=")) for item in each) for each in (items, vcpu)
+    )
     # fmt: off
     return Settings(
         "id", "/x/vmm", "vmm", "/base/vmm/id", "/base/vmm/id/root", 1, 1, "", False, False,
-        version, parent, given, parsed, Limits(2048, None),
+        version, parent, given, parsed, of_vcpus, Limits(2048, None),
     )
     # fmt: on
 
@@ -182,6 +186,91 @@ def test_v2_plan_joins_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         "write 4 to /c/vmm/id/cgroup.max.depth",
         "join cgroup /c/vmm/id",
     ]
+
+
+def test_v1_plan_with_a_cgroup_for_each_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(worker_cgroups, "MAX_WORKERS", 2)
+    _mounts(monkeypatch, tmp_path, "cgroup /c/cpu cgroup rw,cpu 0 0\ncgroup /c/cpuset cgroup rw,cpuset 0 0\n")
+    plan = cgroups.plan_items(_settings(1, "cpu.shares=1", vcpu=("cpuset.cpus=1",)))
+    assert [operation.describe() for operation in plan.operations] == [
+        "make cgroup /c/cpu/vmm/id",
+        "write 1 to /c/cpu/vmm/id/cpu.shares",
+        "make cgroup /c/cpuset/vmm/id",
+        "inherit cpuset.cpus in cgroup /c/cpuset/vmm/id",
+        "inherit cpuset.mems in cgroup /c/cpuset/vmm/id",
+        "join cgroup /c/cpu/vmm/id",
+        "make cgroup /c/cpuset/vmm/id/vcpu-0",
+        "inherit cpuset.cpus in cgroup /c/cpuset/vmm/id/vcpu-0",
+        "inherit cpuset.mems in cgroup /c/cpuset/vmm/id/vcpu-0",
+        "write 1 to /c/cpuset/vmm/id/vcpu-0/cpuset.cpus",
+        "make cgroup /c/cpuset/vmm/id/vcpu-1",
+        "inherit cpuset.cpus in cgroup /c/cpuset/vmm/id/vcpu-1",
+        "inherit cpuset.mems in cgroup /c/cpuset/vmm/id/vcpu-1",
+        "write 1 to /c/cpuset/vmm/id/vcpu-1/cpuset.cpus",
+        "open the workers' cgroups below /c/cpuset/vmm/id",
+        "join cgroup /c/cpuset/vmm/id",
+    ]
+    workers = ("/c/cpuset/vmm/id/vcpu-0", "/c/cpuset/vmm/id/vcpu-1")
+    assert plan.directories == ("/c/cpu/vmm/id", "/c/cpuset/vmm/id", *workers)
+
+
+def test_v2_plan_with_a_cgroup_for_each_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Threaded before a controller is enabled for them; --parent-cgroup is not joined itself."""
+    monkeypatch.setattr(worker_cgroups, "MAX_WORKERS", 2)
+    _mounts(monkeypatch, tmp_path, "cgroup2 /c cgroup2 rw 0 0\n")
+    settings = _settings(2, given=True, vcpu=("cpu.weight=1", "cpu.max=3"))
+    assert cgroups.plan_parent_only(settings).operations == ()
+    plan = cgroups.plan_items(settings)
+    assert [operation.describe() for operation in plan.operations] == [
+        "make cgroup /c/vmm/id",
+        "make cgroup /c/vmm/id/vcpu-0",
+        "write threaded to /c/vmm/id/vcpu-0/cgroup.type",
+        "make cgroup /c/vmm/id/vcpu-1",
+        "write threaded to /c/vmm/id/vcpu-1/cgroup.type",
+        "enable cgroup controller cpu",
+        "write 1 to /c/vmm/id/vcpu-0/cpu.weight",
+        "write 3 to /c/vmm/id/vcpu-0/cpu.max",
+        "write 1 to /c/vmm/id/vcpu-1/cpu.weight",
+        "write 3 to /c/vmm/id/vcpu-1/cpu.max",
+        "open the workers' cgroups below /c/vmm/id",
+        "join cgroup /c/vmm/id",
+    ]
+    assert plan.directories == ("/c/vmm/id", "/c/vmm/id/vcpu-0", "/c/vmm/id/vcpu-1")
+
+
+def test_a_worker_joins_its_cgroups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(worker_cgroups, "MAX_WORKERS", 2)
+    for worker in (0, 1):
+        (tmp_path / f"vcpu-{worker}").mkdir()
+        (tmp_path / f"vcpu-{worker}/cgroup.procs").touch()
+    workers = worker_cgroups.WorkerCgroups(["cpu", "cpuset"])
+    operation = worker_cgroups.OpenWorkerCgroups(str(tmp_path), workers)
+    operation.do()
+    workers.join(1)
+    assert (tmp_path / "vcpu-0/cgroup.procs").read_text() == ""
+    assert (tmp_path / "vcpu-1/cgroup.procs").read_text() == "0\n"
+    own = "3:cpuset:/vmm/id\n2:pids:/vmm/id\n1:cpu,cpuacct:/vmm/id\n0::/\n"
+    found = "3:cpuset:/vmm/id/vcpu-1\n2:pids:/vmm/id\n1:cpu,cpuacct:/vmm/id/vcpu-1\n0::/\n"
+    assert workers.membership(1, own) == found
+    assert workers.membership(7, own) == own
+    os.close(workers.descriptors[0][0])
+    with pytest.raises(CellError, match=r"cannot join the cgroup of worker 0: Bad file descriptor \(os error 9\)"):
+        workers.join(0)
+    workers.descriptors[0] = []
+    unified = worker_cgroups.WorkerCgroups([""])
+    unified.descriptors[0] = []
+    assert unified.membership(0, "1:cpu:/x\n0::/vmm/id\n") == "1:cpu:/x\n0::/vmm/id/vcpu-0\n"
+
+
+def test_workers_cgroups_that_cannot_be_opened_leave_nothing_open(tmp_path: Path) -> None:
+    (tmp_path / "vcpu-0").mkdir()
+    (tmp_path / "vcpu-0/cgroup.procs").touch()
+    before = os.listdir("/proc/self/fd")
+    workers = worker_cgroups.WorkerCgroups(["cpu"])
+    with pytest.raises(StepError, match=r"Failed to open file .*/vcpu-1/cgroup.procs: No such file"):
+        worker_cgroups.OpenWorkerCgroups(str(tmp_path), workers).do()
+    assert workers.descriptors == {}
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_cpuset_is_inherited_from_the_first_ancestor_that_has_one(tmp_path: Path) -> None:
