@@ -84,6 +84,8 @@ class Worker(WorkerProcess):
         self._channel: Channel | None = None
         self._descriptors: PairChannel | None = None
         self._subscription = 0
+        #: What came is being read, further up on the stack.
+        self._receiving = False
         self._replies = Replies()
         self._vcpus: set[int] = set()
         self._run_pages: dict[int, mmap.mmap] = {}
@@ -167,6 +169,7 @@ class Worker(WorkerProcess):
     def _receive(self) -> None:
         # What an honest worker sends is bounded by what it was asked; anything else is a breach, which closes the
         # channel: so this ends, however fast a worker sends.
+        outer, self._receiving = self._receiving, True
         try:
             while self._channel is not None:
                 envelope = self._channel.receive(time.monotonic_ns())
@@ -178,6 +181,8 @@ class Worker(WorkerProcess):
                     self.breach(f"{type(envelope.message).__name__} in answer to nothing")
         except (IpcError, StateError) as error:
             self.breach(str(error))
+        finally:
+            self._receiving = outer
 
     def _handle_event(self, message: Any) -> None:
         if isinstance(message, Hello):
@@ -322,7 +327,8 @@ class Worker(WorkerProcess):
             # The supervisor is about to say how it ended; that counts, not that it can no longer be asked.
             raise WorkerError(f"{self.name} has ended.") from None
         self._replies.expect(sequence, callback)
-        self._receive()  # sending may have consumed the edge of the descriptor
+        if not self._receiving:  # else what comes is read there: a guest decides how often in a row
+            self._receive()  # sending may have consumed the edge of the descriptor
         return sequence
 
     def collect(self, sequence: int, expected: type[Reply]) -> Reply:
