@@ -22,7 +22,7 @@ from typing import NamedTuple
 from bench.measure import table
 from devtool.project import PYTHON, ROOT, say
 from devtool.testing import has_hardware_paging
-from lab.client import Jail
+from lab.client import Jail, without_log
 from lab.guest_image import GuestImage, archive, command_line, ensure
 from lab.tsc import host_tsc_khz
 from tests.guests.build import build_program
@@ -78,7 +78,7 @@ def cellblock(image: GuestImage, initramfs: bytes, placement: str, seconds: floa
             status = vm.wait(TIMEOUT_S)
             if status != 0:
                 raise SystemExit(f"the microVM ended with {status}:\n{vm.tail()}")
-            return _rates(vm.console.decode(errors="replace"))
+            return _rates(without_log(vm.console))
     finally:
         jail.remove()
 

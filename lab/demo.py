@@ -10,7 +10,7 @@ from pathlib import Path
 
 from devtool.project import PYTHON, ROOT, say
 from devtool.testing import has_hardware_paging
-from lab.client import CHROOT_BASE, ClientError, Jail, Microvm, descendants
+from lab.client import CHROOT_BASE, ClientError, Jail, Microvm, descendants, without_log
 
 MICROVM_ID = "demo"
 UID = 10000
@@ -81,7 +81,7 @@ def _cgroup_v2() -> bool:
 def _command(microvm: Microvm, line: str) -> str:
     """Run a shell command in the guest over the console; return its output."""
     microvm.type(f"{line}; echo CELLBLOCK-''END\n")  # the echo of what we type must not look like the end
-    return microvm.expect(END_MARK, 120.0)
+    return without_log(microvm.expect(END_MARK, 120.0))
 
 
 def _show_guest(microvm: Microvm) -> None:

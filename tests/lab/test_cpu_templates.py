@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lab.client import Microvm
+from lab.client import Microvm, without_log
 from lab.guest_image import archive
 from lab.tsc import host_tsc_khz
 from tests.guests.build import build
@@ -135,7 +135,7 @@ def linux_guest(guest_image: Any) -> Iterator[Microvm]:
 def shown_by(vm: Microvm) -> str:
     """Start it; return what it shows."""
     vm.must("PUT", "/actions", {"action_type": "InstanceStart"})
-    output = vm.expect("CELLBLOCK-DONE", BOOT_TIMEOUT).replace("\r", "")
+    output = without_log(vm.expect("CELLBLOCK-DONE", BOOT_TIMEOUT)).replace("\r", "")
     assert vm.wait(60.0) == 0
     return output
 
