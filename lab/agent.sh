@@ -40,9 +40,9 @@ run() {
     echo "exit $1 $status" >&3
 }
 
-$busybox setsid /usr/bin/python3 -IS /run/lab/bin/keeper.py </dev/null >/run/lab/stdout 3>&- 4>&- 5>&- &
+$busybox setsid /usr/bin/python3 -IS /run/lab/bin/keep_vm.py </dev/null >/run/lab/stdout 3>&- 4>&- 5>&- &
 read -r kept </run/lab/stdout
-[ "$kept" = kept ] || { echo "lab: no virtual machine can be kept: see lab/keeper.py" >/dev/console; $busybox poweroff -f; }
+[ "$kept" = kept ] || { echo "lab: no virtual machine can be kept: see lab/keep_vm.py" >/dev/console; $busybox poweroff -f; }
 
 echo ready >&3
 while read -r order job <&3; do

@@ -41,7 +41,7 @@ def ensure() -> LabImage:
     """Return the lab's image; builds what is missing. Raises DevError if Debian's kernel cannot be had."""
     kernel = ensure_kernel(METAPACKAGE)
     digest = hashlib.sha256(f"{kernel.package}\n{MODULES}\n".encode())
-    ours = ("cpio.py", "init.sh", "agent.sh", "keeper.py")
+    ours = ("cpio.py", "init.sh", "agent.sh", "keep_vm.py")
     for source in (Path(__file__), *(_HERE / name for name in ours), BUSYBOX):
         digest.update(source.read_bytes())
     initramfs = cache_directory() / "lab" / f"{digest.hexdigest()[:32]}.cpio"
@@ -61,7 +61,7 @@ def _build(kernel: Kernel, initramfs: Path) -> None:
         archive.link(f"bin/{applet}", "busybox")
     archive.file("init", _HERE / "init.sh", 0o755)
     archive.file("agent.sh", _HERE / "agent.sh", 0o755)
-    archive.file("keeper.py", _HERE / "keeper.py")
+    archive.file("keep_vm.py", _HERE / "keep_vm.py")
     order = module_order(kernel, list(MODULES))
     parameters = {name.replace("-", "_"): text for name, text in MODULES.items()}
     lines = []

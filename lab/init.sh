@@ -52,14 +52,14 @@ mount -t cgroup2 cgroup2 sys/fs/cgroup
 # What systemd does on a real machine: these controllers are there for the folders below.
 echo "+cpu +memory +pids" >sys/fs/cgroup/cgroup.subtree_control
 # The first memory cgroup makes the kernel rewrite its code, and so does the end of the last one: keep one, for the
-# reason that keeper.py gives.
+# reason that keep_vm.py gives.
 mkdir sys/fs/cgroup/kept
 mount --move /exchange run/lab/exchange
 read -r modules </newroot/run/lab/exchange/.lab/modules
 mkdir -p "usr/lib/modules/$(uname -r)"
 mount --bind "/newroot$modules" "usr/lib/modules/$(uname -r)"
 cp /bin/busybox run/lab/bin/busybox
-cp /agent.sh /keeper.py run/lab/bin/
+cp /agent.sh /keep_vm.py run/lab/bin/
 hostname cellblock-lab
 ip link set lo up
 exec switch_root /newroot /run/lab/bin/busybox sh /run/lab/bin/agent.sh

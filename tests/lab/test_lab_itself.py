@@ -5,12 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
-from lab.keeper import WAKE_UP_PERIOD_S
 from tests.conftest import IN_LAB
 
 KVM_GET_API_VERSION = 0xAE00
@@ -33,39 +31,17 @@ def test_kvm_pages_in_hardware_and_runs():
 
 @only_in_the_emulated_machine
 def test_nothing_of_ours_runs_on_the_first_processor():
-    """docs/lab.md, "Why no guest runs on the first processor": no process but the kernel's own, and one that wakes."""
+    """docs/lab.md, "Why no guest runs on the first processor": no process but the kernel's own."""
     allowed = {}
-    on_the_first = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if command := (process / "cmdline").read_bytes():
+            if (process / "cmdline").read_bytes():
                 allowed[process.name] = os.sched_getaffinity(int(process.name))
-                if 0 in allowed[process.name]:
-                    on_the_first.append(command.split(b"\0")[-2])
         except OSError:
             continue  # it has ended
     assert {"1", str(os.getpid())} <= allowed.keys()
-    assert on_the_first == [b"/run/lab/bin/keeper.py"], allowed
-
-
-@only_in_the_emulated_machine
-def test_every_other_processor_is_woken_all_the_time():
-    """lab/keeper.py: one of its processes sleeps on each, and is woken from the first one."""
-
-    def switches() -> dict[int, int]:
-        found = {}
-        for process in Path("/proc").glob("[0-9]*"):
-            if b"keeper.py" in (process / "cmdline").read_bytes() and len(os.sched_getaffinity(int(process.name))) == 1:
-                status = (process / "status").read_text()
-                (processor,) = os.sched_getaffinity(int(process.name))
-                found[processor] = int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
-        return found
-
-    before = switches()
-    assert before.keys() == set(range(os.cpu_count() or 0))
-    time.sleep(4 * WAKE_UP_PERIOD_S)
-    after = switches()
-    assert all(after[processor] > before[processor] for processor in before), (before, after)
+    others = set(range(1, os.cpu_count() or 0))
+    assert others and all(cpus <= others for cpus in allowed.values()), allowed
 
 
 @only_in_the_emulated_machine
