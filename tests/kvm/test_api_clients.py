@@ -19,6 +19,7 @@ from lab.client import Microvm, launch_unjailed, request
 from tests.conftest import SOAK, Scale
 from tests.guests.build import build
 from tests.kvm.test_api_table import Client
+from tests.microvms import cells, wait_for_first_worker
 
 BAD_CLIENTS = 200
 #: A bad client does something this often, in seconds.
@@ -151,18 +152,7 @@ def median_us(client: Client, count: int) -> float:
 
 
 def open_descriptors(vm: Microvm) -> int:
-    pid = int(next(
-        entry for entry in os.listdir("/proc") if entry.isdigit() and _is_controller(int(entry), vm.process.pid)
-    ))  # fmt: skip
-    return len(os.listdir(f"/proc/{pid}/fd"))
-
-
-def _is_controller(pid: int, parent: int) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return "(vmm)" in stat and int(stat.rpartition(")")[2].split()[1]) == parent
+    return len(os.listdir(f"/proc/{cells(vm)['vmm']}/fd"))
 
 
 @pytest.mark.soak("api")
@@ -172,6 +162,7 @@ def test_bad_clients_do_not_disturb_a_good_one(tmp_path: Path, scale: Scale, see
         vm.wait_for_api()
         good = Client(vm.api_socket)
         vm.must("PUT", "/boot-source", {"kernel_image_path": str(build("spin"))})
+        wait_for_first_worker(vm)
         before = open_descriptors(vm)
         median_us(good, 50)
         idle = median_us(good, requests)

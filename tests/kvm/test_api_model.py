@@ -19,8 +19,9 @@ from hypothesis.stateful import rule, run_state_machine_as_test
 from lab.client import Microvm, descendants, launch_unjailed
 from tests.conftest import Scale
 from tests.guests.build import build
-from tests.jail.harness import descriptors, status, wait_for
+from tests.jail.harness import descriptors
 from tests.kvm.test_api_table import Client
+from tests.microvms import cells, wait_for_first_worker
 from tests.unit.api.test_state_machine import NOT_STARTED, PREBOOT, RUNNING, ApiModel
 
 #: What a controller may have more than when its guest was started, in KiB, after everything that was asked of it.
@@ -39,8 +40,7 @@ class Program:
     def __init__(self, directory: Path) -> None:
         self.vm: Microvm = launch_unjailed(directory, ["--log-path", str(directory / "log"), "--level", "Debug"])
         self.vm.wait_for_api(timeout=300.0)  # a soak may have little of the machine
-        # The controller has all that a worker brings along when it has welcomed it, which lets it install its filter.
-        wait_for(lambda: filters(self._cell("vcpu 0")) > filters(self.vm.process.pid), "the first worker", 300.0)
+        wait_for_first_worker(self.vm)
         self._log = directory / "log"
         self._log_position = 0
         self._client = Client(self.vm.api_socket)
@@ -50,12 +50,7 @@ class Program:
     @property
     def controller(self) -> int:
         """Pid of the controller."""
-        return self._cell("vmm")
-
-    def _cell(self, name: str) -> int:
-        pids = descendants(self.vm.process.pid)
-        (pid,) = [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text() == f"{name}\n"]
-        return pid
+        return cells(self.vm)["vmm"]
 
     def send(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         self.requests += 1
@@ -82,11 +77,6 @@ class Program:
         self.vm.process.terminate()
         assert self.vm.wait() == 143
         self.vm.close()
-
-
-def filters(pid: int) -> int:
-    """Return how many seccomp filters a cell has; a worker has the supervisor's as well, which it is forked with."""
-    return int(status(pid)["Seccomp_filters"])
 
 
 def private_kib(pid: int) -> int:
@@ -124,10 +114,10 @@ class ProgramModel(ApiModel):
             now = descriptors(controller)
             assert len(now) == len(open_then), sorted(set(now.items()) ^ set(open_then.items()))
             assert private_kib(controller) <= memory_then + GROWTH_KIB, "memory leaks"
-        cells = descendants(program.vm.process.pid)
-        assert len(cells) == 3
+        processes = descendants(program.vm.process.pid)
+        assert len(processes) == 3
         program.close()
-        assert not any(Path(f"/proc/{pid}").exists() for pid in cells)
+        assert not any(Path(f"/proc/{pid}").exists() for pid in processes)
         self.directory.cleanup()
 
     @rule(memory=st.sampled_from([0, 64, 128, 256]), vcpus=st.sampled_from([0, 1, 2, 33]), patch=st.booleans())
