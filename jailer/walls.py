@@ -25,7 +25,7 @@ VERIFY = "verify"
 SWITCHES: dict[str, str] = {
     DESCRIPTORS: "descriptors inherited from the caller stay open",
     ENVIRONMENT: "the caller's environment is kept",
-    CGROUP: "the cgroups of --cgroup are neither made nor joined",
+    CGROUP: "the cgroups of --cgroup and --vcpu-cgroup are neither made nor joined",
     DEVICES: "no device nodes in the jail root",
     LIMITS: "the limits of --resource-limit are not set",
     ROOT: "the cells see the host's file system",

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lab.client import Microvm, descendants, launch_unjailed
-from tests.jail.harness import status, wait_for
+from lab.client import Microvm, launch_unjailed
+from tests.jail.harness import children, status, wait_for
 
 _COUNTS = re.compile(r"Exerciser: (\d+) counts, (\d+) errors, guest says (\d+)")
 
@@ -63,17 +63,6 @@ def smp_config(directory: Path, kernel: Path, vcpus: int, placement: str) -> Pat
     return path
 
 
-def cells(vm: Microvm) -> dict[str, int]:
-    """Return the pids of a microVM's cells by name (``vmm``, ``vcpu 0``, …)."""
-    found = {}
-    for pid in descendants(vm.process.pid)[1:]:
-        try:
-            found[Path(f"/proc/{pid}/comm").read_text().rstrip("\n")] = pid
-        except OSError:
-            pass  # it has ended
-    return found
-
-
 def wait_for_first_worker(vm: Microvm, seconds: float = 300.0) -> None:
     """Wait until the controller has all that its first worker brings along, its descriptors above all.
 
@@ -81,7 +70,7 @@ def wait_for_first_worker(vm: Microvm, seconds: float = 300.0) -> None:
     """
 
     def sealed() -> bool:
-        worker = cells(vm).get("vcpu 0")
+        worker = children(vm.process.pid).get("vcpu 0")
         return worker is not None and filters(worker) > filters(vm.process.pid)
 
     wait_for(sealed, "the first worker", seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -270,6 +271,19 @@ def test_stopped_and_continued(base: Path) -> None:
         assert jailed.api("PATCH", "/vm", {"state": "Resumed"}).status == 204
         assert jailed.stop() == 143
         assert "seccomp" not in jailed.log()
+
+
+def test_purge_removes_the_cgroups_of_workers(base: Path, no_leftovers: NoLeftovers) -> None:
+    with no_leftovers(base, names=("jail-test",)):
+        for _ in range(2):  # what an earlier launch has left is no obstacle
+            with microvm(base, "--vcpu-cgroup", "cpu.shares=300") as jailed:
+                jailed.boot()
+                jailed.stop()
+            assert Path("/sys/fs/cgroup/cpu/firecracker/jail-test/vcpu-31").is_dir()
+            shutil.rmtree(base / "firecracker")
+        purge = [str(JAILER), "--purge", "jail-test", "--chroot-base-dir", str(base)]
+        subprocess.run(purge, check=True, capture_output=True)
+        _remove_shared_parents(base)
 
 
 def test_what_stays_and_purge(base: Path, no_leftovers: NoLeftovers) -> None:

@@ -18,8 +18,9 @@ import pytest
 from lab.client import Microvm, launch_unjailed, request
 from tests.conftest import SOAK, Scale
 from tests.guests.build import build
+from tests.jail.harness import children
 from tests.kvm.test_api_table import Client
-from tests.microvms import cells, wait_for_first_worker
+from tests.microvms import wait_for_first_worker
 
 BAD_CLIENTS = 200
 #: A bad client does something this often, in seconds.
@@ -152,7 +153,7 @@ def median_us(client: Client, count: int) -> float:
 
 
 def open_descriptors(vm: Microvm) -> int:
-    return len(os.listdir(f"/proc/{cells(vm)['vmm']}/fd"))
+    return len(os.listdir(f"/proc/{children(vm.process.pid)['vmm']}/fd"))
 
 
 @pytest.mark.soak("api")

@@ -19,9 +19,9 @@ from hypothesis.stateful import rule, run_state_machine_as_test
 from lab.client import Microvm, descendants, launch_unjailed
 from tests.conftest import Scale
 from tests.guests.build import build
-from tests.jail.harness import descriptors
+from tests.jail.harness import children, descriptors
 from tests.kvm.test_api_table import Client
-from tests.microvms import cells, wait_for_first_worker
+from tests.microvms import wait_for_first_worker
 from tests.unit.api.test_state_machine import NOT_STARTED, PREBOOT, RUNNING, ApiModel
 
 #: What a controller may have more than when its guest was started, in KiB, after everything that was asked of it.
@@ -50,7 +50,7 @@ class Program:
     @property
     def controller(self) -> int:
         """Pid of the controller."""
-        return cells(self.vm)["vmm"]
+        return children(self.vm.process.pid)["vmm"]
 
     def send(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         self.requests += 1

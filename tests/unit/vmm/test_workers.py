@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
-import traceback
 from contextlib import suppress
 
 import pytest
 
 from ipc.exit_ring import RING_SIZE
 from ipc.messages.descriptors import Interrupt
-from ipc.messages.ghosts import GHOST_NMI, GhostEvent, GhostEventDone, Noted
 from ipc.messages.records import Route
 from ipc.messages.supervisor import CellEnded, Spawn, Spawned
 from ipc.messages.worker import Configured, Paused, Resume, Resumed, SavedState, SaveState
@@ -31,7 +29,6 @@ from tests.unit.vmm.standins import (
 )
 from vmm.errors import MicrovmEndedError, SupervisorError, VmmError, WorkerError
 from vmm.lifecycle import WorkerEvent, WorkerState
-from vmm.workers import Worker
 
 
 def gone(pid: int) -> bool:
@@ -68,37 +65,6 @@ def test_a_life(make, tmp_path):
     assert worker.ended is not None
     assert (worker.ended.status, worker.ended.signal) == (0, 0)
     assert gone(worker.pid)
-
-
-def test_events_that_are_answered_at_once_do_not_pile_up_on_the_stack(make):
-    """Answering one must not read the next one inside of it: a guest decides how many there are in a row."""
-    count = 24  # what a channel holds, with the answers
-
-    def resume(worker: StandInWorker, sequence: int) -> None:
-        for vector in range(count):
-            worker.send(GhostEvent(GHOST_NMI, 1, vector))
-        worker.send(Resumed(), sequence)
-
-    def behave(worker: StandInWorker) -> None:
-        worker.handlers[GhostEventDone] = lambda message, sequence: worker.send(Noted(), sequence)
-        worker.serve_with(Resume=resume)
-
-    controller = make(behave)
-    worker = controller.configured()
-    came: list[int] = []
-    answered: list[object] = []
-    depths: set[int] = set()
-
-    def handle(worker: Worker, event: GhostEvent) -> None:
-        came.append(event.vector)
-        depths.add(sum(1 for _ in traceback.walk_stack(None)))
-        worker.submit(GhostEventDone(*event), answered.append)
-
-    worker.on_ghost_event = handle
-    worker.resume()
-    controller.serve(lambda: len(answered) == count)
-    assert came == list(range(count))
-    assert max(depths) - min(depths) < 10, depths
 
 
 def test_the_worker_gets_the_descriptors_that_were_meant(make, tmp_path):

@@ -6,12 +6,14 @@ import os
 import signal
 import socket
 import time
+import traceback
 from contextlib import suppress
 
 import pytest
 import zmq
 
 from ipc.messages.descriptors import VcpuDescriptor
+from ipc.messages.ghosts import GHOST_NMI, GhostEvent, GhostEventDone, Noted
 from ipc.messages.records import Failed, Route
 from ipc.messages.worker import (
     Configured,
@@ -37,6 +39,7 @@ from tests.unit.vmm.standins import (
 )
 from vmm.errors import VmmError, WorkerError
 from vmm.lifecycle import WorkerState
+from vmm.workers import Worker
 
 # ---------------------------------------------------------------- hostile workers
 
@@ -295,6 +298,37 @@ def test_what_comes_on_the_descriptor_channel_later_is_never_read(make):
     worker.pause()
     assert open_descriptors() == before
     assert controller.events.run(0) == 0
+
+
+def test_events_that_are_answered_at_once_do_not_pile_up_on_the_stack(make):
+    """Answering one must not read the next one inside of it: a guest decides how many there are in a row."""
+    count = 24  # what a channel holds, with the answers
+
+    def resume(worker: StandInWorker, sequence: int) -> None:
+        for vector in range(count):
+            worker.send(GhostEvent(GHOST_NMI, 1, vector))
+        worker.send(Resumed(), sequence)
+
+    def behave(worker: StandInWorker) -> None:
+        worker.handlers[GhostEventDone] = lambda message, sequence: worker.send(Noted(), sequence)
+        worker.serve_with(Resume=resume)
+
+    controller = make(behave)
+    worker = controller.configured()
+    came: list[int] = []
+    answered: list[object] = []
+    depths: set[int] = set()
+
+    def handle(worker: Worker, event: GhostEvent) -> None:
+        came.append(event.vector)
+        depths.add(sum(1 for _ in traceback.walk_stack(None)))
+        worker.submit(GhostEventDone(*event), answered.append)
+
+    worker.on_ghost_event = handle
+    worker.resume()
+    controller.serve(lambda: len(answered) == count)
+    assert came == list(range(count))
+    assert max(depths) - min(depths) < 10, depths
 
 
 @pytest.mark.slow
