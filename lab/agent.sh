@@ -4,11 +4,6 @@
 # Output goes over two more ports. When the host's side closes the port, the machine goes off.
 # Not a function: in the background that would be one process more, and a kill of it would leave the program running.
 busybox=/run/lab/bin/busybox
-# No virtual machine may run on the first processor. Whenever any processor restores FPU state, QEMU
-# clears a bit of the first one's flags (cpu_clear_ignne), without a lock: it may undo what VMRUN or an exit has just done
-# there to the global interrupt flag. A guest then never lets the lab have that processor back, or the kernel is
-# interrupted while it still has the guest's GS.
-$busybox taskset -p -c "1-$(($($busybox nproc) - 1))" $$ >/dev/null
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME="${HOME:-/root}"
 exchange=/run/lab/exchange
 
@@ -40,9 +35,20 @@ run() {
     echo "exit $1 $status" >&3
 }
 
+# The kernel has started the first processor only. The others come when nothing changes the kernel's code any more.
 $busybox setsid /usr/bin/python3 -IS /run/lab/bin/keep_vm.py </dev/null >/run/lab/stdout 3>&- 4>&- 5>&- &
 read -r kept </run/lab/stdout
 [ "$kept" = kept ] || { echo "lab: no virtual machine can be kept: see lab/keep_vm.py" >/dev/console; $busybox poweroff -f; }
+for processor in /sys/devices/system/cpu/cpu[1-9]*/online; do
+    echo 1 >"$processor" || { echo "lab: $processor does not start" >/dev/console; $busybox poweroff -f; }
+done
+# No virtual machine may run on the first processor. Whenever any processor restores FPU state, QEMU
+# clears a bit of the first one's flags (cpu_clear_ignne), without a lock: it may undo what VMRUN or an exit has just done
+# there to the global interrupt flag. A guest then never lets the lab have that processor back, or the kernel is
+# interrupted while it still has the guest's GS.
+for process in $! $$; do
+    $busybox taskset -p -c "1-$(($($busybox nproc) - 1))" "$process" >/dev/null
+done
 
 echo ready >&3
 while read -r order job <&3; do

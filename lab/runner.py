@@ -57,9 +57,13 @@ class Machine(NamedTuple):
 
 def qemu_command(machine: Machine, image: LabImage, exchange: Path, ports: Mapping[str, int]) -> list[str]:
     """Return QEMU's command line. `ports` maps the names of the agent's ports to inherited sockets."""
+    tsc_khz = host_tsc_khz()
     append = (
         "console=ttyS0 quiet panic=-1 oops=panic cgroup_no_v1=all mitigations=off "
-        f"no_timer_check tsc=reliable tsc_early_khz={host_tsc_khz()} nokaslr random.trust_cpu=on "
+        f"no_timer_check tsc=reliable tsc_early_khz={tsc_khz} nokaslr random.trust_cpu=on "
+        # The other processors come when KVM has changed the kernel's code for its first VM: lab/agent.sh.
+        # Each would measure its speed then (lpj: loops per jiffy, of which Debian's kernel has 250 a second).
+        f"maxcpus=1 lpj={tsc_khz * 1000 // 250} "
         # A machine that stands still is asked by an NMI (lab.monitor), and says what all its processors do.
         "rcupdate.rcu_expedited=1 audit=0 unknown_nmi_panic panic_print=0x40 "
         # One of whose processors takes no interrupt any more ends by itself.
