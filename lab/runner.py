@@ -121,7 +121,7 @@ class Lab:
             image = ensure()
             self._write_orders(image, [ROOT, image.modules, *keep])
             self._start(machine or Machine(), image)
-            self._await(b"ready", time.monotonic() + _BOOT_SECONDS)
+            self._wait_until_ready()
         except BaseException:
             self.close()
             raise
@@ -221,6 +221,13 @@ class Lab:
             for end in far_ends.values():
                 end.close()
 
+    def _wait_until_ready(self) -> None:
+        try:
+            self._await(b"ready", time.monotonic() + _BOOT_SECONDS)
+        except LabTimeoutError as error:  # the machine's failure, not that of something it was to do
+            where = self._diagnose()
+            raise LabError(f"the lab did not come up within {_BOOT_SECONDS:g} s\n{where}") from error
+
     def _job(self, command: Sequence[str], directory: Path, environment: Mapping[str, str]) -> int:
         """Write a job's script; returns its number."""
         self._jobs += 1
@@ -268,7 +275,7 @@ class Lab:
                     return line
             rest = 3600.0 if deadline is None else deadline - time.monotonic()
             if rest <= 0:
-                raise LabTimeoutError(f"the lab did not come up\n{self._console_tail()}")
+                raise LabTimeoutError("it takes too long")
             self._pump(rest, outputs or {}, terminal)
 
     def _pump(self, wait: float, outputs: Mapping[str, BinaryIO], terminal: int) -> None:

@@ -28,12 +28,13 @@ CLOCK = (
 )
 
 
-def uptime(vm: Microvm) -> tuple[float, float]:
-    """The guest's time since boot, and the host's clock."""
+def uptime(vm: Microvm) -> tuple[float, float, float]:
+    """The guest's time since boot, and the host's clock before it was asked and after it has answered."""
+    asked = time.monotonic()
     output = run(vm, "cat /proc/uptime")
     found = re.search(r"^(\d+\.\d+) \d+\.\d+\r?$", output, re.MULTILINE)
     assert found is not None, output
-    return float(found.group(1)), time.monotonic()
+    return float(found.group(1)), asked, time.monotonic()
 
 
 def replace_all_the_time(vm: Microvm, generator: random.Random, count: int, vcpus: int) -> None:
@@ -94,8 +95,11 @@ def test_a_guest_under_load_does_not_notice(guest_image, no_leftovers, scale, se
     before, after = counts(first), counts(output)
     assert before.keys() == after.keys() and len(after) == vcpus + 1
     assert all(after[name] > before[name] for name in after), "somebody has stopped working"
-    guest, host = end[0] - begin[0], end[1] - begin[1]
-    assert abs(guest - host) < 0.02 * host + 1.0, f"the guest's clock went on by {guest} s, the host's by {host} s"
+    # A guest of the lab may take seconds to answer (docs/lab.md).
+    guest, least, most = end[0] - begin[0], end[1] - begin[2], end[2] - begin[1]
+    assert 0.98 * least < guest < 1.02 * most, (
+        f"the guest's clock went on by {guest} s, the host's by {least} to {most} s"
+    )
 
 
 def counts(output: str) -> dict[str, int]:

@@ -71,6 +71,14 @@ def test_a_machine_that_does_not_boot_is_reported(monkeypatch, tmp_path, no_left
         Lab()
 
 
+def test_a_machine_that_does_not_come_up_is_asked_where_it_is(monkeypatch, no_leftovers):
+    """It is the lab that has failed (status 125, tests go on in a new one), not a command that took too long."""
+    monkeypatch.setattr(runner, "_BOOT_SECONDS", 2.0)
+    with no_leftovers(), pytest.raises(LabError, match=r"(?s)did not come up within 2 s.*RIP=") as raised:
+        Lab()
+    assert not isinstance(raised.value, LabTimeoutError)
+
+
 def start_cli(temporary):
     """Start ./dev lab with a command that announces itself; returns the process when the command runs."""
     command = [sys.executable, "-m", "lab", "--", "sh", "-c", "echo running; sleep 1000"]
