@@ -31,9 +31,8 @@ class Bench:
         descriptor = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
         self.machine = Machine(KvmSystem(descriptor), Assignment(0, (0,), (1,)))
         os.close(descriptor)
-        stub = self.machine._stub
-        assert stub is not None
-        stub.give_to(self.machine.vm)
+        assert self.machine._stub is not None
+        self.machine._stub.give_to(self.machine.vm)
         self.told: list[tuple[int, int, int]] = []
         self.recovered: list[str] = []
         self.completions = Completions()
@@ -73,6 +72,12 @@ class Bench:
             self.thread.kick()
             self.turn(1)
         return self.result()
+
+    def park(self) -> None:
+        """Stop it when nothing is on its way through it."""
+        while self.stop() == BUSY:
+            self.run()
+            self.turn(1)
 
     def turn(self, timeout_ms: int) -> None:
         poll = select.poll()
@@ -136,9 +141,7 @@ def test_what_a_stopped_ghost_holds_is_counted(bench):
     assert (held.requested, held.in_service, held.nmis) == (2, 0, 1)
     bench.run()
     bench.await_(lambda: len(bench.told) == 3)
-    while bench.stop() == BUSY:
-        bench.run()
-        bench.turn(1)
+    bench.park()
     assert sorted(bench.told) == [(GHOST_INTERRUPT, 1, VECTOR), (GHOST_INTERRUPT, 1, VECTOR + 1), (GHOST_NMI, 1, 2)]
     held = bench.at_rest()
     assert (held.requested, held.in_service, held.nmis) == (0, 0, 0)

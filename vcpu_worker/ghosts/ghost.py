@@ -13,7 +13,7 @@ from ipc.messages.ghosts import GHOST_INIT, GHOST_INTERRUPT, GHOST_NMI, GHOST_ST
 from ipc.messages.hand_over import GhostState
 from ipc.messages.records import MsrValue
 from ipc.typed import Callable
-from vcpu_worker.errors import KvmError, WorkerError
+from vcpu_worker.errors import KvmError, MsrError, WorkerError
 from vcpu_worker.ghosts import stub
 from vcpu_worker.kvm import abi
 from vcpu_worker.kvm.vcpu import KvmVcpu
@@ -125,6 +125,10 @@ class Ghost:
         kvm = self.kvm
         kvm.set_sregs(stub.sregs(kvm.get_sregs(), self.index))
         kvm.set_msrs((MsrValue(stub.X2APIC_SPURIOUS, stub.SPURIOUS_ENABLED),))
+        try:
+            kvm.set_msrs((MsrValue(stub.PV_EOI_MSR, stub.pv_eoi(self.index)),))
+        except MsrError:
+            pass  # each interrupt costs an exit more
         if not self._pristine_lapic:
             self._pristine_lapic = _without_interrupts(kvm.get_lapic())
         kvm.set_events(_NO_EVENTS)
@@ -257,19 +261,29 @@ class Ghost:
 
     def _is_busy(self) -> bool:
         """Is an interrupt or an NMI on its way through the stub?"""
-        _, _, _, requested, in_service, nmis = self.at_rest()
+        _, _, mp_state, requested, in_service, nmis = self.at_rest()
+        if in_service and mp_state == abi.MP_STATE_HALTED:
+            # The guest has written to its word of PV_EOI_MSR.
+            self._recover("it has left out the end of an interrupt")
         return bool(requested or in_service or nmis)
+
+    def _is_forwarding(self) -> bool:
+        return self.is_stub and stub.is_forwarding(self.kvm.get_regs())
 
     def at_rest(self) -> GhostAtRest:
         """Read what it holds; while it is not running."""
         events = self.kvm.get_events()
         lapic = self.kvm.get_lapic()
+        mp_state = self.kvm.get_mp_state()
+        in_service = len(abi.apic_vectors(lapic, abi.APIC_ISR))
+        if not in_service and mp_state == abi.MP_STATE_RUNNABLE and self._is_forwarding():
+            in_service = 1
         return GhostAtRest(
             self.index,
             self.is_stub,
-            self.kvm.get_mp_state(),
+            mp_state,
             len(abi.apic_vectors(lapic, abi.APIC_IRR)),
-            len(abi.apic_vectors(lapic, abi.APIC_ISR)),
+            in_service,
             events[_EVENTS_NMI_INJECTED] + min(events[_EVENTS_NMI_PENDING], 2),
         )
 

@@ -13,6 +13,7 @@
         .set    END, 0x2000
         .set    EOI, 0x80b              # MSR: end of interrupt (x2APIC)
         .set    FLAG_IF, 0x200
+        .set    PV_EOI, -128            # from the top of the stack: its lowest word
 
         .text
         .code32
@@ -40,8 +41,10 @@ gdt:    .quad   0, 0x00cf9b000000ffff, 0x00cf93000000ffff
         .endr
 
         .org    SHARED
-shared: movl    %ebx, %edx
+shared: btrl    $0, PV_EOI(%ebp)        # KVM has set it if the end of the interrupt needs no exit; nor is there one before
+        movl    %ebx, %edx
         outb    %al, %dx                # an ioeventfd or, the first time, an exit to the worker
+        jc      idle
         xorl    %eax, %eax
         xorl    %edx, %edx
         movl    $EOI, %ecx
