@@ -29,9 +29,13 @@ FLAG_WRITE_POSTED = 2
 #: A posted write that may wait a while: the controller need not be woken for it at once.
 FLAG_WRITE_LAZY = 4
 
+#: With FLAG_WRITE_POSTED: it may be posted also where other vCPUs have rings of their own, in the order of time stamps.
+FLAG_WRITE_SHARED = 8
+
 READ_LOCAL = FLAG_READ_LOCAL << 32
 WRITE_POSTED = FLAG_WRITE_POSTED << 32
 WRITE_LAZY = FLAG_WRITE_LAZY << 32
+WRITE_SHARED = FLAG_WRITE_SHARED << 32
 
 
 class DevicePage:

@@ -15,14 +15,15 @@ import mmap
 import os
 import select
 import struct
+from time import monotonic_ns
 
 from ipc.errors import RingError
 from ipc.layout import PAGE_SIZE, fence
 
 MAGIC = 0x3130_474E_4952_4243  # "CBRING01" in little-endian byte order
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 ENTRY_COUNT = 256
-ENTRY_SIZE = 32
+ENTRY_SIZE = 64
 STRING_DATA_SIZE = PAGE_SIZE
 RING_SIZE = PAGE_SIZE + ENTRY_COUNT * ENTRY_SIZE + STRING_DATA_SIZE
 
@@ -70,10 +71,11 @@ COUNTER_NAMES = (
 _ENTRIES_OFFSET = PAGE_SIZE
 _STRING_OFFSET = PAGE_SIZE + ENTRY_COUNT * ENTRY_SIZE
 
-# sequence, address, data, kind, size, flags, padding, count
-_ENTRY = struct.Struct("<QQQBBBxI")
+# sequence, time, address, data, kind, size, flags, padding, count, padding to a cache line
+_ENTRY = struct.Struct("<QQQQBBBxI24x")
+_TIME = struct.Struct("<8xQ")
 assert _ENTRY.size == ENTRY_SIZE
-assert RING_SIZE == 4 * PAGE_SIZE
+assert RING_SIZE == 6 * PAGE_SIZE
 assert (WORD_COUNTERS + COUNTER_COUNT) * 8 <= PAGE_SIZE
 assert ENTRY_COUNT & (ENTRY_COUNT - 1) == 0
 
@@ -95,6 +97,9 @@ NAPPING = 2  # the consumer looks again soon: ring for what cannot wait, or when
 #: every synchronous exit (30–50 µs); looking this often takes about as long. Only where two can run at once.
 SPINS = 500 if len(os.sched_getaffinity(0)) > 1 else 0
 _SPIN_RANGE = range(SPINS)
+
+#: What :meth:`ExitRingConsumer.next_time` returns if there is no entry: later than all.
+NEVER = (1 << 64) - 1
 
 _LAST_KIND = KIND_PIO_STRING_WRITE
 _PORT_KINDS = frozenset((KIND_PIO_READ, KIND_PIO_WRITE, KIND_PIO_STRING_READ, KIND_PIO_STRING_WRITE))
@@ -172,7 +177,7 @@ class ExitRingProducer:
             self.counters[COUNTER_RING_FULL] += 1
             self._wait(sequence - ENTRY_COUNT)
         offset = (sequence & (ENTRY_COUNT - 1)) * ENTRY_SIZE
-        self._pack(self._entries, offset, sequence, address, data, kind, size, flags, count)
+        self._pack(self._entries, offset, sequence, monotonic_ns(), address, data, kind, size, flags, count)
         words[WORD_POSTED] = sequence
         self._sequence = sequence
         fence()
@@ -239,10 +244,11 @@ class ExitRingProducer:
 class Entry:
     """The entry that the consumer holds between :meth:`ExitRingConsumer.take` and ``complete``; reused."""
 
-    __slots__ = ("address", "count", "data", "flags", "kind", "sequence", "size")
+    __slots__ = ("address", "count", "data", "flags", "kind", "sequence", "size", "time")
 
     def __init__(self) -> None:
         self.sequence = 0
+        self.time = 0
         self.address = 0
         self.data = 0
         self.kind = 0
@@ -312,14 +318,22 @@ class ExitRingConsumer:
             raise RingError(f"posted sequence {posted} is out of range (done {self._done})")
         expected = self._done + 1
         entry = self.entry
-        (entry.sequence, entry.address, entry.data, entry.kind, entry.size, entry.flags, entry.count) = self._unpack(
-            self._entries, (expected & (ENTRY_COUNT - 1)) * ENTRY_SIZE
+        (entry.sequence, entry.time, entry.address, entry.data, entry.kind, entry.size, entry.flags, entry.count) = (
+            self._unpack(self._entries, (expected & (ENTRY_COUNT - 1)) * ENTRY_SIZE)
         )
         if entry.sequence != expected:
             raise RingError(f"entry {expected} carries sequence {entry.sequence}")
         self._check(entry)
         self._pending = True
         return entry
+
+    def next_time(self) -> int:
+        """Return when the next entry was written (CLOCK_MONOTONIC, ns, as the worker says), or NEVER."""
+        done = self._done
+        if self._pending or self._words[WORD_POSTED] == done:
+            return NEVER
+        (time,) = _TIME.unpack_from(self._entries, (done + 1 & (ENTRY_COUNT - 1)) * ENTRY_SIZE)
+        return int(time)
 
     @staticmethod
     def _check(entry: Entry) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import fcntl
 
 from ipc import exit_ring as ring_abi
-from ipc.device_page import READ_LOCAL, WRITE_LAZY, WRITE_POSTED
+from ipc.device_page import READ_LOCAL, WRITE_LAZY, WRITE_POSTED, WRITE_SHARED
 from ipc.exit_ring import ExitRingProducer
 from ipc.messages.records import Window
 from ipc.typed import Sequence
@@ -70,7 +70,7 @@ _PIECES: dict[int, tuple[int, ...]] = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2
 class RunLoop:
     """Runs one vCPU until it is asked to stop or leaves for good.
 
-    Without ``posts`` every write that leaves the worker is waited for.
+    Without ``posts`` (other vCPUs have rings of their own) only writes that are marked as shared are posted.
 
     ``slots`` is the device page (64-bit words). Windows must not overlap; ``ports`` lie below 0x10000. ``run`` is
     for the vCPU's thread; ``ask_to_stop``, ``allow_to_run`` and ``publish_counters`` are for any thread.
@@ -97,7 +97,7 @@ class RunLoop:
         #: What the workers before have counted.
         self._counted_before = [0] * ring_abi.COUNTER_COUNT
         self._stop = False
-        self._posted = WRITE_POSTED if posts else 0
+        self._posted = WRITE_POSTED if posts else WRITE_SHARED
         #: ``run`` returns STARTING when the first INIT comes, as long as this is set.
         self.start_held = start_held
         for window in ports:

@@ -267,6 +267,7 @@ class _Assembly:
         self._memory = memory
         self.placement = placement
         self._executors: dict[int, ExitExecutor] = {}
+        self._rings: list[ExitExecutor] = []
         self._message: Configure | None = None
         self._ghosts: GhostForwarder | None = None
         self._output: ConsoleOutput | None = None
@@ -358,6 +359,7 @@ class _Assembly:
             before_batch=self.vmm.before_exits,
             after_batch=self.vmm.after_exits,
             failed=failed,
+            rings=self._rings,
         )
         self.vmm.attach_executor(vcpu, executor)
         return executor

@@ -9,11 +9,13 @@ import time
 
 from ipc.errors import RingError
 from ipc.exit_ring import (
+    ENTRY_COUNT,
     KIND_MMIO_READ,
     KIND_MMIO_WRITE,
     KIND_PIO_READ,
     KIND_PIO_STRING_READ,
     KIND_PIO_WRITE,
+    NEVER,
     RING_SIZE,
     Entry,
     ExitRingConsumer,
@@ -28,6 +30,7 @@ from vmm.event_manager import EventOps, Events, Timer
 BATCH = 1024
 #: How long lazy entries may wait.
 NAP_NS = 1_000_000
+_MMIO_KINDS = frozenset((KIND_MMIO_READ, KIND_MMIO_WRITE))
 
 
 class ExitExecutor:
@@ -38,6 +41,10 @@ class ExitExecutor:
 
     After a batch the executor naps: it looks again a millisecond later, and the worker need not wake it for lazy
     entries, which come in bursts (console output). After a nap in which nothing came it sleeps.
+
+    ``rings`` are the executors of all vCPUs of the microVM; this one adds itself. A guest's locks put accesses of
+    different vCPUs in order, of which posted ones may still be in another ring: before a port is accessed, what other
+    rings hold of before is executed.
     """
 
     def __init__(
@@ -48,12 +55,15 @@ class ExitExecutor:
         after_batch: Callable[[], None],
         failed: Callable[[str], None],
         before_batch: Callable[[], None] = lambda: None,
+        rings: list[ExitExecutor] | None = None,
     ) -> None:
         self._ports = ports
         self._mmio = mmio
         self._before_batch = before_batch
         self._after_batch = after_batch
         self._failed = failed
+        self._rings = [] if rings is None else rings
+        self._rings.append(self)
         self._ops: EventOps | None = None
         self._nap: Timer | None = None
         self._parked = False
@@ -102,7 +112,6 @@ class ExitExecutor:
 
     def _drain(self) -> None:
         ring = self._ring
-        write_port = self._ports.write
         budget = BATCH
         linger = False
         while budget > 0:
@@ -116,21 +125,66 @@ class ExitExecutor:
                 continue
             budget -= entry.count
             linger = entry.flags != 0  # after a synchronous exit the next one is often close
-            kind = entry.kind
-            if kind == KIND_PIO_WRITE:
-                deferral = write_port(entry.address, entry.size, entry.data)
-            elif kind == KIND_MMIO_WRITE:
-                deferral = self._mmio.write(entry.address, entry.size, entry.data)
-            else:
-                ring.complete(self._answer(entry))
-                continue
-            if deferral is None:
-                ring.complete()
-            else:
-                self._parked = True
-                deferral.then(self._unpark)
+            if len(self._rings) > 1 and entry.kind not in _MMIO_KINDS:
+                budget -= self._older_first(entry.time)
+            if not self._execute(entry):
                 return
         self._ring_own_doorbell()  # come back after the other subscribers
+
+    def _execute(self, entry: Entry) -> bool:
+        """Execute the entry that was taken; False if it was deferred."""
+        kind = entry.kind
+        if kind == KIND_PIO_WRITE:
+            deferral = self._ports.write(entry.address, entry.size, entry.data)
+        elif kind == KIND_MMIO_WRITE:
+            deferral = self._mmio.write(entry.address, entry.size, entry.data)
+        else:
+            self._ring.complete(self._answer(entry))
+            return True
+        if deferral is None:
+            self._ring.complete()
+            return True
+        self._parked = True
+        deferral.then(self._unpark)
+        return False
+
+    def _older_first(self, time: int) -> int:
+        """Execute what other rings hold of before ``time``, the oldest first; returns how many entries.
+
+        What comes before an entry in the guest was posted before the entry was, so whoever sees the entry sees it.
+        """
+        for number in range(ENTRY_COUNT):
+            oldest = self._oldest(time)
+            if oldest is None:
+                return number
+            for _ in range(ENTRY_COUNT):  # it may have been posted since we looked into another ring
+                older = self._oldest(oldest.next_time())
+                if older is None:
+                    break
+                oldest = older
+            oldest.execute_next()
+        return ENTRY_COUNT
+
+    def _oldest(self, time: int) -> ExitExecutor | None:
+        found = None
+        for each in self._rings:
+            if each is not self and (stamp := each.next_time()) < time:
+                found, time = each, stamp
+        return found
+
+    def next_time(self) -> int:
+        """Return the time stamp of the entry that is due, NEVER if there is none."""
+        return NEVER if self._parked or self._broken else self._ring.next_time()
+
+    def execute_next(self) -> None:
+        """Execute one entry, on behalf of another vCPU's executor."""
+        try:
+            entry = self._ring.take()
+            if entry is not None:
+                self._execute(entry)
+        except RingError as error:
+            self._broken = True
+            self._failed(str(error))
 
     def _rest(self, busy: bool) -> bool:
         """Nothing is left: nap if something was, else sleep. False if an entry came in meanwhile."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import random
+import struct
 import tracemalloc
 from contextlib import suppress
 
@@ -188,8 +189,8 @@ def scribble(machine: Machine, steps) -> None:
             sequence += 1
             start = PAGE_SIZE + (sequence & (ENTRY_COUNT - 1)) * ENTRY_SIZE
             address = base + offset & (1 << 64) - 1
-            fields = (sequence, 8), (address, 8), (data, 8), (entry_kind, 1), (size, 1), (flags, 1), (0, 1), (count, 4)
-            view[start : start + ENTRY_SIZE] = b"".join([value.to_bytes(width, "little") for value, width in fields])
+            fields = (sequence, 0, address, data, entry_kind, size, flags, count)
+            view[start : start + ENTRY_SIZE] = struct.pack("<QQQQBBBxI24x", *fields)
             words[WORD_POSTED] = sequence
         elif kind == "word":
             words[arguments[0]] = arguments[1]

@@ -6,7 +6,7 @@ import os
 import select
 from _bisect import bisect_right
 
-from ipc.device_page import FLAG_READ_LOCAL, FLAG_WRITE_LAZY, FLAG_WRITE_POSTED, DevicePage
+from ipc.device_page import FLAG_READ_LOCAL, FLAG_WRITE_LAZY, FLAG_WRITE_POSTED, FLAG_WRITE_SHARED, DevicePage
 from ipc.errors import LayoutError
 from ipc.messages.records import Window
 from ipc.typed import Callable, NamedTuple
@@ -118,16 +118,24 @@ class PublishedSlot:
         self._slot = slot
 
     def publish(
-        self, value: int = 0, *, read_local: bool = False, write_posted: bool = False, write_lazy: bool = False
+        self,
+        value: int = 0,
+        *,
+        read_local: bool = False,
+        write_posted: bool = False,
+        write_lazy: bool = False,
+        write_shared: bool = False,
     ) -> None:
         """Publish the value for local reads and what the worker may do without asking.
 
-        ``write_lazy``: a posted write that may wait about a millisecond before it is executed.
+        ``write_lazy``: a posted write that may wait about a millisecond before it is executed. ``write_shared``: a
+        posted write, on a port, that needs no more with several vCPUs than to be executed in the order of time.
         """
         flags = (
             (FLAG_READ_LOCAL if read_local else 0)
             | (FLAG_WRITE_POSTED if write_posted else 0)
             | (FLAG_WRITE_LAZY if write_lazy else 0)
+            | (FLAG_WRITE_SHARED if write_shared else 0)
         )
         self._page.publish(self._slot, value, flags)
 

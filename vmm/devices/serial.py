@@ -91,7 +91,9 @@ class Serial(Device):
         slots[SCR].publish(self._scr, read_local=True)
         # Writes of THR change nothing that a read returns unless they loop back or set the divisor. Nobody waits for
         # one to be transmitted unless it is to be told of that by an interrupt.
-        slots[RBR_THR].publish(write_posted=self._transmits, write_lazy=not self._ier & IER_THRI)
+        slots[RBR_THR].publish(
+            write_posted=self._transmits, write_lazy=not self._ier & IER_THRI, write_shared=self._transmits
+        )
 
     def _line_status(self) -> int:
         return LSR_TRANSMITTER_EMPTY | (LSR_DATA_READY if self._receive else 0)

@@ -26,30 +26,36 @@ from tests.unit.ipc.rings import READS, U64, Access, Ring, accesses, consume_fro
 
 def test_layout_is_pinned(ring):
     """docs/formats/exit-ring.md; a change here is a new layout version."""
-    assert (RING_SIZE, ENTRY_COUNT, ENTRY_SIZE, STRING_DATA_SIZE) == (16384, 256, 32, 4096)
+    assert (RING_SIZE, ENTRY_COUNT, ENTRY_SIZE, STRING_DATA_SIZE) == (24576, 256, 64, 4096)
     header = bytearray(4096)
     header[0:8] = b"CBRING01"
-    header[8:16] = (1).to_bytes(8, "little")
+    header[8:16] = (2).to_bytes(8, "little")
     header[16:24] = (256).to_bytes(8, "little")
     header[136:144] = (1).to_bytes(8, "little")  # asleep
     assert ring.buffer[:4096] == header
     assert ring.buffer[4096:] == bytes(RING_SIZE - 4096)
     producer = ring.producer()
+    before = time.monotonic_ns()
     producer.post(exit_ring.KIND_MMIO_WRITE, 0x1122_3344_5566_7788, 4, 0xAABB_CCDD)
     header[64:72] = (1).to_bytes(8, "little")  # posted
     header[80:88] = (1).to_bytes(8, "little")  # consumed
     assert ring.buffer[:4096] == header
-    entry = struct.pack("<QQQBBBxI", 1, 0x1122_3344_5566_7788, 0xAABB_CCDD, 4, 4, 0, 1)
-    assert ring.buffer[4096 + 32 : 4096 + 64] == entry
+    (stamp,) = struct.unpack_from("<Q", ring.buffer, 4096 + 64 + 8)
+    assert before <= stamp <= time.monotonic_ns()
+    entry = struct.pack("<QQQQBBBxI24x", 1, stamp, 0x1122_3344_5566_7788, 0xAABB_CCDD, 4, 4, 0, 1)
+    assert ring.buffer[4096 + 64 : 4096 + 128] == entry
     consumer = ring.consumer()
+    assert consumer.next_time() == stamp
     assert consumer.take() is not None
+    assert consumer.next_time() == exit_ring.NEVER  # it was taken
     consumer.complete()
+    assert consumer.next_time() == exit_ring.NEVER
     header[128:136] = (1).to_bytes(8, "little")  # done
     assert ring.buffer[:4096] == header
     producer.counters[15] = 9
     assert ring.buffer[256 + 120 : 256 + 128] == (9).to_bytes(8, "little")
     producer.string[0] = 0xEE
-    assert ring.buffer[4096 + 8192] == 0xEE
+    assert ring.buffer[4096 + 16384] == 0xEE
     assert exit_ring.COUNTER_NAMES[exit_ring.COUNTER_EXITS] == "exits"
     assert exit_ring.COUNTER_NAMES[exit_ring.COUNTER_IOAPIC_EOI] == "ioapic_eoi"
     assert len(exit_ring.COUNTER_NAMES) <= exit_ring.COUNTER_COUNT

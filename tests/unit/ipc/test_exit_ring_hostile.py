@@ -36,6 +36,7 @@ raw_entries = st.tuples(
     words64,
     words64,
     words64,
+    words64,
     st.integers(0, 255),
     st.one_of(st.sampled_from([1, 2, 4, 8]), st.integers(0, 255)),
     st.integers(0, 2),
@@ -56,7 +57,7 @@ def scribble(ring: Ring, what: tuple) -> None:
     if kind == "word":
         ring.set_word(place, value)
     elif kind == "entry":
-        ring.buffer[4096 + place * 32 : 4096 + place * 32 + 32] = struct.pack("<QQQBBBxI", *value)
+        ring.buffer[4096 + place * 64 : 4096 + place * 64 + 64] = struct.pack("<QQQQBBBxI24x", *value)
     else:
         end = min(RING_SIZE, place + len(value))
         ring.buffer[place:end] = value[: end - place]
@@ -91,12 +92,12 @@ def test_scribbling_gives_ring_error_or_bounded_entries(scale):
     assert min(outcomes.values()) > examples // 10, f"the test sees one side only: {outcomes}"
 
 
-FIELDS = ("sequence", "address", "data", "kind", "size", "flags", "count")
+FIELDS = ("sequence", "time", "address", "data", "kind", "size", "flags", "count")
 
 
 def is_legal(fields: Sequence[int]) -> bool:
     """Judge an entry by docs/formats/exit-ring.md."""
-    sequence, address, data, kind, size, flags, count = fields
+    sequence, _, address, data, kind, size, flags, count = fields
     if sequence != 1 or kind not in range(1, 7) or flags > 1:
         return False
     port, string, write = kind in PORTS, kind in STRINGS, kind in WRITES
@@ -115,7 +116,7 @@ def test_each_field_of_an_entry_is_checked(scale):
     @settings(max_examples=scale(300, 20_000), deadline=None)
     @given(accesses(), st.sampled_from(FIELDS), raw_entries)
     def run(access, field, raw) -> None:
-        entry = [1, access.address, access.data, access.kind, access.size, int(access.synchronous), access.elements]
+        entry = [1, 77, access.address, access.data, access.kind, access.size, int(access.synchronous), access.elements]
         place = FIELDS.index(field)
         entry[place] = raw[place]
         ring = Ring()
@@ -138,7 +139,7 @@ def test_each_field_of_an_entry_is_checked(scale):
     assert min(verdicts.values()) > 10, verdicts
 
 
-LEGAL = {"sequence": 1, "address": 0x3F8, "data": 0x41, "kind": 2, "size": 1, "flags": 0, "count": 1}
+LEGAL = {"sequence": 1, "time": 77, "address": 0x3F8, "data": 0x41, "kind": 2, "size": 1, "flags": 0, "count": 1}
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ class Machine:
         self.batches = 0
         self.failures: list[str] = []
         self.executors: list[ExitExecutor] = []
+        self._rings: list[ExitExecutor] = []
         self._mappings: list = []
         self._children: list[Child] = []
 
@@ -74,7 +75,9 @@ class Machine:
         self.batches += 1
 
     def ring(self) -> ExitExecutor:
-        executor = ExitExecutor(self.ports, self.mmio, after_batch=self._batch, failed=self.failures.append)
+        executor = ExitExecutor(
+            self.ports, self.mmio, after_batch=self._batch, failed=self.failures.append, rings=self._rings
+        )
         self.events.add_subscriber(executor)
         self.executors.append(executor)
         return executor
