@@ -5,10 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import random
+from unittest.mock import patch
 
 import pytest
 
-from ipc import exit_ring
 from ipc.exit_ring import ENTRY_COUNT, KIND_MMIO_WRITE, KIND_PIO_READ, KIND_PIO_WRITE, WORD_POSTED
 from ipc.layout import create_shared, map_shared
 from tests.unit.vmm.test_exits import MMIO, PORT, Endless, machine  # noqa: F401
@@ -134,12 +134,8 @@ class Forger(Endless):
     """As Endless, and each entry claims to be the oldest."""
 
     def write(self, offset: int, size: int, value: int) -> Deferral | None:
-        honest = exit_ring.monotonic_ns
-        exit_ring.monotonic_ns = lambda: 0
-        try:
+        with patch("ipc.exit_ring.monotonic_ns", lambda: 0):
             return super().write(offset, size, value)
-        finally:
-            exit_ring.monotonic_ns = honest
 
 
 def test_a_worker_that_forges_its_time_stamps_does_not_keep_the_controller(machine):  # noqa: F811
