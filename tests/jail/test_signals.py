@@ -160,7 +160,7 @@ def test_the_supervisor_reports_a_controller_that_dies_by_a_signal(
 
 def test_a_file_beyond_its_limit_ends_the_microvm(base: Path) -> None:
     """As with Firecracker, nobody gets an answer: the request that made the file grow loses its connection."""
-    limit = 16384
+    limit = 32768
     with microvm(base, "--resource-limit", f"fsize={limit}", arguments=arguments()) as jailed:
         prepare(jailed)
         answered: list[int] = []
