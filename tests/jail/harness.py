@@ -23,8 +23,8 @@ JAILER = LAUNCHERS / "jailer"
 FIRECRACKER = LAUNCHERS / "firecracker"
 STAND_IN = Path(__file__).resolve().parent / "stand_in.py"
 UID, GID = 12345, 23456
-#: A generous bound on what should take milliseconds.
-#: The first launch in a lab reads everything through 9p: half of this on a busy host.
+#: A generous bound on what should take milliseconds. The first launch in a lab reads everything through 9p: half of it
+#: on a busy host.
 PATIENCE_S = 120.0 if IN_LAB else 30.0
 #: What is to end has ended by then, the documentation says; asserted in soaks, which have the machine for themselves.
 PROMISE_S = 1.0 if SOAK else PATIENCE_S
