@@ -173,8 +173,8 @@ class ExitExecutor:
         return found
 
     def next_time(self) -> int:
-        """Return the time stamp of the entry that is due, NEVER if there is none."""
-        return NEVER if self._parked or self._broken else self._ring.next_time()
+        """Return the time stamp of the entry that is due; NEVER if there is none, or while one is deferred."""
+        return NEVER if self._broken else self._ring.next_time()
 
     def execute_next(self) -> None:
         """Execute one entry, on behalf of another vCPU's executor."""
