@@ -268,8 +268,8 @@ def test_each_worker_has_a_cgroup_v1(base: Path) -> None:
         for name, pid in cells.items():
             assert _cgroup_of(pid, "pids") == f"/{where}", name
             assert jailed.wall_records()[name]["verified"], name
-            descriptors = [os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()]
-            assert any("cgroup.procs" in each for each in descriptors) == (name == "supervisor"), name
+            files = descriptors(pid).values()
+            assert any("cgroup.procs" in each for each in files) == (name == "supervisor"), name
         jailed.stop()
         wait_for(lambda: not list(Path("/sys/fs/cgroup").glob("*/firecracker")), "the cgroups to be removed")
 

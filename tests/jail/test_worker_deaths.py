@@ -17,6 +17,7 @@ import signal
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,8 +89,12 @@ class Events:
 
 def workers(jailed: JailedMicrovm) -> list[int]:
     """The pids of all workers, in the order of their forks."""
-    own = Path(f"/proc/{jailed.pid}/task/{jailed.pid}/children").read_text().split()
-    return sorted(int(pid) for pid in own if Path(f"/proc/{pid}/comm").read_text().startswith("vcpu"))
+    found = []
+    for pid in Path(f"/proc/{jailed.pid}/task/{jailed.pid}/children").read_text().split():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ended while we looked
+            if Path(f"/proc/{pid}/comm").read_text().startswith("vcpu"):
+                found.append(int(pid))
+    return sorted(found)
 
 
 class Later:
