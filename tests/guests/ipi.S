@@ -2,11 +2,13 @@
 # COM1 gets a letter per kind that was complete, then "IPI DONE", or "IPI FAIL" after the letter of the kind that was
 # not; then the machine is reset by the keyboard controller.
 # Symbols, which may be set from outside: CPUS (2 … 8), ROUNDS, NMIS (how many of them; 1 where nothing can return from
-# one, see smp.inc) and RESTARTS (how often each processor is started again).
+# one, see smp.inc), RESTARTS (how often each processor is started again), XAPIC (see smp.inc) and BROADCAST (0: without
+# the destination that is all processors, physical).
         .include "smp.inc"
         default ROUNDS, 100
         default NMIS, 1
         default RESTARTS, 1
+        default BROADCAST, 1
 
         .set    FIRST, 0x30             # the vectors that are counted: FIRST … LAST
         .set    LAST, 0x9f
@@ -21,24 +23,26 @@ main:   call    start_processors
         mov     $'F', %al
         mov     $0x0000, %ebp
         call    to_each
-        # Lowest priority with one candidate; logical destination (cluster 0).
+        # Lowest priority with one candidate; logical destination (x2APIC: cluster 0).
         mov     $'L', %al
         mov     $0x0100, %ebp
         call    to_each
         mov     $'C', %al
         mov     $0x0800, %ebp
         call    to_each
-        # Logical destination (all of cluster 0); physical broadcast; lowest priority among all: it reaches one.
+        # Logical destination (all); physical broadcast; lowest priority among all: it reaches one.
         mov     $'M', %al
         mov     $0x0800, %ebp
         mov     $(1 << CPUS) - 1, %edx
         mov     $CPUS, %edi
         call    to_many
+        .if     BROADCAST
         mov     $'B', %al
         mov     $0x0000, %ebp
         mov     $-1, %edx
         mov     $CPUS, %edi
         call    to_many
+        .endif
         mov     $'Y', %al
         mov     $0x0900, %ebp
         mov     $(1 << CPUS) - 1, %edx
@@ -188,9 +192,7 @@ next_vector:
 handler:
         pusha
         mov     32(%esp), %ebx
-        mov     $APIC_ID, %ecx
-        rdmsr
-        mov     %eax, %esi
+        read_apic_id
         cmp     $2, %ebx
         je      5f
         cmp     $32, %ebx

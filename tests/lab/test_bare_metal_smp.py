@@ -12,6 +12,7 @@ import pytest
 from lab.client import launch_unjailed, without_log
 from tests.guests.build import build
 from tests.kvm.test_hostile_guest import ASTRAY, FLOOD, ghosts, hostile
+from tests.kvm.test_ipis import every_kind
 from tests.lab.test_boot import BOOT_TIMEOUT
 from tests.lab.test_smp import SOAK_ONLY
 from tests.microvms import smp_config
@@ -19,22 +20,24 @@ from tests.microvms import smp_config
 
 @pytest.mark.soak("smp")
 @pytest.mark.parametrize(
-    ("vcpus", "placement"),
+    ("vcpus", "placement", "mode"),
     [
-        (2, "Split"),
-        pytest.param(2, "Grouped", marks=SOAK_ONLY),
-        pytest.param(4, "Split", marks=SOAK_ONLY),
-        pytest.param(4, "0,1/2,3", marks=SOAK_ONLY),
+        (2, "Split", "x2APIC"),
+        (2, "Split", "xAPIC"),
+        pytest.param(2, "Grouped", "x2APIC", marks=SOAK_ONLY),
+        pytest.param(4, "Split", "x2APIC", marks=SOAK_ONLY),
+        pytest.param(4, "0,1/2,3", "x2APIC", marks=SOAK_ONLY),
+        pytest.param(4, "0,1/2,3", "xAPIC", marks=SOAK_ONLY),
     ],
 )
-def test_every_kind_of_ipi_arrives_once(tmp_path, scale, no_leftovers, vcpus, placement):
+def test_every_kind_of_ipi_arrives_once(tmp_path, scale, no_leftovers, vcpus, placement, *, mode):
     rounds = scale(100, 10_000)
-    kernel = build("ipi", {"CPUS": vcpus, "ROUNDS": rounds, "NMIS": rounds, "RESTARTS": scale(3, 1_000)})
+    kernel, end = every_kind(vcpus, placement, mode, ROUNDS=rounds, NMIS=rounds, RESTARTS=scale(3, 1_000))
     config = smp_config(tmp_path, kernel, vcpus, placement)
     with no_leftovers(tmp_path), launch_unjailed(tmp_path, ["--config-file", str(config), "--no-api"]) as vm:
         status = vm.wait(scale(BOOT_TIMEOUT, 7200.0))
         config.unlink()
-    assert "SFLCMBYOAXNPR IPI DONE" in without_log(vm.console), vm.tail()
+    assert end in without_log(vm.console), vm.tail()
     assert status == 0
 
 

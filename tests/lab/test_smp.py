@@ -62,14 +62,16 @@ def config(
     programs: Sequence[str] = (),
     files: Mapping[str, bytes] | None = None,
     patient: bool = not SOAK,
+    arguments: str = "",
 ) -> str:
-    """Write a configuration file. The guest has ``programs`` of tests/guests in /bin, and ``files``.
+    """Write a configuration file. The guest has ``programs`` of tests/guests in /bin, and ``files``; its kernel gets
+    ``arguments``.
 
     Soaks run alone, and with the kernel's own limits unless they are to be ``patient``.
 
     What is to be run comes in an archive of its own: it is too long for a command line.
     """
-    arguments = boot_args("", end) + f" tsc_early_khz={host_tsc_khz()}{PATIENCE if patient else ''}"
+    arguments = f"{boot_args('', end)} tsc_early_khz={host_tsc_khz()}{PATIENCE if patient else ''} {arguments}"
     added = {f"bin/{name}": build_program(name).read_bytes() for name in programs} | dict(files or {})
     if run:
         added["cellblock/script"] = run.encode()
@@ -137,6 +139,25 @@ def test_debian_boots_with_several_vcpus(guest_image, no_leftovers, scale, vcpus
     assert f"vCPU placement: {kind}" in output
     output = without_log(output)
     check_report(output, vcpus)
+    assert output.count("\nno complaint") == 2, output
+    assert not re.search(r"^failed", output, re.MULTILINE), output
+
+
+@pytest.mark.timeout(0)
+@SOAK_ONLY
+def test_debian_that_uses_xapic(guest_image, no_leftovers):
+    """Its interrupts have logical destinations, IPIs and those of devices, which ghosts in x2APIC mode understand."""
+    with jail("smp-xapic") as made, no_leftovers(names=("smp-xapic",)):
+        script = f"{REPORT}; {PINNED}; {COMPLAINTS}; {cycles(3)}; {COMPLAINTS}; dmesg | grep -i 'apic routing'"
+        machine = {"vcpu_count": 3, "vcpu_placement": "Split"}
+        path = config(made, guest_image, machine, script, "reboot", arguments="nox2apic")
+        options = (*CGROUP_OPTIONS, "--cleanup")
+        with made.launch(options, ("--config-file", path, "--no-api", "--level", "Debug")) as vm:
+            output = without_log(vm.expect("CELLBLOCK-DONE", 10 * BOOT_TIMEOUT))
+            assert vm.wait(60.0) == 0, vm.tail()
+    print(output)
+    assert "routing to flat" in output
+    check_report(output, 3)
     assert output.count("\nno complaint") == 2, output
     assert not re.search(r"^failed", output, re.MULTILINE), output
 
