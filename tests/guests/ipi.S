@@ -1,7 +1,7 @@
 # Sends every kind of interprocessor interrupt between CPUS processors, ROUNDS times each, and counts what arrives.
 # COM1 gets a letter per kind that was complete, then "IPI DONE", or "IPI FAIL" after the letter of the kind that was
 # not; then the machine is reset by the keyboard controller.
-# Symbols, which may be set from outside: CPUS (2 … 8), ROUNDS, NMIS (how many of them; 1 where nothing can return from
+# Symbols, which may be set from outside: CPUS (2 … 32), ROUNDS, NMIS (how many of them; 1 where nothing can return from
 # one, see smp.inc), RESTARTS (how often each processor is started again), XAPIC (see smp.inc) and BROADCAST (0: without
 # the destination that is all processors, physical).
         .include "smp.inc"
@@ -10,6 +10,11 @@
         default RESTARTS, 1
         default BROADCAST, 1
 
+        .if     CPUS < 16
+        .set    CLUSTER, CPUS           # as many processors are in cluster 0
+        .else
+        .set    CLUSTER, 16
+        .endif
         .set    FIRST, 0x30             # the vectors that are counted: FIRST … LAST
         .set    LAST, 0x9f
         .set    PING, 0xa0              # answered with PONG to processor 0
@@ -30,11 +35,11 @@ main:   call    start_processors
         mov     $'C', %al
         mov     $0x0800, %ebp
         call    to_each
-        # Logical destination (all); physical broadcast; lowest priority among all: it reaches one.
+        # Logical destination (all of cluster 0); physical broadcast; lowest priority among all: it reaches one.
         mov     $'M', %al
         mov     $0x0800, %ebp
-        mov     $(1 << CPUS) - 1, %edx
-        mov     $CPUS, %edi
+        mov     $(1 << CLUSTER) - 1, %edx
+        mov     $CLUSTER, %edi
         call    to_many
         .if     BROADCAST
         mov     $'B', %al
@@ -45,7 +50,7 @@ main:   call    start_processors
         .endif
         mov     $'Y', %al
         mov     $0x0900, %ebp
-        mov     $(1 << CPUS) - 1, %edx
+        mov     $(1 << CLUSTER) - 1, %edx
         mov     $1, %edi
         call    to_many
         # Shorthands: all others, all, self.
@@ -140,7 +145,12 @@ to_each:
         jz      3f
         mov     $1, %edx
         mov     %ebx, %ecx
+        and     $15, %ecx
         shl     %cl, %edx
+        mov     %ebx, %ecx
+        shr     $4, %ecx
+        shl     $16, %ecx
+        or      %ecx, %edx
 3:      mov     %ebx, %ecx
         shl     $10, %ecx
         lea     counts(%ecx, %eax, 4), %edi

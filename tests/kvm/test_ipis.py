@@ -33,20 +33,44 @@ def every_kind(vcpus: int, placement: str, mode: str, **counts: int) -> tuple[Pa
 
 
 @pytest.mark.soak("smp")
-@pytest.mark.parametrize("mode", ["x2APIC", "xAPIC"])
 @pytest.mark.parametrize(
-    ("vcpus", "placement"), [(2, "Grouped"), (4, "Grouped"), (2, "Split"), (3, "Split"), (4, "0,1/2,3"), (3, "0,2/1")]
+    ("vcpus", "placement", "mode"),
+    [
+        (2, "Grouped", "x2APIC"),
+        (2, "Grouped", "xAPIC"),
+        (4, "Grouped", "x2APIC"),
+        (2, "Split", "x2APIC"),
+        (2, "Split", "xAPIC"),
+        (3, "Split", "x2APIC"),
+        (4, "0,1/2,3", "x2APIC"),
+        (4, "0,1/2,3", "xAPIC"),
+        (3, "0,2/1", "x2APIC"),
+    ],
 )
 def test_every_kind_of_ipi_arrives_once(tmp_path, scale, no_leftovers, vcpus, placement, *, mode):
     # A renewed INIT is trapped by single-stepping where the host has second-stage paging, by breakpoints else. Nothing
     # returns from an NMI where KVM emulates ring 0: there is one of them here (more of them in tests/lab).
     kernel, end = every_kind(vcpus, placement, mode, ROUNDS=scale(200, 10_000), NMIS=1, RESTARTS=scale(3, 100))
-    config = smp_config(tmp_path, kernel, vcpus, placement)
-    with no_leftovers(tmp_path), launch_unjailed(tmp_path, ["--config-file", str(config), "--no-api"]) as vm:
-        status = vm.wait(scale(300.0, 7200.0))
+    with no_leftovers(tmp_path):
+        run_to_its_end(tmp_path, kernel, (vcpus, placement), end, scale(300.0, 7200.0))
+
+
+def run_to_its_end(directory: Path, kernel: Path, shape: tuple[int, str], end: str, timeout: float) -> None:
+    """Run a guest with (vCPUs, placement) that resets its machine when it has said ``end``."""
+    config = smp_config(directory, kernel, *shape)
+    with launch_unjailed(directory, ["--config-file", str(config), "--no-api"]) as vm:
+        status = vm.wait(timeout)
         config.unlink()
     assert end in without_log(vm.console), vm.tail()
     assert status == 0
+
+
+@pytest.mark.soak("smp")
+def test_most_vcpus_in_a_worker_each(tmp_path, scale, no_leftovers):
+    """There are more pairs of receiver and vector than paths in the kernel."""
+    kernel, end = every_kind(32, "Split", "x2APIC", ROUNDS=scale(3, 200), NMIS=1, RESTARTS=scale(1, 10))
+    with no_leftovers(tmp_path):
+        run_to_its_end(tmp_path, kernel, (32, "Split"), end, scale(300.0, 7200.0))
 
 
 @contextmanager
@@ -146,3 +170,13 @@ def test_the_end_of_any_worker_ends_the_microvm_with_its_cause(tmp_path, no_left
         output = vm.console.decode(errors="replace")
     assert f"Worker vcpu {worker} (pid {pid}) was ended by signal {number.name}" in output, output[-2500:]
     assert f"vCPU {worker}: last exit " in output
+
+
+def test_most_workers_are_paused_and_one_is_replaced(tmp_path, no_leftovers):
+    with no_leftovers(), endless(tmp_path, 32, "Split") as vm:
+        pids = {each["pid"] for each in wait_for_exits(vm)}
+        assert len(pids) == 32
+        vm.must("PATCH", "/vm", {"state": "Paused"})
+        vm.must("PATCH", "/vm", {"state": "Resumed"})
+        vm.must("PATCH", "/vcpus/31", {"action": "Replace"})
+        assert vm.must("GET", "/vcpus")[31]["pid"] not in pids

@@ -12,7 +12,7 @@ import pytest
 from lab.client import launch_unjailed, without_log
 from tests.guests.build import build
 from tests.kvm.test_hostile_guest import ASTRAY, FLOOD, ghosts, hostile
-from tests.kvm.test_ipis import every_kind
+from tests.kvm.test_ipis import every_kind, run_to_its_end
 from tests.lab.test_boot import BOOT_TIMEOUT
 from tests.lab.test_smp import SOAK_ONLY
 from tests.microvms import smp_config
@@ -33,12 +33,8 @@ from tests.microvms import smp_config
 def test_every_kind_of_ipi_arrives_once(tmp_path, scale, no_leftovers, vcpus, placement, *, mode):
     rounds = scale(100, 10_000)
     kernel, end = every_kind(vcpus, placement, mode, ROUNDS=rounds, NMIS=rounds, RESTARTS=scale(3, 1_000))
-    config = smp_config(tmp_path, kernel, vcpus, placement)
-    with no_leftovers(tmp_path), launch_unjailed(tmp_path, ["--config-file", str(config), "--no-api"]) as vm:
-        status = vm.wait(scale(BOOT_TIMEOUT, 7200.0))
-        config.unlink()
-    assert end in without_log(vm.console), vm.tail()
-    assert status == 0
+    with no_leftovers(tmp_path):
+        run_to_its_end(tmp_path, kernel, (vcpus, placement), end, scale(BOOT_TIMEOUT, 7200.0))
 
 
 @SOAK_ONLY

@@ -164,6 +164,29 @@ def test_debian_that_uses_xapic(guest_image, no_leftovers):
 
 @pytest.mark.timeout(0)
 @SOAK_ONLY
+@pytest.mark.parametrize("placement", ["Split", "0,2/1,3"])
+def test_debian_sees_two_threads_a_core(guest_image, no_leftovers, placement):
+    """Also where the threads of a core are in different workers."""
+    name = f"smt-{placement.replace(',', '').replace('/', '-').lower()}"
+    with jail(name) as made, no_leftovers(names=(name,)):
+        lists = "grep . /sys/devices/system/cpu/cpu*/topology/thread_siblings_list"
+        machine = {"vcpu_count": 4, "vcpu_placement": placement, "smt": True}
+        path = config(made, guest_image, machine, f"{REPORT}; {PINNED}; {lists}; {COMPLAINTS}", "reboot")
+        options = (*CGROUP_OPTIONS, "--cleanup")
+        with made.launch(options, ("--config-file", path, "--no-api", "--level", "Debug")) as vm:
+            output = without_log(vm.expect("CELLBLOCK-DONE", 10 * BOOT_TIMEOUT))
+            assert vm.wait(60.0) == 0, vm.tail()
+    print(output)
+    check_report(output, 4)
+    assert re.search(r"^\s+4 siblings\s+: 4\r?$", output, re.MULTILINE), output
+    assert re.search(r"^\s+4 cpu cores\s+: 2\r?$", output, re.MULTILINE), output
+    siblings = re.findall(r"cpu(\d)/topology/thread_siblings_list:(\S+)", output)
+    assert siblings == [("0", "0-1"), ("1", "0-1"), ("2", "2-3"), ("3", "2-3")], output
+    assert output.count("\nno complaint") == 1, output
+
+
+@pytest.mark.timeout(0)
+@SOAK_ONLY
 @pytest.mark.parametrize("placement", ["Split", "0,1/2"])
 def test_another_kernel_is_started_from_the_first(guest_image, no_leftovers, placement):
     """kexec: the new kernel finds all processors halted, and starts them by INIT and SIPI as if they were off."""
