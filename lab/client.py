@@ -139,8 +139,8 @@ class Microvm:
 
     # ------------------------------------------------------------ API
 
-    def wait_for_api(self, timeout: float = 30.0) -> None:
-        """Wait until the API answers."""
+    def wait_for_api(self, timeout: float = 120.0) -> None:
+        """Wait until the API answers. The first launch in a lab was seen to take more than 30 s beside others."""
         deadline = time.monotonic() + timeout
         while True:
             self.pump()
