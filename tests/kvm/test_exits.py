@@ -22,6 +22,7 @@ def finish(microvm: Microvm) -> tuple[int, str]:
     return status, microvm.console.decode(errors="replace")
 
 
+@pytest.mark.slow
 @pytest.mark.soak("exits")
 def test_every_exit_kind_arrives_once_and_in_order(tmp_path, scale, no_leftovers):
     rounds = scale(300, 5_000)

@@ -37,14 +37,14 @@ def every_kind(vcpus: int, placement: str, mode: str, **counts: int) -> tuple[Pa
     ("vcpus", "placement", "mode"),
     [
         (2, "Grouped", "x2APIC"),
-        (2, "Grouped", "xAPIC"),
-        (4, "Grouped", "x2APIC"),
+        pytest.param(2, "Grouped", "xAPIC", marks=pytest.mark.slow),
+        pytest.param(4, "Grouped", "x2APIC", marks=pytest.mark.slow),
         (2, "Split", "x2APIC"),
         (2, "Split", "xAPIC"),
         (3, "Split", "x2APIC"),
         (4, "0,1/2,3", "x2APIC"),
-        (4, "0,1/2,3", "xAPIC"),
-        (3, "0,2/1", "x2APIC"),
+        pytest.param(4, "0,1/2,3", "xAPIC", marks=pytest.mark.slow),
+        pytest.param(3, "0,2/1", "x2APIC", marks=pytest.mark.slow),
     ],
 )
 def test_every_kind_of_ipi_arrives_once(tmp_path, scale, no_leftovers, vcpus, placement, *, mode):
@@ -65,6 +65,7 @@ def run_to_its_end(directory: Path, kernel: Path, shape: tuple[int, str], end: s
     assert status == 0
 
 
+@pytest.mark.slow
 @pytest.mark.soak("smp")
 def test_most_vcpus_in_a_worker_each(tmp_path, scale, no_leftovers):
     """There are more pairs of receiver and vector than paths in the kernel."""
@@ -172,6 +173,7 @@ def test_the_end_of_any_worker_ends_the_microvm_with_its_cause(tmp_path, no_left
     assert f"vCPU {worker}: last exit " in output
 
 
+@pytest.mark.slow
 def test_most_workers_are_paused_and_one_is_replaced(tmp_path, no_leftovers):
     with no_leftovers(), endless(tmp_path, 32, "Split") as vm:
         pids = {each["pid"] for each in wait_for_exits(vm)}

@@ -12,7 +12,15 @@ from tests.microvms import smp_config
 
 
 @pytest.mark.soak("smp")
-@pytest.mark.parametrize(("vcpus", "placement"), [(2, "Grouped"), (2, "Split"), (3, "Split"), (4, "0,2/1,3")])
+@pytest.mark.parametrize(
+    ("vcpus", "placement"),
+    [
+        pytest.param(2, "Grouped", marks=pytest.mark.slow),
+        (2, "Split"),
+        pytest.param(3, "Split", marks=pytest.mark.slow),
+        (4, "0,2/1,3"),
+    ],
+)
 def test_interrupts_arrive_once_while_they_are_moved(tmp_path, scale, no_leftovers, vcpus, placement):
     rounds = scale(300, 20_000)
     kernel = build("retarget", {"CPUS": vcpus, "ROUNDS": rounds, "MOVES": rounds // 4})
