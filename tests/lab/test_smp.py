@@ -102,6 +102,16 @@ def check_report(output: str, vcpus: int) -> None:
         assert re.search(rf"^pinned {vcpu}\r?$", output, re.MULTILINE), output
 
 
+def run_to_its_end(made: Any, path: str, timeout: float) -> str:
+    """Run a guest that reboots when it has done what it was given; return, and print, what was said."""
+    options = (*CGROUP_OPTIONS, "--cleanup")
+    with made.launch(options, ("--config-file", path, "--no-api", "--level", "Debug")) as vm:
+        output: str = vm.expect("CELLBLOCK-DONE", timeout)
+        assert vm.wait(60.0) == 0, vm.tail()
+    print(output)
+    return output
+
+
 #: More vCPUs than a lab on two CPUs boots in useful time beside everything else.
 SOAK_ONLY = pytest.mark.soak("smp", only=True)
 
@@ -130,11 +140,7 @@ def test_debian_boots_with_several_vcpus(guest_image, no_leftovers, scale, vcpus
         script = f"{REPORT}; {PINNED}; {COMPLAINTS}; {cycles(3)}; {COMPLAINTS}"
         machine = {"vcpu_count": vcpus, **({} if placement is None else {"vcpu_placement": placement})}
         path = config(made, guest_image, machine, script, "reboot")
-        options = (*CGROUP_OPTIONS, "--cleanup")
-        with made.launch(options, ("--config-file", path, "--no-api", "--level", "Debug")) as vm:
-            output = vm.expect("CELLBLOCK-DONE", scale(BOOT_TIMEOUT, 10 * BOOT_TIMEOUT))
-            assert vm.wait(60.0) == 0, vm.tail()
-    print(output)
+        output = run_to_its_end(made, path, scale(BOOT_TIMEOUT, 10 * BOOT_TIMEOUT))
     kind = {"Grouped": "Grouped", "Split": "Split", None: "Split"}.get(placement, "Mixed")
     assert f"vCPU placement: {kind}" in output
     output = without_log(output)
@@ -152,11 +158,7 @@ def test_debian_that_uses_xapic(guest_image, no_leftovers):
         script = f"{REPORT}; {PINNED}; {COMPLAINTS}; {cycles(3)}; {COMPLAINTS}; {flag}"
         machine = {"vcpu_count": 3, "vcpu_placement": "Split"}
         path = config(made, guest_image, machine, script, "reboot", arguments="nox2apic")
-        options = (*CGROUP_OPTIONS, "--cleanup")
-        with made.launch(options, ("--config-file", path, "--no-api", "--level", "Debug")) as vm:
-            output = without_log(vm.expect("CELLBLOCK-DONE", 10 * BOOT_TIMEOUT))
-            assert vm.wait(60.0) == 0, vm.tail()
-    print(output)
+        output = without_log(run_to_its_end(made, path, 10 * BOOT_TIMEOUT))
     assert "\nx2apic 0" in output
     check_report(output, 3)
     assert output.count("\nno complaint") == 2, output
@@ -173,11 +175,7 @@ def test_debian_sees_two_threads_a_core(guest_image, no_leftovers, placement):
         lists = "grep . /sys/devices/system/cpu/cpu*/topology/thread_siblings_list"
         machine = {"vcpu_count": 4, "vcpu_placement": placement, "smt": True}
         path = config(made, guest_image, machine, f"{REPORT}; {PINNED}; {lists}; {COMPLAINTS}", "reboot")
-        options = (*CGROUP_OPTIONS, "--cleanup")
-        with made.launch(options, ("--config-file", path, "--no-api", "--level", "Debug")) as vm:
-            output = without_log(vm.expect("CELLBLOCK-DONE", 10 * BOOT_TIMEOUT))
-            assert vm.wait(60.0) == 0, vm.tail()
-    print(output)
+        output = without_log(run_to_its_end(made, path, 10 * BOOT_TIMEOUT))
     check_report(output, 4)
     assert re.search(r"^\s+4 siblings\s+: 4\r?$", output, re.MULTILINE), output
     assert re.search(r"^\s+4 cpu cores\s+: 2\r?$", output, re.MULTILINE), output
