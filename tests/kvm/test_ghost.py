@@ -12,7 +12,7 @@ from ipc.messages.ghosts import GHOST_INIT, GHOST_INTERRUPT, GHOST_NMI, GHOST_ST
 from ipc.plan import Assignment
 from vcpu_worker.cpu import boot_state, cpuid
 from vcpu_worker.cpu.topology import Topology
-from vcpu_worker.ghosts import watch
+from vcpu_worker.ghosts import stub, watch
 from vcpu_worker.ghosts.ghost import BUSY, IDLE, Ghost
 from vcpu_worker.kvm import abi
 from vcpu_worker.kvm.system import KvmSystem
@@ -21,6 +21,7 @@ from vcpu_worker.vcpu_thread import Completions, VcpuThread, install_kick_handle
 
 INIT, SIPI, NMI = 0x4500, 0x4600, 0x400
 VECTOR = 0x55
+IN_SERVICE = 0x41
 
 
 class Bench:
@@ -155,3 +156,64 @@ def test_a_vector_that_no_processor_takes_does_not_keep_a_ghost_busy(bench):
     assert bench.at_rest().requested == 0
     assert not bench.told
     assert not bench.recovered
+
+
+def test_interrupts_that_come_while_a_ghost_is_put_back_are_passed_on(bench, monkeypatch):
+    """One comes after each thing that its worker asks of KVM meanwhile; others wait, or are in service, before."""
+    bench.do(bench.ghost.place_stub)
+    kvm = bench.ghost.kvm
+    settings = bench.do(kvm.get_lapic)[abi.APIC_LVTT : abi.APIC_LVTT + 4]
+    lead_astray(bench)
+    sent: list[int] = []
+
+    def send_one() -> None:
+        sent.append(VECTOR + len(sent))
+        bench.send(sent[-1])
+
+    for name in ("_get", "_set", "set_msrs"):
+        monkeypatch.setattr(kvm, name, _then(getattr(kvm, name), send_one))
+    send_one()
+    bench.ghost.ask_to_stop()
+    assert bench.do(bench.ghost.run) == BUSY
+    monkeypatch.undo()
+    bench.run()
+    bench.await_(lambda: len(bench.told) >= len(sent) + 2)
+    bench.park()
+    bench.turn(0)
+    assert len(bench.recovered) == 1 and "other code than the stub" in bench.recovered[0]
+    assert 10 < len(sent) < 100
+    interrupts = [(GHOST_INTERRUPT, 1, vector) for vector in (IN_SERVICE, *sent)]
+    assert sorted(bench.told) == sorted([*interrupts, (GHOST_NMI, 1, 2)])
+    assert bench.at_rest() == GhostAtRest(1, True, abi.MP_STATE_HALTED, 0, 0, 0)
+    assert bench.do(kvm.get_lapic)[abi.APIC_LVTT : abi.APIC_LVTT + 4] == settings
+
+
+def lead_astray(bench: Bench) -> None:
+    """Into a loop in the page of stacks; an interrupt is in service, an NMI being delivered, timer and priority set."""
+    ghost, kvm = bench.ghost, bench.ghost.kvm
+    assert ghost.is_stub and bench.machine._stub is not None
+    bench.machine._stub._mapping[stub.CODE_SIZE : stub.CODE_SIZE + 2] = b"\xeb\xfe"
+
+    def lead() -> None:
+        registers = list(abi.REGS.unpack(kvm.get_regs()))
+        registers[abi.REGS_NAMES.index("rip")] = stub.STACKS
+        kvm.set_regs(abi.REGS.pack(*registers))
+        lapic = bytearray(kvm.get_lapic())
+        lapic[abi.APIC_ISR + 16 * (IN_SERVICE // 32) + IN_SERVICE % 32 // 8] = 1 << IN_SERVICE % 8
+        lapic[abi.APIC_TPR] = 0xF0
+        lapic[abi.APIC_LVTT : abi.APIC_LVTT + 4] = (2 << 16 | VECTOR).to_bytes(4, "little")
+        kvm.set_lapic(lapic)
+        events = bytearray(kvm.get_events())
+        events[12] = 1  # kvm_vcpu_events.nmi.injected
+        kvm.set_events(bytes(events))
+
+    bench.do(lead)
+
+
+def _then(first: object, second: object) -> object:
+    def both(*arguments: object) -> object:
+        result = first(*arguments)  # type: ignore[operator]
+        second()  # type: ignore[operator]
+        return result
+
+    return both

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from ipc.messages.ghosts import GHOST_INTERRUPT
-from tests.kvm.test_ghost import VECTOR, bench  # noqa: F401
+from tests.kvm.test_ghost import (  # noqa: F401
+    VECTOR,
+    bench,
+    test_interrupts_that_come_while_a_ghost_is_put_back_are_passed_on,
+)
 from vcpu_worker.ghosts import stub
 
 

@@ -42,6 +42,20 @@ _EVENT_VALID_SMM = 8
 #: Nothing injected, nothing blocked, not in system management mode; a pending NMI stays.
 _NO_EVENTS = bytes(_EVENTS_FLAGS) + _EVENT_VALID_SMM.to_bytes(4, "little") + bytes(abi.VCPU_EVENTS_SIZE - 24)
 
+#: What a guest could turn against a ghost whose LAPIC it got hold of: priority, timer, local interrupts.
+_LAPIC_SETTINGS = (
+    abi.APIC_TPR,
+    abi.APIC_LVTT,
+    abi.APIC_TMICT,
+    abi.APIC_TDCR,
+    abi.APIC_LVT_THERMAL,
+    abi.APIC_LVT_PERFORMANCE,
+    abi.APIC_LVT_LINT0,
+    abi.APIC_LVT_LINT1,
+    abi.APIC_LVT_ERROR,
+)
+_END_OF_INTERRUPT = MsrValue(abi.x2apic_msr(abi.APIC_EOI), 0)
+
 #: Called in the ghost's thread: (what, vCPU, vector), see ipc.messages.GhostEvent.
 Report = Callable[[int, int, int], None]
 #: Called in the ghost's thread: (vCPU, text).
@@ -72,8 +86,8 @@ class Ghost:
         self._stop = False
         #: The INIT that it holds was told of already.
         self._init_told = False
-        #: Its LAPIC as it was before anything reached it.
-        self._pristine_lapic = b""
+        #: Its LAPIC's settings when it was first made the stub.
+        self._lapic_settings: tuple[MsrValue, ...] = ()
 
     @property
     def index(self) -> int:
@@ -129,8 +143,8 @@ class Ghost:
             kvm.set_msrs((MsrValue(stub.PV_EOI_MSR, stub.pv_eoi(self.index)),))
         except MsrError:
             pass  # each interrupt costs an exit more
-        if not self._pristine_lapic:
-            self._pristine_lapic = _without_interrupts(kvm.get_lapic())
+        if not self._lapic_settings:
+            self._lapic_settings = _lapic_settings(kvm.get_lapic())
         kvm.set_events(_NO_EVENTS)
         self._arm()
         kvm.set_regs(stub.regs(self.index))
@@ -288,27 +302,25 @@ class Ghost:
         )
 
     def _recover(self, text: str) -> None:
-        """Put it back into the stub. What its LAPIC has in service is passed on, what it has requested stays."""
+        """Put it back into the stub. What was being delivered is passed on, what its LAPIC has requested stays."""
         now = time.monotonic_ns()
         self.recoveries += 1
         self._recovery_times = [each for each in self._recovery_times if now - each < RECOVERY_WINDOW_NS] + [now]
         where = stub.where(self.kvm.get_regs(), self.kvm.get_sregs())
         self._settle()
-        lapic = self.kvm.get_lapic()
-        for vector in abi.apic_vectors(lapic, abi.APIC_ISR):
+        in_service = abi.apic_vectors(self.kvm.get_lapic(), abi.APIC_ISR)
+        for vector in in_service:
             self._report(GHOST_INTERRUPT, self.index, vector)
+        if self.kvm.get_events()[_EVENTS_NMI_INJECTED]:
+            self.nmis += 1
+            self._report(GHOST_NMI, self.index, stub.NMI_VECTOR)
         self._place()
-        self._restore_lapic(lapic)
+        # Not by KVM_SET_LAPIC: that would take back what comes meanwhile.
+        self.kvm.set_msrs((_END_OF_INTERRUPT,) * len(in_service) + self._lapic_settings)
         text = f"the ghost of vCPU {self.index} left its stub ({text}: {where}) and was put back"
         if len(self._recovery_times) >= MAX_RECOVERIES:
             raise GhostError(f"{text}, {len(self._recovery_times)} times within a second: the guest damages it")
         self._recovered(self.index, text)
-
-    def _restore_lapic(self, found: bytes) -> None:
-        """Let nothing of what was done to its LAPIC last (timer, priority), but what it has requested."""
-        lapic = bytearray(self._pristine_lapic)
-        lapic[abi.APIC_IRR : abi.APIC_IRR + 0x80] = found[abi.APIC_IRR : abi.APIC_IRR + 0x80]
-        self.kvm.set_lapic(lapic)
 
     def _settle(self) -> None:
         """Let KVM finish the exit that is open; what it would do at the next KVM_RUN must not meet the stub."""
@@ -326,6 +338,8 @@ def _without_trap_flag(regs: bytes) -> bytes:
     return abi.REGS.pack(*values)
 
 
-def _without_interrupts(lapic: bytes) -> bytes:
-    """Return the LAPIC page with ISR, TMR and IRR, which follow each other, empty."""
-    return lapic[: abi.APIC_ISR] + bytes(abi.APIC_IRR + 0x80 - abi.APIC_ISR) + lapic[abi.APIC_IRR + 0x80 :]
+def _lapic_settings(lapic: bytes) -> tuple[MsrValue, ...]:
+    return tuple(
+        MsrValue(abi.x2apic_msr(register), int.from_bytes(lapic[register : register + 4], "little"))
+        for register in _LAPIC_SETTINGS
+    )

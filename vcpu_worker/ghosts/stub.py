@@ -52,7 +52,7 @@ _APIC_BASE_BSP = 0x100
 _RFLAGS = 2
 
 #: MSR of the x2APIC's spurious interrupt register, and "enabled, vector 0xff".
-X2APIC_SPURIOUS = 0x80F
+X2APIC_SPURIOUS = abi.x2apic_msr(abi.APIC_SPIV)
 SPURIOUS_ENABLED = 0x1FF
 #: MSR_KVM_PV_EOI_EN (Linux, Documentation/virt/kvm/x86/msr.rst): address of a word, of which KVM sets bit 0 where the
 #: end of an interrupt needs no exit; bit 0 of the MSR turns it on.

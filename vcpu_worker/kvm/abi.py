@@ -297,6 +297,9 @@ assert GUEST_DEBUG.size == GUEST_DEBUG_SIZE and CLOCK_DATA.size == CLOCK_SIZE
 assert DEVICE_ATTR.size == 24 and MP_STATE.size == MP_STATE_SIZE
 
 # Registers of the local APIC page (KVM_GET_LAPIC), offsets in bytes.
+APIC_TPR = 0x80
+APIC_EOI = 0xB0
+APIC_SPIV = 0xF0
 #: In-service and interrupt request registers: eight words of 32 bits each, 16 bytes apart.
 APIC_ISR = 0x100
 APIC_IRR = 0x200
@@ -319,12 +322,21 @@ def apic_vectors(lapic: bytes | bytearray, register: int) -> list[int]:
 MSI_ADDRESS_BASE = 0xFEE0_0000
 MSI_DESTINATION_SHIFT = 12
 APIC_LVTT = 0x320
+APIC_LVT_THERMAL = 0x330
+APIC_LVT_PERFORMANCE = 0x340
 APIC_LVT_LINT0 = 0x350
 APIC_LVT_LINT1 = 0x360
+APIC_LVT_ERROR = 0x370
 APIC_TMICT = 0x380
 APIC_TMCCT = 0x390
+APIC_TDCR = 0x3E0
 APIC_MODE_NMI = 4
 APIC_MODE_EXTINT = 7
+
+
+def x2apic_msr(register: int) -> int:
+    """Return the MSR by which an x2APIC's register is accessed."""
+    return 0x800 + (register >> 4)
 
 
 def request_name(request: int) -> str:
