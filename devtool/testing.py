@@ -15,8 +15,10 @@ from xml.etree import ElementTree
 from devtool import process
 from devtool.project import LAB_FAILED_STATUS, PYTHON, ROOT, DevError, say
 
-#: Folders of tests/ whose tests share nothing with other processes: two at a time.
+#: Folders of tests/ whose tests share nothing with other processes: some at a time.
 _PARALLEL = ("unit", "fuzz")
+#: One more than the CPUs that there are at least: some tests wait.
+_PARALLEL_COUNT = 3
 #: Folders whose tests use the machine (KVM, cgroups, mounts, timing): one at a time.
 _SERIAL = ("kvm", "jail")
 _LAB = "lab"
@@ -64,7 +66,7 @@ def plan_stages(paths: Sequence[str], *, quick: bool) -> list[Stage]:
     """Divide the tests into stages. `paths` (with optional ::test) narrows them; none means all."""
     lab_here = has_hardware_paging()
     stages = [
-        Stage("host, parallel", _select(_PARALLEL, paths), ["-n", "2", "--dist", "worksteal"]),
+        Stage("host, parallel", _select(_PARALLEL, paths), ["-n", f"{_PARALLEL_COUNT}", "--dist", "worksteal"]),
         Stage("host", _select(_SERIAL, paths), []),
     ]
     if not quick:
@@ -183,6 +185,8 @@ def _run_stage(stage: Stage, options: list[str], environment: dict[str, str], re
     else:
         command = [*pytest, f"--junit-xml={report}"]
     variables_here = {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
+    # Else every interpreter that the tests start compiles their modules anew.
+    variables_here.pop("PYTHONDONTWRITEBYTECODE", None)
     # pytest takes its fixtures down on SIGINT, the lab its machine on SIGTERM.
     return process.run(
         command, cwd=ROOT, environment=variables_here, stop=signal.SIGTERM if stage.in_lab else signal.SIGINT

@@ -140,6 +140,7 @@ def test_no_interrupt_between_vcpus_is_lost_or_repeated(tmp_path, scale, seed, n
         report(f"{vcpus} vCPUs, {placement}", vm)
 
 
+@pytest.mark.slow
 def test_vcpus_start_while_workers_are_replaced(tmp_path, seed, no_leftovers):
     """From the first instruction on, also between INIT and SIPI: a guest whose processor does not start ends itself."""
     generator = random.Random(seed)

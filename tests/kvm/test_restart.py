@@ -66,6 +66,7 @@ def test_a_guest_that_reboots_ends_its_microvm(tmp_path, no_leftovers, machine, 
         assert without_log(vm.console).count("HERE\n") == 1  # once more in the log's report, if the end is a failure
 
 
+@pytest.mark.slow
 def test_a_guest_that_resets_at_once_restarts_once_a_second(tmp_path, no_leftovers):
     """Clients are served meanwhile, and it can be ended."""
     with no_leftovers(), launch_unjailed(tmp_path) as vm:

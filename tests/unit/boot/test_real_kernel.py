@@ -191,7 +191,7 @@ print(anonymous() - before)
 """
 
 
-@pytest.mark.parametrize("kind", ["gzip", "zstd", "lz4"])
+@pytest.mark.parametrize("kind", [pytest.param("gzip", marks=pytest.mark.slow), "zstd", "lz4"])
 def test_unpacking_gives_its_memory_back(kind: str, guest_image: GuestImage, tmp_path: Path) -> None:
     payload = images.compress(kind, guest_image.vmlinux.read_bytes())
     kernel = tmp_path / "vmlinuz"
