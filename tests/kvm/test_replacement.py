@@ -238,7 +238,6 @@ def _signal_during_a_replacement(vm: Microvm, generator: random.Random) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.soak("smp")
 def test_a_signal_at_any_moment_has_one_outcome(tmp_path, scale, seed, no_leftovers):
     generator = random.Random(seed)
