@@ -3,7 +3,7 @@
 # is handled there, so that a ghost "returns" to code of ours. COM1 gets a letter per attack, P if the processors still
 # hear each other in the end, then "HOSTILE DONE"; then all halt.
 # Symbols, which may be set from outside: CPUS (2 … 8), ATTACK: 0 floods, ROUNDS times; 1 leads ghosts astray, ROUNDS
-# times; 2 as 0 with SMIs.
+# times; 2 as 0 with SMIs; 3 as 0 without NMIs, whose handlers' stacks the writes may damage: that ends the machine.
         .include "smp.inc"
         default ATTACK, 0
         default ROUNDS, 1
@@ -82,7 +82,9 @@ vectors:
         cmp     $256, %ebp
         jb      2b
         mov     $0xc0400, %eax          # an NMI
-        jmp     send
+        cmpl    $3, attack
+        jne     send
+        ret
 
 # The code of the system management mode is RSM; its state is saved in memory that all share.
 smis:   movl    $0xaa0f, SMI_CODE

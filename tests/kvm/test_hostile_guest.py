@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from lab.client import Microvm, descendants, launch_unjailed, without_log
+from lab.client import ClientError, Microvm, descendants, launch_unjailed, without_log
 from tests.guests.build import build
 from tests.microvms import smp_config
 
-FLOOD, ASTRAY, FLOOD_WITH_SMIS = 0, 1, 2
+FLOOD, ASTRAY, FLOOD_WITH_SMIS, FLOOD_WITHOUT_NMIS = range(4)
 FOREVER = 1 << 30
 
 
@@ -54,19 +54,45 @@ def recoveries_logged(vm: Microvm) -> int:
 @pytest.mark.soak("smp")
 @pytest.mark.parametrize(("vcpus", "placement"), [(2, "Split"), (4, "0,1/2,3"), (2, "Grouped")])
 def test_a_flood_harms_nobody_and_leaves_no_load(tmp_path, no_leftovers, scale, vcpus, placement):
-    """Every vector to every processor, writes over the stub, OUT to its ports: all of that is ignored or counted."""
-    rounds = scale(3, 1_000)
-    with no_leftovers(), hostile(tmp_path, vcpus, placement, FLOOD, rounds) as vm:
-        vm.expect("HOSTILE DONE", 120.0 if rounds < 10 else 7200.0)
-        assert "SFP HOSTILE DONE" in without_log(vm.console)
-        assert all(ghost["stub"] for ghost in ghosts(vm))
-        # A halted guest costs its heartbeats. The first second may still hold what was on its way.
-        assert used_while_idle(vm, 1.0) < 1.0
-        assert used_while_idle(vm, 3.0) < 0.6
-        for _ in range(3):
-            vm.must("PATCH", "/vm", {"state": "Paused"})
-            vm.must("PATCH", "/vm", {"state": "Resumed"})
-        assert vm.must("GET", "/")["state"] == "Running"
+    """Every vector to every processor, writes over the stub, OUT to its ports: all of that is ignored or counted.
+
+    The writes may meet the handler of an NMI in a ghost, the likelier the busier the host. A guest that damages one
+    three times within a second is ended: declared, and then another one floods.
+    """
+    rounds = scale(3, 1_000)  # three damage a ghost twice at most
+    for attempt in range(scale(1, 10)):
+        directory = tmp_path / str(attempt)
+        directory.mkdir()
+        with no_leftovers(), hostile(directory, vcpus, placement, FLOOD, rounds) as vm:
+            if came_to_its_end(vm, 120.0 if rounds < 10 else 7200.0):
+                assert "SFP HOSTILE DONE" in without_log(vm.console)
+                assert all(ghost["stub"] for ghost in ghosts(vm))
+                assert_an_idle_machine_that_obeys(vm)
+                print(f"\n{vcpus} vCPUs, {placement}: {attempt} floods ended before")
+                return
+    pytest.fail("no flood came to its end")
+
+
+def came_to_its_end(vm: Microvm, timeout: float) -> bool:
+    """Wait for the guest's last words; False if the microVM was ended because of what the guest did to ghosts."""
+    try:
+        vm.expect("HOSTILE DONE", timeout)
+    except ClientError:
+        if b"times within a second: the guest damages it" not in vm.console:
+            raise
+        assert vm.wait(10.0) == 1
+        return False
+    return True
+
+
+def assert_an_idle_machine_that_obeys(vm: Microvm) -> None:
+    # A halted guest costs its heartbeats. The first second may still hold what was on its way.
+    assert used_while_idle(vm, 1.0) < 1.0
+    assert used_while_idle(vm, 3.0) < 0.6
+    for _ in range(3):
+        vm.must("PATCH", "/vm", {"state": "Paused"})
+        vm.must("PATCH", "/vm", {"state": "Resumed"})
+    assert vm.must("GET", "/")["state"] == "Running"
 
 
 @pytest.mark.slow
@@ -76,7 +102,7 @@ def test_others_do_not_notice_a_flood(tmp_path, no_leftovers, scale):
     other_directory = tmp_path / "other"
     other_directory.mkdir()
     neighbour = build("ipi", {"CPUS": 2, "ROUNDS": scale(50, 10_000), "NMIS": 1, "RESTARTS": 3})
-    with no_leftovers(), hostile(tmp_path, 3, "Split", FLOOD, FOREVER) as vm:
+    with no_leftovers(), hostile(tmp_path, 3, "Split", FLOOD_WITHOUT_NMIS, FOREVER) as vm:
         vm.expect("", 60.0)
         path = smp_config(other_directory, neighbour, 2, "Split")
         with launch_unjailed(other_directory, ["--config-file", str(path), "--no-api"]) as other:
@@ -91,12 +117,18 @@ def test_others_do_not_notice_a_flood(tmp_path, no_leftovers, scale):
         vm.must("PATCH", "/vm", {"state": "Resumed"})
 
 
+def assert_led_astray(vm: Microvm) -> None:
+    """The NMI that the guest sends while it looks whether it was successful may do it once more."""
+    recoveries = sum(ghost["recoveries"] for ghost in ghosts(vm))
+    assert recoveries in (1, 2)
+    assert recoveries_logged(vm) == recoveries
+
+
 def test_a_ghost_that_was_led_astray_is_put_back(tmp_path, no_leftovers):
     """It runs a loop of the guest's: it is found by the processor time it uses, put back, counted and logged."""
     with no_leftovers(), hostile(tmp_path, 2, "Split", ASTRAY, 1) as vm:
         vm.expect("HOSTILE DONE", 120.0)
-        assert recoveries_logged(vm) == 1
-        assert [ghost["recoveries"] for ghost in ghosts(vm) if ghost["recoveries"]] == [1]
+        assert_led_astray(vm)
         assert used_while_idle(vm, 3.0) < 0.6
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from lab.client import launch_unjailed, without_log
 from tests.guests.build import build
-from tests.kvm.test_hostile_guest import ASTRAY, FLOOD, ghosts, hostile
+from tests.kvm.test_hostile_guest import ASTRAY, FLOOD, assert_led_astray, ghosts, hostile
 from tests.kvm.test_ipis import every_kind, run_to_its_end
 from tests.lab.test_boot import BOOT_TIMEOUT
 from tests.lab.test_smp import SOAK_ONLY
@@ -69,4 +69,4 @@ def test_a_flood_harms_nobody(tmp_path, no_leftovers, vcpus, placement):
 def test_a_ghost_that_was_led_astray_is_put_back(tmp_path, no_leftovers):
     with no_leftovers(), hostile(tmp_path, 2, "Split", ASTRAY, 1) as vm:
         vm.expect("HOSTILE DONE", 600.0)
-        assert [ghost["recoveries"] for ghost in ghosts(vm) if ghost["recoveries"]] == [1]
+        assert_led_astray(vm)
