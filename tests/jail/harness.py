@@ -191,6 +191,11 @@ class JailedMicrovm:
         lines = self.wall_log.read_text().splitlines() if self.wall_log.exists() else []
         return "\n".join(line for line in lines if not line.startswith("{"))
 
+    def last_words(self) -> str:
+        """Return the last line: the controller's, or, if it got no CPU for an orderly end, the supervisor's."""
+        killed = "did not end in order; killed" in self.log()
+        return (self.log() if killed else self.output()).splitlines()[-1]
+
     def describe(self) -> str:
         """Return all that it said."""
         return f"\n{self.output()}\n{self.log()}"

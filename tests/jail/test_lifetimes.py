@@ -89,7 +89,7 @@ def test_signal_to_the_visible_process(base: Path, no_leftovers: NoLeftovers, nu
         wait_for(lambda: _all_gone(list(cells.values())), "the end of every cell", PROMISE_S)
         code = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 156}[number]
         assert jailed.process.wait() == code
-        assert jailed.output().splitlines()[-1].endswith(f"Firecracker exiting with error. exit_code={code}")
+        assert jailed.last_words().endswith(f"Firecracker exiting with error. exit_code={code}")
 
 
 def test_supervisor_killed(base: Path, no_leftovers: NoLeftovers) -> None:
