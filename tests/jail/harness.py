@@ -58,13 +58,12 @@ def namespace(pid: int | str, name: str) -> str:
 
 
 def children(pid: int) -> dict[str, int]:
-    """Return the children of a process by name."""
-    found = {}
-    try:
+    """Return the children of a process by name; one that ends meanwhile is left out."""
+    found: dict[str, int] = {}
+    with suppress(FileNotFoundError, ProcessLookupError):
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            found[Path(f"/proc/{child}/comm").read_text().strip()] = int(child)
-    except (FileNotFoundError, ProcessLookupError):
-        pass  # it ended while we looked
+            with suppress(FileNotFoundError, ProcessLookupError):
+                found[Path(f"/proc/{child}/comm").read_text().strip()] = int(child)
     return found
 
 
