@@ -166,7 +166,7 @@ class JailedMicrovm:
             ("PUT", "/actions", {"action_type": "InstanceStart"}),
         ):
             reply = self.api(method, target, body)
-            assert reply.status == 204, (target, reply.body, self.output())
+            assert reply.status == 204, (target, reply.body, self.describe())
         return self
 
     def add_guest(self, guest: str) -> None:
