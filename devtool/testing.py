@@ -66,7 +66,7 @@ def plan_stages(paths: Sequence[str], *, quick: bool) -> list[Stage]:
     """Divide the tests into stages. `paths` (with optional ::test) narrows them; none means all."""
     lab_here = has_hardware_paging()
     stages = [
-        Stage("host, parallel", _select(_PARALLEL, paths), ["-n", f"{_PARALLEL_COUNT}", "--dist", "worksteal"]),
+        Stage("host, parallel", _select(_PARALLEL, paths), ["-n", str(_PARALLEL_COUNT), "--dist", "worksteal"]),
         Stage("host", _select(_SERIAL, paths), []),
     ]
     if not quick:

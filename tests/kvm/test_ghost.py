@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import select
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from ipc.plan import Assignment
 from vcpu_worker.cpu import boot_state, cpuid
 from vcpu_worker.cpu.topology import Topology
 from vcpu_worker.ghosts import stub, watch
-from vcpu_worker.ghosts.ghost import BUSY, IDLE, Ghost
+from vcpu_worker.ghosts.ghost import _EVENTS_NMI_INJECTED, BUSY, IDLE, Ghost
 from vcpu_worker.kvm import abi
 from vcpu_worker.kvm.system import KvmSystem
 from vcpu_worker.machine import Machine
@@ -204,16 +205,16 @@ def lead_astray(bench: Bench) -> None:
         lapic[abi.APIC_LVTT : abi.APIC_LVTT + 4] = (2 << 16 | VECTOR).to_bytes(4, "little")
         kvm.set_lapic(lapic)
         events = bytearray(kvm.get_events())
-        events[12] = 1  # kvm_vcpu_events.nmi.injected
+        events[_EVENTS_NMI_INJECTED] = 1
         kvm.set_events(bytes(events))
 
     bench.do(lead)
 
 
-def _then(first: object, second: object) -> object:
-    def both(*arguments: object) -> object:
-        result = first(*arguments)  # type: ignore[operator]
-        second()  # type: ignore[operator]
+def _then(first: Callable[..., Any], second: Callable[[], None]) -> Callable[..., Any]:
+    def both(*arguments: Any) -> Any:
+        result = first(*arguments)
+        second()
         return result
 
     return both
