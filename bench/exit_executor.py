@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from base.event_manager import EventManager
 from ipc.exit_ring import (
     ENTRY_COUNT,
     KIND_MMIO_READ,
@@ -24,12 +25,11 @@ from ipc.exit_ring import (
     RING_SIZE,
     ExitRingProducer,
 )
-from ipc.layout import map_shared
-from vmm.boot.layout import COM1_PORT, I8042_DATA_PORT, IOAPIC_ADDRESS
-from vmm.console import ConsoleOutput
+from ipc.shared_memory import map_shared
+from vmm.cells.exits import ExitExecutor
+from vmm.devices.legacy.console import ConsoleOutput
 from vmm.devices.manager import DeviceManager
-from vmm.event_manager import EventManager
-from vmm.exits import ExitExecutor
+from vmm.layout import COM1_PORT, I8042_DATA_PORT, IOAPIC_ADDRESS
 
 ROUNDS = 200
 POSTED = 200_000

@@ -21,7 +21,8 @@ from typing import NamedTuple
 from bench.measure import BenchError, CpuAccount, Started, median, spread, start, table, verdict
 from bench.startup import MEMORY_MIB, UID, qemu_command
 from devtool.project import LAUNCHERS
-from ipc.layout import create_shared
+from ipc.guest_memory import GuestMemory
+from ipc.shared_memory import create_shared
 from lab.client import Jail
 from tests.guests.build import build
 from vcpu_worker.cpu import boot_state, cpuid
@@ -31,10 +32,9 @@ from vcpu_worker.kvm.system import KvmSystem
 from vcpu_worker.kvm.vcpu import KvmVcpu
 from vcpu_worker.kvm.vm import KvmVm
 from vmm.boot.cmdline import Cmdline
-from vmm.boot.layout import ram_regions
 from vmm.boot.loader import load_kernel
-from vmm.devices.exerciser import COUNT_POSTED, COUNT_SYNCHRONOUS, EXERCISER_PORT, LAST_COUNT, LOCAL
-from vmm.memory import GuestMemory
+from vmm.devices.legacy.exerciser import COUNT_POSTED, COUNT_SYNCHRONOUS, EXERCISER_PORT, LAST_COUNT, LOCAL
+from vmm.layout import ram_regions
 
 READ, WRITE, PRINT = 0, 1, 2  # KIND of the guest
 LSR = 0x3FD

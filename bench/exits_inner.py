@@ -15,11 +15,11 @@ import threading
 import time
 from collections.abc import Callable
 
-from ipc import device_page, exit_ring
-from ipc.layout import create_published, create_shared, map_shared
+from ipc import device_pages, exit_ring
 from ipc.messages.records import MemoryRegion, Window
+from ipc.shared_memory import create_published, create_shared, map_shared
 from tests.guests.build import build
-from tests.kvm.worker_harness import LOCAL, MODES, PARAMETERS, boot_registers, load_elf, write_boot_structures
+from tests.harness.workers import LOCAL, MODES, PARAMETERS, boot_registers, load_elf, write_boot_structures
 from vcpu_worker.cpu import boot_state, cpuid
 from vcpu_worker.cpu.topology import Topology
 from vcpu_worker.kvm import abi
@@ -53,15 +53,15 @@ def make_vcpu() -> KvmVcpu:
 
 def make_loop(vcpu: KvmVcpu) -> RunLoop:
     """The product's run loop over it; the port is published for local answers."""
-    _, mapping = create_published("page", device_page.DEVICE_PAGE_SIZE)
-    page = device_page.DevicePage(mapping)
+    _, mapping = create_published("page", device_pages.DEVICE_PAGE_SIZE)
+    page = device_pages.DevicePage(mapping)
     slot = page.allocate(1)
-    page.publish(slot, 0x60, device_page.FLAG_READ_LOCAL)
+    page.publish(slot, 0x60, device_pages.FLAG_READ_LOCAL)
     ring_fd = create_shared("ring", exit_ring.RING_SIZE)
     ring = map_shared(ring_fd, exit_ring.RING_SIZE)
     exit_ring.initialise(ring)
     producer = exit_ring.ExitRingProducer(ring, os.eventfd(0), os.eventfd(0))
-    return RunLoop(vcpu, producer, device_page.slots_of(mapping), [Window(LOCAL, 1, slot)], [])
+    return RunLoop(vcpu, producer, device_pages.slots_of(mapping), [Window(LOCAL, 1, slot)], [])
 
 
 def bare(vcpu: KvmVcpu, *argument: int) -> float:

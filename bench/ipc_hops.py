@@ -28,9 +28,9 @@ import zmq
 from ipc import exit_ring
 from ipc.channel import Channel
 from ipc.exit_ring import ENTRY_COUNT, RING_SIZE, ExitRingConsumer, ExitRingProducer
-from ipc.layout import create_shared, fence, map_shared
 from ipc.messages.records import WORKER
 from ipc.messages.worker import Ping, Pong
+from ipc.shared_memory import create_shared, fence, map_shared
 
 ROUNDS = 2_000
 TURNS = 9

@@ -87,9 +87,9 @@ def enter(cell):
     seen.clear()
     at = min(cell, 3) * {size}
     sys.setprofile(note)
-from ipc import msgpack_core, timeline, zmq_core
-zmq_core.install()
-msgpack_core.install()
+from base import lean_msgpack, lean_zmq, timeline
+lean_zmq.install()
+lean_msgpack.install()
 from jailer import main, template
 from vcpu_worker import vcpu_thread
 timeline.enter = enter

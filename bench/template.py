@@ -13,9 +13,9 @@ import sys
 import time
 from collections.abc import Sequence
 
+from base import timeline
 from bench.measure import BenchError, CpuAccount, Pipes, Started
 from devtool.project import PYTHON, ROOT, VENV
-from ipc import timeline
 
 _MAX_REQUEST = 65536
 _READY = b"ready"
@@ -26,11 +26,11 @@ def serve(requests: int, ready: int) -> None:
     from jailer import hot
 
     hot.intern_names()
-    from ipc import msgpack_core, zmq_core
+    from base import lean_msgpack, lean_zmq
 
-    zmq_core.install()
-    msgpack_core.install()
-    from ipc.plan import SECCOMP_KILL
+    lean_zmq.install()
+    lean_msgpack.install()
+    from ipc.launch_plan import SECCOMP_KILL
     from jailer import direct, firecracker, launch, main, settings, start, template  # noqa: F401
     from vmm import cli  # noqa: F401
 

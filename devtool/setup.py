@@ -28,8 +28,8 @@ LOCKS = (ROOT / "requirements-build.lock", ROOT / "requirements.lock")
 PROGRAMS = {
     "firecracker": "jailer.firecracker",
     "jailer": "jailer.main",
-    "cpu-template": "cputemplate.main",
-    "cpu-template-helper": "cputemplate.main",
+    "cpu-template": "cellblock.cpu_template.main",
+    "cpu-template-helper": "cellblock.cpu_template.main",
 }
 #: The jailer recognises our programs by this text within the first KiB (docs/jailer.md).
 LAUNCHER_MARKER = "cellblock-launcher"

@@ -10,11 +10,12 @@ import os
 
 import zmq
 
-from ipc import descriptors, faults
+from base import faults
+from base.lean_std import socket
+from base.lean_typing import Any
+from ipc import descriptors
 from ipc.errors import ChannelError, MessageError
-from ipc.plain import socket
 from ipc.schema import MAX_FRAME_SIZE, Envelope, Schema, decode, encode
-from ipc.typed import Any
 
 #: Frames that may wait in one direction; a peer that does not read is failed instead of growing our memory.
 HIGH_WATER_MARK = 64

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import struct
 
+from base.lean_std import socket
+from base.lean_typing import Sequence
 from ipc.errors import DescriptorError
-from ipc.plain import socket
 from ipc.schema import MAX_FRAME_SIZE
-from ipc.typed import Sequence
 
 #: SCM_MAX_FD of the kernel is 253; no message of ours needs more than a few.
 MAX_DESCRIPTORS = 64

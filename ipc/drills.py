@@ -10,9 +10,9 @@ import mmap
 import os
 import struct
 
-from ipc.plain import socket
-from ipc.plan import ROLE_VCPU, ROLE_VMM
-from ipc.typed import Callable
+from base.lean_std import socket
+from base.lean_typing import Callable
+from ipc.launch_plan import ROLE_VCPU, ROLE_VMM
 
 #: The supervisor sets it before it forks workers: whom their "ptrace" drill attacks. The controller attacks its parent.
 controller_pid = 0

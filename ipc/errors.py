@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from base.errors import CellblockError
 
-class IpcError(Exception):
+
+class IpcError(CellblockError):
     """Base of every error that this package raises; ``code`` is stable, the text says what happened."""
 
     code = "ipc"
@@ -39,7 +41,11 @@ class RingError(IpcError):
     code = "ipc.ring"
 
 
-class FaultSpecError(IpcError):
-    """A fault specification that cannot be understood, or that names an unknown fault point."""
+class GuestMemoryError(IpcError):
+    """An access outside guest RAM, or guest memory that cannot be mapped. ``errno`` is 0 unless a call failed."""
 
-    code = "ipc.fault"
+    code = "memory"
+
+    def __init__(self, text: str, errno: int = 0) -> None:
+        super().__init__(text)
+        self.errno = errno

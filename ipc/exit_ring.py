@@ -18,7 +18,7 @@ import struct
 from time import monotonic_ns
 
 from ipc.errors import RingError
-from ipc.layout import PAGE_SIZE, fence
+from ipc.shared_memory import PAGE_SIZE, fence
 
 MAGIC = 0x3130_474E_4952_4243  # "CBRING01" in little-endian byte order
 LAYOUT_VERSION = 2

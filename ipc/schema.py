@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import msgpack
 
+from base.lean_typing import Any, Mapping, NamedTuple, Sequence
 from ipc.errors import MessageError
-from ipc.typed import Any, Mapping, NamedTuple, Sequence
 
 #: No frame of any channel is longer; also ZeroMQ's MAXMSGSIZE.
 MAX_FRAME_SIZE = 256 << 10

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 
-from ipc import descriptors, faults
-from ipc.errno_text import errno_text
+from base import faults
+from base.errno_text import errno_text
+from base.lean_std import signal, socket
+from base.lean_typing import Callable, NamedTuple, NoReturn
+from ipc import descriptors
 from ipc.errors import IpcError
-from ipc.plain import signal, socket
-from ipc.plan import ROLE_VMM, LaunchPlan, cell_name
-from ipc.typed import Callable, NamedTuple, NoReturn
+from ipc.launch_plan import ROLE_VMM, LaunchPlan, cell_name
 from jailer import walls
 from jailer.errors import CellError, JailerError
 from jailer.seccomp.install import Filter, install

@@ -12,9 +12,9 @@ import os
 import stat
 import time
 
-from ipc.errno_text import errno_text
-from ipc.plain import signal
-from ipc.typed import NamedTuple
+from base.errno_text import errno_text
+from base.lean_std import signal
+from base.lean_typing import NamedTuple
 from jailer import syscalls
 from jailer.errors import CleanupError, JailerError
 from jailer.seccomp.install import Filter, install

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from ipc.plan import SECCOMP_KILL, SECCOMP_OFF, SECCOMP_REPORT
-from ipc.typed import NamedTuple, Sequence
+from base.lean_typing import NamedTuple, Sequence
+from ipc.launch_plan import SECCOMP_KILL, SECCOMP_OFF, SECCOMP_REPORT
 from jailer import walls
 from jailer.errors import ArgumentError
 

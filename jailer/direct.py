@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import time
 
-from ipc import timeline
-from ipc.errno_text import errno_text
-from ipc.plan import MAX_MEMORY_BYTES, MAX_WORKERS, ROLE_VMM, SECCOMP_KILL, SECCOMP_OFF, LaunchPlan
-from ipc.typed import Callable
+from base import timeline
+from base.errno_text import errno_text
+from base.lean_typing import Callable
+from ipc.launch_plan import MAX_MEMORY_BYTES, MAX_WORKERS, ROLE_VMM, SECCOMP_KILL, SECCOMP_OFF, LaunchPlan
 from jailer import cleanup, placement, template, verify, walls
-from jailer.cells import Setup
+from jailer.cell_record import Setup
 from jailer.errors import StepError
 from jailer.log import Log
 from jailer.memory import MemoryMaker, host_gives_huge_pages

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from base.errors import CellblockError
 
-class JailerError(Exception):
+
+class JailerError(CellblockError):
     """Base of every error that this package raises; ``code`` is stable, the text says what happened."""
 
     code = "jailer"

@@ -31,18 +31,18 @@ def main(argv: list[str]) -> int:
 
 
 def _launch(arguments: list[str], command_line: CommandLine) -> int:
-    from ipc import timeline
-    from ipc.errno_text import errno_text
+    from base import timeline
+    from base.errno_text import errno_text
     from jailer import cli
     from jailer.errors import JailerError
 
     timeline.start_if_asked()
     try:
         timeline.mark("import libraries")
-        from ipc import msgpack_core, zmq_core
+        from base import lean_msgpack, lean_zmq
 
-        zmq_core.install()
-        msgpack_core.install()
+        lean_zmq.install()
+        lean_msgpack.install()
         from jailer import direct, start, template
 
         def load_roles() -> template.Roles:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from ipc.errno_text import errno_text
+from base.errno_text import errno_text
 from jailer import placement, syscalls
 from jailer.errors import JailerError
 from jailer.settings import DEFAULT_NO_FILE

@@ -8,25 +8,20 @@ from __future__ import annotations
 import os
 import time
 
-from ipc import faults, timeline
-from ipc.errno_text import errno_text
-from ipc.errors import FaultSpecError, IpcError
-from ipc.plain import socket
-from ipc.plan import (
-    MAX_MEMORY_BYTES,
-    MAX_WORKERS,
-    ROLE_VMM,
-    SECCOMP_OFF,
-    LaunchPlan,
-)
-from ipc.typed import Callable
+from base import faults, timeline
+from base.errno_text import errno_text
+from base.errors import FaultSpecError
+from base.lean_std import socket
+from base.lean_typing import Callable
+from ipc.errors import IpcError
+from ipc.launch_plan import MAX_MEMORY_BYTES, MAX_WORKERS, ROLE_VMM, SECCOMP_OFF, LaunchPlan
 from jailer import cleanup, placement, start, syscalls, template, verify, walls
-from jailer.cells import Cell, Setup
+from jailer.cell_record import Cell, Setup
 from jailer.cli import Options
 from jailer.errors import ArgumentError, StepError
 from jailer.log import Log
 from jailer.memory import MemoryMaker, host_gives_huge_pages
-from jailer.plan import Operation, Plan
+from jailer.operations import Operation, Plan
 from jailer.settings import Settings
 from jailer.steps import cgroups, detach, devices, directories, identity, process, roots
 from jailer.supervisor import Supervisor

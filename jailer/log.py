@@ -10,7 +10,7 @@ import select
 import time
 from _json import encode_basestring_ascii  # by itself: the json package loads re and six others at each start
 
-from ipc.typed import Any
+from base.lean_typing import Any
 
 #: A pipe is writable for poll(2) when PIPE_BUF bytes fit, so a longer line could block.
 MAX_LINE = 4096

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-from ipc import timeline
-from ipc.errno_text import errno_text
+from base import timeline
+from base.errno_text import errno_text
 from jailer import cli
 from jailer.errors import JailerError
 
@@ -106,10 +106,10 @@ def _launch(options: cli.Options) -> int:
 
     hot.intern_names()
     timeline.mark("import libraries")
-    from ipc import msgpack_core, zmq_core
+    from base import lean_msgpack, lean_zmq
 
-    zmq_core.install()
-    msgpack_core.install()
+    lean_zmq.install()
+    lean_msgpack.install()
     from jailer import launch, start, template
 
     started = start.started_now()

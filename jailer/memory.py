@@ -11,7 +11,7 @@ import errno
 import fcntl
 import os
 
-from ipc.plan import MAX_MEMORY_BYTES
+from ipc.launch_plan import MAX_MEMORY_BYTES
 
 #: How often guest memory can be made under a limit on file sizes (a failed InstanceStart may be tried again).
 RESERVED = 8

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 
-from ipc.plan import PLACEMENT_GROUPED, PLACEMENT_SPLIT
-from ipc.typed import NamedTuple
+from base.lean_typing import NamedTuple
+from ipc.launch_plan import PLACEMENT_GROUPED, PLACEMENT_SPLIT
 
 _PARAMETERS = (("kvm_intel", "ept"), ("kvm_amd", "npt"))
 MODULES = "/sys/module"

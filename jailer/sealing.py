@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 
-from ipc import descriptors, faults
+from base import faults
+from base.lean_std import socket
+from base.lean_typing import Callable
+from ipc import descriptors
 from ipc.errors import IpcError
-from ipc.plain import socket
-from ipc.plan import ROLE_SUPERVISOR, SECCOMP_OFF, cell_name
-from ipc.typed import Callable
+from ipc.launch_plan import ROLE_SUPERVISOR, SECCOMP_OFF, cell_name
 from jailer import cell, verify, wall_report, walls
-from jailer.cells import Cell, Setup
+from jailer.cell_record import Cell, Setup
 from jailer.seccomp import notification
 
 WALL_SECCOMP = "seccomp"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import stat
 
-from ipc.errno_text import errno_text
-from ipc.typed import NamedTuple
+from base.errno_text import errno_text
+from base.lean_typing import NamedTuple
 from jailer.cli import Options
 from jailer.errors import ArgumentError
 

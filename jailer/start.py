@@ -6,13 +6,14 @@ import os
 import time
 from itertools import pairwise
 
-from ipc import descriptors, timeline
-from ipc.errno_text import errno_text
-from ipc.plain import signal, socket
-from ipc.plan import ROLE_SUPERVISOR, ROLE_VCPU, ROLE_VMM, SECCOMP_OFF, SECCOMP_REPORT, LaunchPlan
-from ipc.typed import Callable, NamedTuple
+from base import timeline
+from base.errno_text import errno_text
+from base.lean_std import signal, socket
+from base.lean_typing import Callable, NamedTuple
+from ipc import descriptors
+from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VCPU, ROLE_VMM, SECCOMP_OFF, SECCOMP_REPORT, LaunchPlan
 from jailer import cell, syscalls, template, verify
-from jailer.cells import BLOCKED_SIGNALS, Cell, Setup
+from jailer.cell_record import BLOCKED_SIGNALS, Cell, Setup
 from jailer.errors import CellError
 from jailer.log import Log
 from jailer.seccomp.install import Filter, install, load

@@ -11,9 +11,13 @@ import struct
 import sys
 import time
 
-from ipc import descriptors, exit_codes, faults, timeline
+from base import exit_codes, faults, timeline
+from base.lean_std import signal, signal_name, socket
+from base.lean_typing import Any, Callable
+from ipc import descriptors
 from ipc.channel import PairChannel
 from ipc.errors import IpcError
+from ipc.launch_plan import ENDPOINT_BOUND, MAX_WORKERS, ROLE_VCPU, Assignment
 from ipc.messages.records import Failed
 from ipc.messages.supervisor import (
     SUPERVISOR,
@@ -27,11 +31,8 @@ from ipc.messages.supervisor import (
     Spawn,
     Spawned,
 )
-from ipc.plain import signal, signal_name, socket
-from ipc.plan import ENDPOINT_BOUND, MAX_WORKERS, ROLE_VCPU, Assignment
-from ipc.typed import Any, Callable
 from jailer import cell, syscalls
-from jailer.cells import SEAL_TIMEOUT_S, Cell, Setup
+from jailer.cell_record import SEAL_TIMEOUT_S, Cell, Setup
 from jailer.sealing import WALL_SECCOMP, Sealing
 from jailer.steps import process
 

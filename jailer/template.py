@@ -6,9 +6,9 @@ import gc
 import sys
 import time
 
-from ipc.plain import socket
-from ipc.plan import FORKED_AHEAD, Assignment, LaunchPlan
-from ipc.typed import Callable, NamedTuple
+from base.lean_std import socket
+from base.lean_typing import Callable, NamedTuple
+from ipc.launch_plan import FORKED_AHEAD, Assignment, LaunchPlan
 from jailer import hot
 from jailer.hot import heap
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 
-from ipc.errno_text import errno_text
-from ipc.plan import ROLE_SUPERVISOR, ROLE_VMM, SECCOMP_OFF, LaunchPlan
-from ipc.typed import Any, Callable, NamedTuple
+from base.errno_text import errno_text
+from base.lean_typing import Any, Callable, NamedTuple
+from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VMM, SECCOMP_OFF, LaunchPlan
 from jailer import walls
 from jailer.settings import Limits
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import select
 
-from ipc.plan import ROLE_VCPU, cell_name
+from ipc.launch_plan import ROLE_VCPU, cell_name
 from jailer import verify
-from jailer.cells import Setup
+from jailer.cell_record import Setup
 
 #: How long a process that is being killed may take to be dead.
 DYING_MS = 100

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import pytest
 
 from devtool.testing import has_hardware_paging
-from tests.leftovers import Leftovers
+from tests.harness.leftovers import Leftovers
 
 if TYPE_CHECKING:
     from lab.guest_image import GuestImage
@@ -104,7 +104,7 @@ def seed() -> int:
 @pytest.fixture
 def log(tmp_path: Path) -> Iterator[Callable[[], str]]:
     """Let the controller's log, in this process, go to a file; return a function that reads it."""
-    from vmm.logger import LOG
+    from vmm.observe.logger import LOG
 
     path = tmp_path / "log"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

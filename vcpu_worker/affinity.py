@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from ipc.typed import Sequence
+from base.lean_typing import Sequence
 from vcpu_worker.errors import WorkerError
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import select
 import time
 
-from ipc import faults
+from base import faults
+from base.lean_typing import Any, Callable
 from ipc.channel import Channel
 from ipc.errors import IpcError
 from ipc.messages.ghosts import VCPU_STARTING
@@ -31,16 +32,15 @@ from ipc.messages.worker import (
     SetRoutes,
     VcpuExited,
 )
-from ipc.typed import Any, Callable
 from vcpu_worker import state as vcpu_state
 from vcpu_worker.descriptor_set import DescriptorSet
 from vcpu_worker.errors import ConfigurationError, StateError, WorkerError
-from vcpu_worker.exits import REASON_RUN_FAILED, STARTING, FinalExit
 from vcpu_worker.ghosts.control import GhostControl
 from vcpu_worker.lifecycle import Event, State, next_state
 from vcpu_worker.machine import Machine, Vcpu
+from vcpu_worker.replacement import Succession
+from vcpu_worker.reporting import REASON_RUN_FAILED, STARTING, FinalExit
 from vcpu_worker.run_loop import RunLoop
-from vcpu_worker.succession import Succession
 from vcpu_worker.vcpu_thread import Completions, VcpuThread
 
 #: A vCPU that is asked to stop is kicked at once and again after 1, 2, 4 … ms until it is parked.
@@ -199,8 +199,8 @@ class Control:
         faults.visit("vcpu.configure")
         if isinstance(self._machine, WorkerError):
             raise self._machine
-        if command.goes_on:
-            faults.visit("vcpu.goes_on")
+        if command.resumes_other:
+            faults.visit("vcpu.resumes_other")
         machine = self._machine
         self._advance(Event.CONFIGURE)
         try:
@@ -221,7 +221,7 @@ class Control:
                 self._advance(Event.FAIL)
                 reply(_failed(result))
                 return
-            self._advance(Event.CONFIGURED_TO_GO_ON if command.goes_on else Event.CONFIGURED)
+            self._advance(Event.CONFIGURED_TO_GO_ON if command.resumes_other else Event.CONFIGURED)
             faults.visit("vcpu.configured")
             reply(Configured(next(each for each in results if each is not None)))
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 
+from base.errors import CellblockError
 
-class WorkerError(Exception):
+
+class WorkerError(CellblockError):
     """Base of every error that this package raises: what happened and what to do about it."""
 
     code = "worker"

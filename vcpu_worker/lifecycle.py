@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipc.typed import Enum
+from base.lean_typing import Enum
 from vcpu_worker.errors import StateError
 
 
@@ -33,7 +33,7 @@ class Event(Enum):
     SAVE = "save"
     LOAD = "load"
     HAND_OVER = "hand over"
-    TAKE_BACK = "take back"
+    ROLL_BACK = "take back"
     TAKE_OVER = "take over"
     FINISH = "finish"
     FAIL = "fail"
@@ -60,10 +60,10 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (_S.PAUSED, _E.HAND_OVER): _S.HANDED_OVER,
     (_S.HANDED_OVER, _E.HAND_OVER): _S.HANDED_OVER,
     # What was never handed over is taken back easily: the command to hand over may have come too late.
-    (_S.HANDED_OVER, _E.TAKE_BACK): _S.PAUSED,
-    (_S.PAUSED, _E.TAKE_BACK): _S.PAUSED,
-    (_S.PAUSING, _E.TAKE_BACK): _S.PAUSING,
-    (_S.RUNNING, _E.TAKE_BACK): _S.RUNNING,
+    (_S.HANDED_OVER, _E.ROLL_BACK): _S.PAUSED,
+    (_S.PAUSED, _E.ROLL_BACK): _S.PAUSED,
+    (_S.PAUSING, _E.ROLL_BACK): _S.PAUSING,
+    (_S.RUNNING, _E.ROLL_BACK): _S.RUNNING,
     (_S.AWAITING_STATE, _E.LOAD): _S.AWAITING_STATE,
     (_S.AWAITING_STATE, _E.TAKE_OVER): _S.PAUSED,
 }

@@ -9,14 +9,14 @@ from __future__ import annotations
 import mmap
 import os
 
-from ipc.device_page import DEVICE_PAGE_SIZE, slots_of
+from base.lean_typing import Sequence
+from ipc.device_pages import DEVICE_PAGE_SIZE, slots_of
 from ipc.exit_ring import RING_SIZE, ExitRingProducer
-from ipc.layout import map_shared
+from ipc.launch_plan import Assignment
 from ipc.messages.ghosts import OpenIpiSource, OpenIpiTarget
 from ipc.messages.records import BootRegisters, CapabilityDemand, Route
 from ipc.messages.worker import Configure
-from ipc.plan import Assignment
-from ipc.typed import Sequence
+from ipc.shared_memory import map_shared
 from vcpu_worker.cpu import boot_state, cpuid, msr
 from vcpu_worker.cpu.msr import state_indices
 from vcpu_worker.cpu.topology import Topology
@@ -110,7 +110,7 @@ class Machine:
         for vcpu in self.vcpus:
             ring, doorbell, completion = descriptors.exit_ring(vcpu.index)
             mapping = self._map(ring, RING_SIZE, writable=True)
-            vcpu.ring = ExitRingProducer(mapping, doorbell, completion, attached=not command.goes_on)
+            vcpu.ring = ExitRingProducer(mapping, doorbell, completion, attached=not command.resumes_other)
             vcpu.loop = RunLoop(
                 vcpu.kvm,
                 vcpu.ring,
@@ -245,7 +245,7 @@ class Machine:
             gone.append(gsi)
         self._handed_over = tuple(gone)
 
-    def take_back(self) -> None:
+    def roll_back(self) -> None:
         """Undo :meth:`hand_over`; no other VM may have the irqfds any more."""
         gone, self._handed_over = self._handed_over, ()
         for gsi in gone:

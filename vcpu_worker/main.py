@@ -9,16 +9,16 @@ import time
 
 import zmq
 
-from ipc import faults
+from base import faults
+from base.lean_std import socket
+from base.lean_typing import Callable
 from ipc.channel import Channel, PairChannel
 from ipc.descriptors import receive
 from ipc.errors import ChannelError, IpcError
+from ipc.launch_plan import ENDPOINT_BOUND, PLACEMENT_SPLIT, Assignment, LaunchPlan, endpoint
 from ipc.messages.descriptors import DESCRIPTORS
 from ipc.messages.records import WORKER
 from ipc.messages.worker import Hello, Welcome
-from ipc.plain import socket
-from ipc.plan import ENDPOINT_BOUND, PLACEMENT_SPLIT, Assignment, LaunchPlan, endpoint
-from ipc.typed import Callable
 from vcpu_worker import affinity
 from vcpu_worker.commands import EXIT_ERROR, Control
 from vcpu_worker.descriptor_set import DescriptorSet

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import fcntl
 
+from base.lean_typing import Sequence
 from ipc import exit_ring as ring_abi
-from ipc.device_page import READ_LOCAL, WRITE_LAZY, WRITE_POSTED, WRITE_SHARED
+from ipc.device_pages import READ_LOCAL, WRITE_LAZY, WRITE_POSTED, WRITE_SHARED
 from ipc.exit_ring import ExitRingProducer
 from ipc.messages.records import Window
-from ipc.typed import Sequence
-from vcpu_worker import exits
+from vcpu_worker import reporting
 from vcpu_worker.errors import ConfigurationError
-from vcpu_worker.exits import FinalExit
 from vcpu_worker.kvm import abi
 from vcpu_worker.kvm.vcpu import KvmVcpu
+from vcpu_worker.reporting import FinalExit
 
 EINTR = 4
 EAGAIN = 11
@@ -151,7 +151,7 @@ class RunLoop:
         that by KVM_RUN any more.
         """
         if self._vcpu.get_mp_state() != abi.MP_STATE_UNINITIALIZED:  # INIT has come, perhaps even the SIPI
-            return exits.STARTING
+            return reporting.STARTING
         return self.run()
 
     def run(self) -> FinalExit | None:
@@ -180,10 +180,10 @@ class RunLoop:
                     return None
                 if error.errno != EINTR:
                     if error.errno == EAGAIN and self.start_held:
-                        return exits.STARTING
+                        return reporting.STARTING
                     refused += 1
                     if error.errno != EAGAIN or refused > _MAX_REFUSALS:
-                        return self._finish(exits.describe_failure(error.errno or 0))
+                        return self._finish(reporting.describe_failure(error.errno or 0))
                 continue
             reason = run32[_WORD_REASON]
             if reason == exit_io:
@@ -208,7 +208,7 @@ class RunLoop:
             elif reason == abi.EXIT_IOAPIC_EOI:
                 counts[_IOAPIC_EOI] += 1
             elif reason != abi.EXIT_INTR:
-                return self._finish(exits.describe(vcpu))
+                return self._finish(reporting.describe(vcpu))
 
     def _finish(self, final: FinalExit) -> FinalExit:
         self._counts[_FINAL] += 1

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import time
 
+from base.lean_typing import Any, NamedTuple
 from ipc.errors import MessageError
 from ipc.messages.records import CpuidEntry, MsrValue
 from ipc.schema import U32, U64, Bytes, Field, Flag, Int, ListOf, RecordOf, pack, unpack
-from ipc.typed import Any, NamedTuple
 from vcpu_worker.cpu.msr import IA32_TSC, IA32_TSC_DEADLINE
 from vcpu_worker.errors import StateError
 from vcpu_worker.kvm import abi

@@ -14,8 +14,8 @@ import ctypes
 import os
 from _queue import SimpleQueue
 
-from ipc.plain import deque, signal
-from ipc.typed import Any, Callable
+from base.lean_std import deque, signal
+from base.lean_typing import Any, Callable
 
 KICK_SIGNAL = signal.SIGRTMIN
 _PR_SET_NAME = 15

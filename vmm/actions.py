@@ -6,10 +6,9 @@ Plain classes: there is one per operation, and a NamedTuple costs five times as 
 
 from __future__ import annotations
 
-from ipc.typed import TYPE_CHECKING, Generic, TypeVar
+from base.lean_typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from vmm.api.text import JsonValue
     from vmm.config.balloon import BalloonConfig
     from vmm.config.drives import DriveConfig, DriveUpdate
     from vmm.config.entropy import EntropyConfig
@@ -17,12 +16,13 @@ if TYPE_CHECKING:
     from vmm.config.mmds import MmdsConfig
     from vmm.config.network import NetworkConfig, NetworkUpdate
     from vmm.config.pmem import PmemConfig, PmemUpdate
+    from vmm.config.resources import BootSourceConfig, MachineConfigUpdate, SerialConfig
     from vmm.config.snapshot import CreateSnapshotParams, LoadSnapshotParams
     from vmm.config.vsock import VsockConfig
     from vmm.cpu_config.template import CustomCpuTemplate
-    from vmm.logger import LoggerConfig
-    from vmm.metrics import MetricsConfig
-    from vmm.resources import BootSourceConfig, MachineConfigUpdate, SerialConfig
+    from vmm.json.text import JsonValue
+    from vmm.observe.logger import LoggerConfig
+    from vmm.observe.metrics import MetricsConfig
 
 T = TypeVar("T")
 

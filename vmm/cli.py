@@ -13,7 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-#: Exit codes (ipc.exit_codes is not imported here: it would load ``signal`` and ``enum``).
+#: Exit codes (base.exit_codes is not imported here: it would load ``signal`` and ``enum``).
 EXIT_OK = 0
 EXIT_GENERIC = 1
 EXIT_BAD_CONFIGURATION = 152

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import time
 
-from ipc.typed import TYPE_CHECKING
+from base.lean_typing import TYPE_CHECKING
 from vmm import actions
 from vmm.config.rate_limiter import RateLimiterConfig
 from vmm.errors import VmmError
-from vmm.metrics import METRICS, Metrics
 from vmm.mmds.store import MmdsLimitError
+from vmm.observe.metrics import METRICS, Metrics
 from vmm.version import APP_NAME, FIRECRACKER_VERSION
 
 if TYPE_CHECKING:
-    from ipc.typed import Any, Callable
+    from base.lean_typing import Any, Callable
     from vmm.actions import Action
-    from vmm.api.text import JsonValue
-    from vmm.logger import Logger
-    from vmm.microvm import Microvm
-    from vmm.resources import VmResources
+    from vmm.config.resources import VmResources
+    from vmm.json.text import JsonValue
+    from vmm.machine.device_operations import Microvm
+    from vmm.observe.logger import Logger
 
 NOT_SUPPORTED_PREBOOT = "The requested operation is not supported before starting the microVM."
 NOT_SUPPORTED_POSTBOOT = "The requested operation is not supported after starting the microVM."

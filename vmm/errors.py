@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from base.errors import CellblockError
 
-class VmmError(Exception):
+
+class VmmError(CellblockError):
     """Base of every error of the controller; its text is what API clients get as ``fault_message``."""
 
     code = "vmm"

@@ -7,7 +7,7 @@ Writes that may fail harmlessly are made inside ``Tolerated``.
 
 from __future__ import annotations
 
-from ipc.plain import signal
+from base.lean_std import signal
 
 
 class FileSizeLimitReached(BaseException):

@@ -9,7 +9,7 @@ import errno
 import os
 import stat
 
-from ipc.errno_text import errno_text
+from base.errno_text import errno_text
 from vmm.errors import VmmError
 
 #: Permissions of created files before the umask takes effect.

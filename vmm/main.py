@@ -6,34 +6,35 @@ import os
 import sys
 import time
 
-from ipc import exit_codes, faults
-from ipc.errors import IpcError
+from base import exit_codes, faults
+from base.errors import CellblockError
+from base.event_manager import EventManager
+from base.lean_std import socket
+from base.lean_typing import Callable
+from ipc.launch_plan import ROLE_VMM, LaunchPlan
 from ipc.messages.supervisor import Shutdown, SignalNoticed
-from ipc.plain import socket
-from ipc.plan import ROLE_VMM, LaunchPlan
-from ipc.typed import Callable
-from vmm import config_file, file_limit, metadata_file
+from vmm import file_limit
 from vmm.actions import StartMicrovm
 from vmm.api.handler import ApiHandler
 from vmm.api.server import ApiServer, bind
 from vmm.api.streams import EventStreams
 from vmm.boot import loader
-from vmm.builder import MicrovmBuilder
+from vmm.cells.supervisor import SupervisorClient
 from vmm.cli import CommandLine, CommandLineError, parse
+from vmm.config import file as config_file
+from vmm.config import metadata_file
+from vmm.config.resources import StartOptions, VmResources
 from vmm.controller import Controller
 from vmm.cpu_config import dump
 from vmm.errors import VmmError
-from vmm.event_manager import EventManager
-from vmm.events import EVENTS
-from vmm.logger import LOG, LoggerConfig
-from vmm.metrics import METRICS, SIGNAL_KEYS, MetricsConfig
-from vmm.metrics_sources import read_logger
-from vmm.microvm import Microvm
-from vmm.post_mortem import as_json
-from vmm.resources import StartOptions, VmResources
-from vmm.supervisor import SupervisorClient
+from vmm.machine.builder import MicrovmBuilder
+from vmm.machine.device_operations import Microvm
+from vmm.machine.post_mortem import as_json
+from vmm.machine.vmm import STATE_PAUSED, Vmm
+from vmm.observe.event_log import EVENTS
+from vmm.observe.logger import LOG, LoggerConfig
+from vmm.observe.metrics import METRICS, SIGNAL_KEYS, MetricsConfig, read_logger
 from vmm.version import FIRECRACKER_VERSION
-from vmm.vmm import STATE_PAUSED, Vmm
 
 #: From a start to the next one that the guest's reset makes.
 RESTART_INTERVAL_NS = 1_000_000_000
@@ -54,7 +55,7 @@ def run(plan: LaunchPlan, supervisor: socket.socket, seal: Callable[[], None]) -
         return Program(plan, parse(plan.arguments), supervisor).run(seal)
     except CommandLineError as error:
         return _complain(str(error), error.exit_code)
-    except (VmmError, IpcError) as error:
+    except CellblockError as error:
         return _complain(str(error), exit_codes.GENERIC_ERROR)
     except Exception as error:  # a cell prints no traceback
         return _complain(f"internal error: {type(error).__name__}: {error}", exit_codes.UNEXPECTED_ERROR)
@@ -124,7 +125,7 @@ class Program:
             self._clean_up(listener, code := exit_codes.SIGXFSZ)
             return _log_end(code)
         except BaseException as error:
-            expected = isinstance(error, (VmmError, IpcError))
+            expected = isinstance(error, CellblockError)
             METRICS["vmm"].store("panic_count", 0 if expected else 1)
             self._clean_up(listener, exit_codes.GENERIC_ERROR if expected else exit_codes.UNEXPECTED_ERROR)
             raise

@@ -1,15 +1,24 @@
-"""Which worker runs which vCPUs: one policy, decided once per microVM.
+"""Which worker runs which vCPUs, and on which host CPUs: one policy, decided once per microVM.
 
 *Split*: every vCPU has a worker of its own. *Grouped*: one worker runs all of them as threads. Anything between is
 written as groups: ``0,1/2,3`` is two workers of two vCPUs each. Split needs second-stage paging in hardware: without
 it a worker's VM does not see what another one's vCPUs change in the guest's page tables.
+
+The affinity (``vcpu_affinity`` of PUT /machine-config) has one list of host CPUs per vCPU, in order, separated by
+``/``; a list is written as in the kernel's cpulists: ``2/3/4-5,7/4-5,7``.
 """
 
 from __future__ import annotations
 
-from ipc.plan import PLACEMENT_GROUPED, PLACEMENT_SPLIT, Assignment, LaunchPlan
-from ipc.typed import NamedTuple
-from vmm.affinity import Affinity
+from base.lean_typing import Iterable, NamedTuple, Sequence
+from ipc.launch_plan import (
+    MAX_AFFINITY,
+    MAX_HOST_CPUS,
+    PLACEMENT_GROUPED,
+    PLACEMENT_SPLIT,
+    Assignment,
+    LaunchPlan,
+)
 from vmm.errors import VmmError
 
 AUTOMATIC = "Automatic"
@@ -21,6 +30,17 @@ _GROUP_SEPARATOR = "/"
 _VCPU_SEPARATOR = ","
 #: Longest text that can name 32 vCPUs in groups.
 _MAX_TEXT = 128
+
+#: Takes an affinity that was set away again.
+ANY = "Any"
+
+_AFFINITY_SEPARATOR = "/"
+_LIST_SEPARATOR = ","
+_RANGE_SEPARATOR = "-"
+#: Longest text that is read.
+_MAX_AFFINITY_TEXT = 4096
+
+Affinity = tuple[tuple[int, ...], ...]
 
 
 class PlacementError(VmmError):
@@ -107,3 +127,64 @@ def _groups(text: str, vcpu_count: int) -> tuple[tuple[int, ...], ...]:
 
 def _is_number(text: str) -> bool:
     return len(text) <= 2 and text.isascii() and text.isdigit()
+
+
+class AffinityError(VmmError):
+    """An affinity that cannot be read, does not fit the vCPU count, or names CPUs that the host does not give us."""
+
+    code = "vmm.affinity"
+
+
+def parse_affinity(text: str | None, vcpu_count: int, available: Sequence[int] = ()) -> Affinity:
+    """Return the host CPUs of each vCPU, in ascending order; nothing if no affinity is wanted.
+
+    ``available`` are the host CPUs that this microVM may use, in ascending order; not checked if it is empty. Raises
+    AffinityError.
+    """
+    if text is None or text == ANY:
+        return ()
+    lists = text[: _MAX_AFFINITY_TEXT + 1].split(_AFFINITY_SEPARATOR)
+    if len(text) > _MAX_AFFINITY_TEXT or len(lists) != vcpu_count:
+        raise AffinityError(
+            f"The vCPU affinity is {ANY}, or a list of host CPUs for each of the {vcpu_count} vCPUs, such as "
+            f"{_AFFINITY_SEPARATOR.join(['0', '1', '2-3,5'][:vcpu_count])}."
+        )
+    affinity = tuple(_cpus(each, vcpu) for vcpu, each in enumerate(lists))
+    lacking = sorted({cpu for cpus in affinity for cpu in cpus}.difference(available)) if available else []
+    if lacking:
+        raise AffinityError(
+            f"The vCPU affinity names host CPU {cpulist(lacking)}; this microVM may use {cpulist(available)}."
+        )
+    return affinity
+
+
+def cpulist(cpus: Iterable[int]) -> str:
+    """Write CPUs, given in ascending order, as a cpulist."""
+    ranges: list[tuple[int, int]] = []
+    for cpu in cpus:
+        if ranges and ranges[-1][1] == cpu - 1:
+            ranges[-1] = (ranges[-1][0], cpu)
+        else:
+            ranges.append((cpu, cpu))
+    return _LIST_SEPARATOR.join(f"{low}" if low == high else f"{low}{_RANGE_SEPARATOR}{high}" for low, high in ranges)
+
+
+def _cpus(text: str, vcpu: int) -> tuple[int, ...]:
+    cpus: set[int] = set()
+    for part in text.split(_LIST_SEPARATOR):
+        low, dash, high = part.partition(_RANGE_SEPARATOR)
+        if not _is_cpu_number(low) or (dash and not _is_cpu_number(high)):
+            raise AffinityError(f"The host CPUs of vCPU {vcpu} are a list such as 2,4-5; this is none: {part[:20]!r}.")
+        first, last = int(low), int(high or low)
+        if not first <= last < MAX_HOST_CPUS:
+            raise AffinityError(
+                f"The host CPUs of vCPU {vcpu}: {part} is no range of numbers below {MAX_HOST_CPUS}, lowest first."
+            )
+        cpus.update(range(first, last + 1))
+    if len(cpus) > MAX_AFFINITY:
+        raise AffinityError(f"The host CPUs of vCPU {vcpu} are more than {MAX_AFFINITY}.")
+    return tuple(sorted(cpus))
+
+
+def _is_cpu_number(text: str) -> bool:
+    return 0 < len(text) <= 4 and text.isascii() and text.isdigit()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from base.lean_typing import NamedTuple
+from ipc.launch_plan import MAX_MEMORY_BYTES
 from ipc.messages.records import MAX_GSI, VCPU_FIELD, VECTOR_FIELD
-from ipc.plan import MAX_MEMORY_BYTES
 from ipc.schema import Int, Schema
-from ipc.typed import NamedTuple
 
 DESCRIPTORS = Schema()
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from base.lean_typing import NamedTuple
+from ipc.launch_plan import MAX_WORKERS
 from ipc.messages.records import MAX_GSI, VCPU_FIELD, VECTOR_FIELD, WORKER
-from ipc.plan import MAX_WORKERS
 from ipc.schema import U8, U32, U64, Field, Flag, Int, ListOf, RecordOf, Text
-from ipc.typed import NamedTuple
 
 #: What a GhostEvent is about.
 GHOST_INTERRUPT = 1  # an interrupt with this vector reached the ghost

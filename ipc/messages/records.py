@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ipc.plan import MAX_WORKERS
+from base.lean_typing import NamedTuple
+from ipc.launch_plan import MAX_WORKERS
 from ipc.schema import U8, U32, U64, Field, Flag, Int, RecordOf, Schema, Text
-from ipc.typed import NamedTuple
 
 WORKER = Schema()
 MAX_GSI = 4096

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from base.lean_typing import NamedTuple
+from ipc.launch_plan import MAX_AFFINITY, MAX_HOST_CPUS, MAX_MEMORY_BYTES, MAX_WORKERS
 from ipc.messages.records import CODE_FIELD, TEXT_FIELD, VCPU_FIELD, WORKER_FIELD, Failed
-from ipc.plan import MAX_AFFINITY, MAX_HOST_CPUS, MAX_MEMORY_BYTES, MAX_WORKERS
 from ipc.schema import U8, U32, Int, ListOf, Schema, Text
-from ipc.typed import NamedTuple
 
 SUPERVISOR = Schema()
 
 
 class Spawn(NamedTuple):
-    """Fork a worker for these vCPUs and ghosts (``ipc.plan.Assignment``); its ZeroMQ endpoint is bound already."""
+    """Fork a worker for these vCPUs and ghosts (``ipc.launch_plan.Assignment``); its endpoint is bound already."""
 
     worker: int
     vcpus: tuple[int, ...]

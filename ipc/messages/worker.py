@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ipc.device_page import SLOT_COUNT
+from base.lean_typing import NamedTuple
+from ipc.device_pages import SLOT_COUNT
+from ipc.launch_plan import MAX_MEMORY_BYTES, MAX_WORKERS
 from ipc.messages.records import (
     CPUID_FIELD,
     MAX_CPUID_ENTRIES,
@@ -21,9 +23,7 @@ from ipc.messages.records import (
     Route,
     Window,
 )
-from ipc.plan import MAX_MEMORY_BYTES, MAX_WORKERS
 from ipc.schema import U8, U16, U32, U64, Bytes, Flag, Int, ListOf, RecordOf, Text
-from ipc.typed import NamedTuple
 
 _REGION = RecordOf(MemoryRegion, guest_address=Int(U64), size=Int(MAX_MEMORY_BYTES, 1), offset=Int(MAX_MEMORY_BYTES))
 _WINDOW = RecordOf(Window, address=Int(U64), length=Int(1 << 40, 1), slot=Int(SLOT_COUNT - 1))
@@ -68,9 +68,9 @@ class Configure(NamedTuple):
     """Make the VM. The descriptors were all sent on the descriptor channel before (the messages of ``DESCRIPTORS``).
 
     ``vcpus`` are the indices that this worker runs; ``boot`` is used for vCPU 0 only. ``interrupts`` are the GSIs
-    whose eventfds were sent. ``goes_on``: for another worker, whose state will come (LoadState, TakeOver). The last
-    three come from the CPU template: ``cpuid`` is what HostCpuRead said with the template's changes, not yet normalised
-    (empty: without a template, what the host supports).
+    whose eventfds were sent. ``resumes_other``: for another worker, whose state will come (LoadState, TakeOver).
+    The last three come from the CPU template: ``cpuid`` is what HostCpuRead said with the template's changes, not yet
+    normalised (empty: without a template, what the host supports).
     """
 
     vcpu_count: int
@@ -83,7 +83,7 @@ class Configure(NamedTuple):
     mmio: tuple[Window, ...]
     interrupts: tuple[int, ...]
     track_dirty_pages: bool
-    goes_on: bool
+    resumes_other: bool
     cpuid: tuple[CpuidEntry, ...] = ()
     msr_changes: tuple[MsrChange, ...] = ()
     capabilities: tuple[CapabilityDemand, ...] = ()
@@ -218,7 +218,7 @@ WORKER.register(
     mmio=ListOf(_WINDOW, 64),
     interrupts=ListOf(Int(MAX_GSI - 1), 64),
     track_dirty_pages=Flag(),
-    goes_on=Flag(),
+    resumes_other=Flag(),
     cpuid=ListOf(CPUID_FIELD, MAX_CPUID_ENTRIES),
     msr_changes=ListOf(_MSR_CHANGE, MAX_TEMPLATE_ITEMS),
     capabilities=ListOf(_CAPABILITY, MAX_TEMPLATE_ITEMS),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-from ipc.typed import Any
+from base.lean_typing import Any
 
 _FOLDER = __file__.rpartition("/")[0]
 _Function = type(lambda: None)

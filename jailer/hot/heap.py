@@ -12,7 +12,7 @@ import gc
 import os
 import sys
 
-from ipc.typed import Iterator
+from base.lean_typing import Iterator
 
 _MAX_REPORT_SIZE = 65536
 _BYTES_HEADER = 33

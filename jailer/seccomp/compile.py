@@ -15,7 +15,7 @@ import os
 import struct
 import sys
 
-from ipc.typed import Any
+from base.lean_typing import Any
 from jailer.errors import PolicyError
 from jailer.seccomp.policy import ALLOWED, DIRECTORY, Policy, Rule, full_text, parse
 

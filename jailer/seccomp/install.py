@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import struct
 
-from ipc.errno_text import errno_text
-from ipc.plan import ROLE_SUPERVISOR, SECCOMP_KILL, SECCOMP_REPORT
-from ipc.typed import NamedTuple
+from base.errno_text import errno_text
+from base.lean_typing import NamedTuple
+from ipc.launch_plan import ROLE_SUPERVISOR, SECCOMP_KILL, SECCOMP_REPORT
 from jailer import syscalls
 from jailer.errors import PolicyError
 from jailer.seccomp.compile import ROLES, cache_key, compile_policy, compiled_path, sha256, unpack

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import struct
 
-from ipc.typed import NamedTuple
+from base.lean_typing import NamedTuple
 
 #: struct seccomp_notif: id u64, pid u32, flags u32, then struct seccomp_data: nr i32, arch u32,
 #: instruction_pointer u64, args u64[6].

@@ -23,7 +23,7 @@ from __future__ import annotations
 import errno
 import os
 
-from ipc.typed import Callable, NamedTuple
+from base.lean_typing import Callable, NamedTuple
 from jailer.errors import PolicyError
 
 #: Where the policies lie.

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 
-from ipc.errno_text import errno_text
-from ipc.typed import NamedTuple
+from base.errno_text import errno_text
+from base.lean_typing import NamedTuple
 from jailer import walls
 from jailer.errors import StepError
-from jailer.plan import Operation
+from jailer.operations import Operation
 from jailer.settings import CgroupItem, Settings
 from jailer.steps.directories import make_directories, remove_empty
 from jailer.steps.worker_cgroups import OpenWorkerCgroups, WorkerCgroups, directories_of

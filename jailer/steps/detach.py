@@ -9,10 +9,10 @@ from __future__ import annotations
 import fcntl
 import os
 
-from ipc.errno_text import errno_text
+from base.errno_text import errno_text
 from jailer import syscalls
 from jailer.errors import StepError
-from jailer.plan import Operation
+from jailer.operations import Operation
 
 _READY = b"\1"
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import stat
 
-from ipc.errno_text import errno_text
+from base.errno_text import errno_text
 from jailer import walls
 from jailer.errors import StepError
-from jailer.plan import Operation
+from jailer.operations import Operation
 
 #: (path, major, minor, is a failure only a warning)
 DEVICES = (

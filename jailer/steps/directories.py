@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from ipc.errno_text import errno_text
+from base.errno_text import errno_text
 from jailer.errors import StepError
-from jailer.plan import Operation
+from jailer.operations import Operation
 
 _ATTEMPTS = 100
 

@@ -8,7 +8,7 @@ import resource
 
 import _prctl
 
-from ipc.plain import signal
+from base.lean_std import signal
 from jailer import syscalls
 from jailer.errors import CellError
 

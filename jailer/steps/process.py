@@ -8,11 +8,11 @@ import os
 import posix
 import resource
 
-from ipc.errno_text import errno_text
-from ipc.typed import Iterable
+from base.errno_text import errno_text
+from base.lean_typing import Iterable
 from jailer import syscalls, walls
 from jailer.errors import StepError
-from jailer.plan import Operation
+from jailer.operations import Operation
 from jailer.settings import Limits
 
 

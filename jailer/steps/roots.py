@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 
-from ipc.errno_text import errno_text
+from base.errno_text import errno_text
 from jailer import syscalls, walls
 from jailer.errors import StepError
-from jailer.plan import Operation
+from jailer.operations import Operation
 
 #: Where the controller, and where supervisor and workers, see the ipc directory.
 CONTROLLER_IPC_DIRECTORY = "/run/cellblock"

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 
-from ipc.errno_text import errno_text
-from ipc.plan import MAX_WORKERS
-from ipc.typed import Iterable
+from base.errno_text import errno_text
+from base.lean_typing import Iterable
+from ipc.launch_plan import MAX_WORKERS
 from jailer import walls
 from jailer.errors import CellError, StepError
-from jailer.plan import Operation
+from jailer.operations import Operation
 
 
 def directory_of(microvm: str, worker: int) -> str:

@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from tests.unit.api.fakes import Api, parse_response
-from vmm import config_file
+from tests.harness.api import Api, parse_response
 from vmm.api.http import LINE_LIMIT, ProtocolError, Request, RequestParser, render_protocol_error
-from vmm.api.json_decoder import JsonError, decode
+from vmm.config import file as config_file
 from vmm.errors import VmmError
-from vmm.logger import OFF, LoggerConfig
+from vmm.json.decoder import JsonError, decode
+from vmm.observe.logger import OFF, LoggerConfig
 
 ADDRESS_SPACE = 512 << 20
 SECONDS_PER_EXAMPLE = 1.0

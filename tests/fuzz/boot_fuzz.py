@@ -23,11 +23,12 @@ from types import FrameType
 import hypothesis
 from hypothesis import strategies as st
 
-from tests.unit.boot import images
-from vmm.boot import elf, kernel_cache, layout, loader
+from ipc.guest_memory import GuestMemory
+from tests.harness import kernel_images as images
+from vmm import layout
+from vmm.boot import elf, kernel_cache, loader
 from vmm.boot.cmdline import Cmdline
 from vmm.boot.errors import BootError
-from vmm.memory import GuestMemory
 
 MIB = 1 << 20
 ADDRESS_SPACE = 512 * MIB

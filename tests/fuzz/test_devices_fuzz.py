@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipc.device_page import slots_of
+from ipc.device_pages import slots_of
 from ipc.exit_ring import (
     ENTRY_COUNT,
     ENTRY_SIZE,
@@ -28,13 +28,13 @@ from ipc.exit_ring import (
     WORD_POSTED,
     WORD_WAITING,
 )
-from ipc.layout import PAGE_SIZE, map_shared
-from vmm.boot.layout import BOOT_TIMER_ADDRESS, COM1_PORT, I8042_DATA_PORT, IOAPIC_ADDRESS
+from ipc.shared_memory import PAGE_SIZE, map_shared
+from vmm.cells.exits import BATCH, ExitExecutor
 from vmm.devices.bus import ALL_ONES
-from vmm.devices.exerciser import EXERCISER_MMIO, EXERCISER_PORT
+from vmm.devices.legacy.exerciser import EXERCISER_MMIO, EXERCISER_PORT
 from vmm.devices.manager import DeviceManager
 from vmm.errors import DeviceError
-from vmm.exits import BATCH, ExitExecutor
+from vmm.layout import BOOT_TIMER_ADDRESS, COM1_PORT, I8042_DATA_PORT, IOAPIC_ADDRESS
 
 PORT_BASES = (I8042_DATA_PORT, COM1_PORT, EXERCISER_PORT, 0, 0xFFF8)
 MMIO_BASES = (IOAPIC_ADDRESS, BOOT_TIMER_ADDRESS, EXERCISER_MMIO, EXERCISER_MMIO + 0x1000, 0, (1 << 64) - 8)

@@ -1,4 +1,4 @@
-# Exercises every exit path against the exerciser device (vmm/devices/exerciser.py): each write carries the next
+# Exercises every exit path against the exerciser device (vmm/devices/legacy/exerciser.py): each write carries the next
 # count, each read of the last count is compared. The number of rounds is the first word of the command line.
 # Entered by PVH: 32-bit protected mode, flat segments, paging off.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jail.harness import JailedMicrovm, microvm, wait_for
+from tests.harness.jail import JailedMicrovm, microvm, wait_for
 
 #: attack → the walls that stop it, each by itself: (wall, what the attacker sees; None: the cell is ended).
 ATTACKS: dict[str, dict[str, str | None]] = {

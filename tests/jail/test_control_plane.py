@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from tests.jail.harness import GID, UID, JailedMicrovm, microvm
+from tests.harness.jail import GID, UID, JailedMicrovm, microvm
 
 BUCKET = {"size": 1, "refill_time": 1, "one_time_burst": 1}
 LIMITER = {"bandwidth": BUCKET, "ops": BUCKET}

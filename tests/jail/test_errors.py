@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import NoLeftovers
-from tests.jail.harness import FIRECRACKER, JAILER, microvm, stand_in
+from tests.harness.jail import FIRECRACKER, JAILER, microvm, stand_in
 
 GOOD = {"--id": "errors", "--exec-file": str(FIRECRACKER), "--uid": "12345", "--gid": "12345"}
 

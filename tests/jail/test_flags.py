@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import NoLeftovers
-from tests.jail.harness import (
+from tests.harness.jail import (
     FIRECRACKER,
     GID,
     JAILER,

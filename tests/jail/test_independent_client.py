@@ -22,8 +22,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from devtool.project import ROOT
 from lab.client import launch_unjailed
 from tests.guests.build import build
-from tests.jail.harness import GID, UID, JailedMicrovm, is_alive, microvm, status, wait_for
-from tests.unix_http import BASE_URL, session
+from tests.harness.http import BASE_URL, session
+from tests.harness.jail import GID, UID, JailedMicrovm, is_alive, microvm, status, wait_for
 
 DOCUMENT: dict[str, Any] = yaml.safe_load((ROOT / "docs" / "openapi.yaml").read_text())
 #: What a generated body needs that no schema can know: files, and a machine that this host can make.

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from ipc.faults import FAULT_POINTS
+from base.faults import FAULT_POINTS
 from lab.client import ClientError
 from tests.conftest import NoLeftovers, Scale
-from tests.jail.harness import (
+from tests.harness.jail import (
     JAILER,
     PATIENCE_S,
     PROMISE_S,

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from devtool.project import ROOT
 from tests.conftest import Scale
-from tests.jail.harness import is_alive, microvm
-from tests.unix_http import BASE_URL, session
+from tests.harness.http import BASE_URL, session
+from tests.harness.jail import is_alive, microvm
 
 #: The longest that an answer may take; what takes longer hangs.
 PATIENCE_S = 60.0

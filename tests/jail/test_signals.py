@@ -17,7 +17,7 @@ import pytest
 from devtool.project import LAUNCHERS
 from lab.client import ClientError, launch_unjailed
 from tests.guests.build import build
-from tests.jail.harness import GID, UID, JailedMicrovm, children, microvm, wait_for
+from tests.harness.jail import GID, UID, JailedMicrovm, children, microvm, wait_for
 
 #: What each signal means: exit code, group and key of the metric that becomes 1.
 ENDINGS = [

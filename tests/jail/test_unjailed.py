@@ -15,7 +15,7 @@ import pytest
 from lab.client import request
 from tests.conftest import NoLeftovers
 from tests.guests.build import build
-from tests.jail.harness import (
+from tests.harness.jail import (
     FIRECRACKER,
     PATIENCE_S,
     PROMISE_S,

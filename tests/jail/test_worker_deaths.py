@@ -25,7 +25,7 @@ import pytest
 
 from lab.client import Reply, without_log
 from tests.conftest import NoLeftovers
-from tests.jail.harness import PATIENCE_S, PROMISE_S, JailedMicrovm, is_alive, microvm, status, wait_for
+from tests.harness.jail import PATIENCE_S, PROMISE_S, JailedMicrovm, is_alive, microvm, status, wait_for
 from tests.jail.test_lifetimes import _after_the_janitor
 
 EXIT_CODES = {"SIGKILL": 1, "SIGSEGV": 150}
@@ -54,7 +54,7 @@ CASES = (
     Case("paused (told to save)", "ended", "vcpu.save"),
     Case("saved", "ended", slow=("vcpu.load=delay,ms=400",)),
     Case("comer spawned", "undone", "cell.sealed", ",after=2"),
-    Case("comer greeted", "undone", "vcpu.goes_on"),
+    Case("comer greeted", "undone", "vcpu.resumes_other"),
     Case("comer configured", "undone", "vcpu.load"),
     Case("comer loaded", "undone", "vcpu.take_over"),
     Case("replaced", "replaced", "vcpu.finish"),

@@ -9,9 +9,9 @@ import pytest
 
 from lab.client import launch_unjailed
 from tests.guests.build import build
+from tests.harness.workers import Controller
 from tests.kvm.test_worker_control import nothing_written
-from tests.kvm.worker_harness import Controller
-from vmm.affinity import as_text
+from vmm.placement import cpulist
 
 CPUS = sorted(os.sched_getaffinity(0))
 FIRST, LAST = CPUS[0], CPUS[-1]
@@ -30,7 +30,7 @@ def allowed(pid: int) -> dict[str, str]:
 
 def test_every_thread_runs_where_it_may(tmp_path, no_leftovers):
     """Two vCPUs share a worker, one has its own; a worker that takes another one's place is bound in the same way."""
-    first, last, both = (as_text(sorted(cpus)) for cpus in ({FIRST}, {LAST}, {FIRST, LAST}))
+    first, last, both = (cpulist(sorted(cpus)) for cpus in ({FIRST}, {LAST}, {FIRST, LAST}))
     wanted = {0: (first, last, both), 1: (last, last, last), 2: (last, first, both)}
     affinity = f"{first}/{last}/{last}"
     with no_leftovers(), launch_unjailed(tmp_path) as vm:
@@ -50,7 +50,7 @@ def test_every_thread_runs_where_it_may(tmp_path, no_leftovers):
                 others = {cpus for name, cpus in threads.items() if not name.startswith(("fc_vcpu", "kvm-"))}
                 assert others == {rest if index != 1 else last}, threads
             vm.must("PATCH", "/vcpus", {"action": "Replace"})
-        assert set(allowed(vm.process.pid).values()) == {as_text(CPUS)}  # who started it is not bound
+        assert set(allowed(vm.process.pid).values()) == {cpulist(CPUS)}  # who started it is not bound
 
 
 def test_cpus_that_are_not_to_be_had_are_refused(tmp_path, no_leftovers):
@@ -59,7 +59,7 @@ def test_cpus_that_are_not_to_be_had_are_refused(tmp_path, no_leftovers):
         before = vm.must("GET", "/machine-config")
         reply = vm.api("PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 64, "vcpu_affinity": f"{ABSENT}"})
         assert reply.status == 400
-        expected = f"names host CPU {ABSENT}; this microVM may use {as_text(CPUS)}."
+        expected = f"names host CPU {ABSENT}; this microVM may use {cpulist(CPUS)}."
         assert expected in reply.body["fault_message"]
         assert vm.must("GET", "/machine-config") == before
 

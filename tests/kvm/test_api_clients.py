@@ -18,9 +18,9 @@ import pytest
 from lab.client import Microvm, launch_unjailed, request
 from tests.conftest import SOAK, Scale
 from tests.guests.build import build
-from tests.jail.harness import children
+from tests.harness.jail import children
+from tests.harness.microvms import wait_for_first_worker
 from tests.kvm.test_api_table import Client
-from tests.microvms import wait_for_first_worker
 
 BAD_CLIENTS = 200
 #: A bad client does something this often, in seconds.

@@ -1,7 +1,7 @@
 """Random sequences of requests to the real program against the model of the rules: no divergence, no leak.
 
-The model is that of tests/unit/api/test_state_machine.py; here every request goes over a socket to a controller with
-workers of its own, and the machine that is started is real.
+The model is that of tests/unit/vmm/api/test_state_machine.py; here every request goes over a socket to a controller
+with workers of its own, and the machine that is started is real.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from hypothesis.stateful import rule, run_state_machine_as_test
 from lab.client import Microvm, descendants, launch_unjailed
 from tests.conftest import Scale
 from tests.guests.build import build
-from tests.jail.harness import children, descriptors
+from tests.harness.jail import children, descriptors
+from tests.harness.microvms import wait_for_first_worker
 from tests.kvm.test_api_table import Client
-from tests.microvms import wait_for_first_worker
-from tests.unit.api.test_state_machine import NOT_STARTED, PREBOOT, RUNNING, ApiModel
+from tests.unit.vmm.api.test_state_machine import NOT_STARTED, PREBOOT, RUNNING, ApiModel
 
 #: What a controller may have more than when its guest was started, in KiB, after everything that was asked of it.
 GROWTH_KIB = 4096
@@ -35,7 +35,7 @@ VCPUS = (
 
 
 class Program:
-    """One `firecracker` with the interface of ``tests.unit.api.fakes.Api``."""
+    """One `firecracker` with the interface of ``tests.harness.api.Api``."""
 
     def __init__(self, directory: Path) -> None:
         self.vm: Microvm = launch_unjailed(directory, ["--log-path", str(directory / "log"), "--level", "Debug"])

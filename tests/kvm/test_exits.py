@@ -10,7 +10,7 @@ import pytest
 
 from lab.client import Microvm, descendants, launch_unjailed
 from tests.guests.build import build
-from tests.microvms import exerciser_counts, launch_config
+from tests.harness.microvms import exerciser_counts, launch_config
 
 #: Counted writes in one round of the exerciser guest.
 COUNTS_PER_ROUND = 14

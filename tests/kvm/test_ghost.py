@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from ipc.launch_plan import Assignment
 from ipc.messages.ghosts import GHOST_INIT, GHOST_INTERRUPT, GHOST_NMI, GHOST_STARTUP, GhostAtRest
-from ipc.plan import Assignment
 from vcpu_worker.cpu import boot_state, cpuid
 from vcpu_worker.cpu.topology import Topology
 from vcpu_worker.ghosts import stub, watch

@@ -13,7 +13,7 @@ import pytest
 
 from lab.client import ClientError, Microvm, descendants, launch_unjailed, without_log
 from tests.guests.build import build
-from tests.microvms import smp_config
+from tests.harness.microvms import smp_config
 
 FLOOD, ASTRAY, FLOOD_WITH_SMIS, FLOOD_WITHOUT_NMIS = range(4)
 FOREVER = 1 << 30

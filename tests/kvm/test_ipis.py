@@ -18,7 +18,7 @@ import pytest
 
 from lab.client import Microvm, descendants, launch_unjailed, without_log
 from tests.guests.build import build
-from tests.microvms import smp_config
+from tests.harness.microvms import smp_config
 
 #: So many rounds never end within a test.
 FOREVER = 1 << 30

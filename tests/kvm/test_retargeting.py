@@ -8,7 +8,7 @@ import pytest
 
 from lab.client import launch_unjailed, without_log
 from tests.guests.build import build
-from tests.microvms import smp_config
+from tests.harness.microvms import smp_config
 
 
 @pytest.mark.soak("smp")

@@ -16,7 +16,7 @@ import pytest
 
 from devtool.project import ROOT
 from tests.guests.build import build
-from tests.microvms import write_config
+from tests.harness.microvms import write_config
 
 FIRECRACKER = ROOT / ".venv" / "bin" / "firecracker"
 PATIENCE_S = 60

@@ -14,26 +14,26 @@ from typing import Any
 
 import pytest
 
+from base.event_manager import Events
 from devtool.project import ROOT
 from ipc import descriptors
+from ipc.launch_plan import ENDPOINT_BOUND, Assignment
 from ipc.messages.supervisor import Spawn, Spawned
-from ipc.plan import ENDPOINT_BOUND, Assignment
 from tests.guests.build import build
-from tests.unit.api.fakes import parse_response
-from tests.unit.vmm.standins import Controller as Cells
-from tests.unit.vmm.standins import StandInSupervisor, open_descriptors, run_process
+from tests.harness.api import parse_response
+from tests.harness.cells import Controller as Cells
+from tests.harness.cells import StandInSupervisor, open_descriptors, run_process
 from vcpu_worker import main as worker_main
 from vcpu_worker import state as vcpu_state
-from vmm import state
 from vmm.api.handler import ApiHandler
 from vmm.api.http import Request
-from vmm.builder import MicrovmBuilder
+from vmm.config.resources import StartOptions, VmResources
 from vmm.controller import Controller
 from vmm.errors import DeviceError, StateError
-from vmm.event_manager import Events
-from vmm.logger import LOG
-from vmm.resources import StartOptions, VmResources
-from vmm.vmm import Vmm
+from vmm.machine.builder import MicrovmBuilder
+from vmm.machine.vmm import Vmm
+from vmm.observe.logger import LOG
+from vmm.snapshot import state_file
 
 NO_DEVICE = "Failed perform action on device: Device not found"
 BLOCK = f"Drive config error: Unable to patch the block device: {NO_DEVICE} Please verify the request arguments."
@@ -187,7 +187,7 @@ def test_what_no_request_reaches(machine: Machine, log: Any) -> None:
     vmm.send_ctrl_alt_del()
     vmm.pause_vm()
     saved = vmm.save_state()
-    assert state.decode(state.encode(saved)) == saved
+    assert state_file.decode(state_file.encode(saved)) == saved
     assert saved.devices.i8042.buffer == b"\x14\x11\xe0\x71"
     (vcpu,) = saved.vcpus
     first = vcpu_state.decode(vcpu.state)
@@ -244,8 +244,8 @@ def test_closing_releases_everything(tmp_path: Path, log: Any) -> None:
 def documentation() -> dict[str, str]:
     """Return the docstrings of the methods by name; from the source, since compiled modules have none."""
     found: dict[str, str] = {}
-    for module in ("microvm", "vmm"):
-        for node in ast.walk(ast.parse((ROOT / "vmm" / f"{module}.py").read_text())):
+    for module in ("device_operations", "vmm"):
+        for node in ast.walk(ast.parse((ROOT / "vmm" / "machine" / f"{module}.py").read_text())):
             if isinstance(node, ast.ClassDef) and node.name in ("Microvm", "Vmm"):
                 methods = [each for each in node.body if isinstance(each, ast.FunctionDef)]
                 found |= {each.name: ast.get_docstring(each) or "" for each in methods}

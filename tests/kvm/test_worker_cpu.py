@@ -17,7 +17,7 @@ from ipc.messages.worker import (
     SavedState,
     SaveState,
 )
-from tests.kvm.worker_harness import ChecksCounts, Controller
+from tests.harness.workers import ChecksCounts, Controller
 from vcpu_worker import state as vcpu_state
 from vcpu_worker.kvm import abi
 

@@ -8,8 +8,8 @@ import pytest
 
 from ipc.messages.worker import Ping, Pong
 from tests.conftest import Scale
-from tests.kvm.worker_harness import ChecksCounts, Controller
-from vcpu_worker import exits
+from tests.harness.workers import ChecksCounts, Controller
+from vcpu_worker import reporting
 
 #: Exits of one round of the guest's `exits` mode, by counter (see worker.S). KVM cuts string I/O as it likes.
 PER_ROUND = {
@@ -70,8 +70,8 @@ def test_accesses_across_pages_arrive_in_pieces_of_legal_size(tmp_path: Path):
 @pytest.mark.parametrize(
     ("mode", "reasons"),
     [
-        ("triple_fault", {exits.REASON_SHUTDOWN}),
-        ("run_device_memory", {exits.REASON_INTERNAL_ERROR, exits.REASON_SHUTDOWN}),
+        ("triple_fault", {reporting.REASON_SHUTDOWN}),
+        ("run_device_memory", {reporting.REASON_INTERNAL_ERROR, reporting.REASON_SHUTDOWN}),
     ],
 )
 def test_final_exits_are_reported_with_cause(tmp_path: Path, mode: str, reasons: set[str]):

@@ -11,7 +11,7 @@ import pytest
 from ipc.messages.records import Route
 from ipc.messages.worker import RoutesSet, SetRoutes
 from tests.conftest import Scale
-from tests.kvm.worker_harness import DONE, FAILED, Controller
+from tests.harness.workers import DONE, FAILED, Controller
 
 #: MSI to APIC id 0, fixed delivery.
 MSI_ADDRESS = 0xFEE0_0000

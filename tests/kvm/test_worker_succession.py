@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from ipc.messages.hand_over import (
+from ipc.messages.records import Route
+from ipc.messages.replacement import (
     HandedOver,
     HandOver,
     LoadState,
+    RollBack,
+    RolledBack,
     StateLoaded,
-    TakeBack,
-    TakenBack,
     TakenOver,
     TakeOver,
 )
-from ipc.messages.records import Route
 from ipc.messages.worker import Ping, Pong, Resume, SavedState, SaveState, SetRoutes
-from tests.kvm.worker_harness import ChecksCounts, Controller
+from tests.harness.workers import ChecksCounts, Controller
 from vcpu_worker import state as vcpu_state
 from vcpu_worker.cpu.msr import IA32_TSC, IA32_TSC_DEADLINE
 from vcpu_worker.kvm import abi
@@ -27,7 +27,7 @@ from vcpu_worker.kvm import abi
 def comer_configured(worker: Controller) -> None:
     """Configure it to go on for another one."""
     configuration = worker.configuration
-    worker.configuration = lambda: configuration()._replace(goes_on=True)  # type: ignore[method-assign]
+    worker.configuration = lambda: configuration()._replace(resumes_other=True)  # type: ignore[method-assign]
     worker.configure()
 
 
@@ -79,11 +79,11 @@ def test_a_leaver_that_has_handed_over_does_not_run(tmp_path: Path) -> None:
         assert says(worker) == "handed-over"
         assert worker.refused(Resume()).text == "the worker is handed-over: it cannot resume"
         worker.request(SaveState(0), SavedState)
-        worker.request(TakeBack(), TakenBack)
-        worker.request(TakeBack(), TakenBack)
+        worker.request(RollBack(), RolledBack)
+        worker.request(RollBack(), RolledBack)
         entries = worker.entries
         worker.resume()
-        worker.request(TakeBack(), TakenBack)  # it may come late
+        worker.request(RollBack(), RolledBack)  # it may come late
         worker.wait(lambda: worker.entries > entries)
         assert worker.refused(HandOver()).code == "worker.state"
 
@@ -119,6 +119,6 @@ def test_a_comer_writes_nothing_into_the_ring_before_it_runs(tmp_path: Path, kno
         words = memoryview(comer._ring_map).cast("Q")
         words[9] = 77  # its predecessor waits for an answer
         comer.send_descriptors()
-        comer.collect(comer.submit(comer.configuration()._replace(goes_on=known)))
+        comer.collect(comer.submit(comer.configuration()._replace(resumes_other=known)))
         assert words[9] == (77 if known else 0)
         words.release()

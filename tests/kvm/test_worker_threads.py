@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from ipc.messages.worker import DumpCpuConfig, DumpedCpuConfig, SavedState, SaveState
-from tests.kvm.worker_harness import ChecksCounts, Controller
-from vcpu_worker import exits, run_loop
+from tests.harness.workers import ChecksCounts, Controller
+from vcpu_worker import reporting, run_loop
 from vcpu_worker.errors import KvmError
 from vcpu_worker.kvm import abi
 from vcpu_worker.kvm import vcpu as vcpu_module
@@ -183,7 +183,7 @@ def test_a_kvm_run_that_never_succeeds_is_reported(tmp_path: Path, errno: int):
         worker.resume()
         worker.wait(lambda: bool(worker.events))
         (event,) = worker.events
-        assert (event.reason, event.detail, event.code) == (exits.REASON_RUN_FAILED, (errno,), 1)
+        assert (event.reason, event.detail, event.code) == (reporting.REASON_RUN_FAILED, (errno,), 1)
         assert worker.finish() == 0
 
 

@@ -11,11 +11,11 @@ import pytest
 
 from lab.client import launch_unjailed, without_log
 from tests.guests.build import build
+from tests.harness.microvms import smp_config
 from tests.kvm.test_hostile_guest import ASTRAY, FLOOD, assert_led_astray, ghosts, hostile
 from tests.kvm.test_ipis import every_kind, run_to_its_end
 from tests.lab.test_boot import BOOT_TIMEOUT
 from tests.lab.test_smp import SOAK_ONLY
-from tests.microvms import smp_config
 
 
 @pytest.mark.soak("smp")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.jail import is_alive, limits, microvm, namespace, status, wait_for
 from tests.jail.conftest import base  # noqa: F401  the fixture
-from tests.jail.harness import is_alive, limits, microvm, namespace, status, wait_for
 
 ALL = ("supervisor", "vmm", "vcpu 0")
 CGROUPS = Path("/sys/fs/cgroup")

@@ -6,8 +6,8 @@ appendix E; Documentation/virt/kvm/x86/cpuid.rst for the leaves from 0x40000000.
 
 from __future__ import annotations
 
+from base.lean_typing import Callable, Iterable, Sequence
 from ipc.messages.records import CpuidEntry
-from ipc.typed import Callable, Iterable, Sequence
 from vcpu_worker.cpu.topology import PACKAGE_SHIFT, Topology
 from vcpu_worker.kvm.abi import CPUID_FLAG_SIGNIFICANT_INDEX
 

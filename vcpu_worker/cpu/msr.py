@@ -5,8 +5,8 @@ Sources: the compatibility map, section 5 (boot MSRs); Intel SDM volume 4; Docum
 
 from __future__ import annotations
 
+from base.lean_typing import Iterable, Sequence
 from ipc.messages.records import MsrChange, MsrValue
-from ipc.typed import Iterable, Sequence
 from vcpu_worker.errors import TemplateError
 
 IA32_TSC = 0x10

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipc.typed import NamedTuple
+from base.lean_typing import NamedTuple
 
 #: Bits of an APIC id that name a core (and thread) of the package: room for 32 vCPUs.
 PACKAGE_SHIFT = 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from base.lean_typing import Any, Callable, Sequence
 from ipc.errors import IpcError
 from ipc.messages.ghosts import (
     VCPU_STARTING,
@@ -32,9 +33,8 @@ from ipc.messages.ghosts import (
     StartVcpu,
     StubPlaced,
 )
-from ipc.messages.hand_over import GhostState
 from ipc.messages.records import Failed
-from ipc.typed import Any, Callable, Sequence
+from ipc.messages.replacement import GhostState
 from vcpu_worker.descriptor_set import DescriptorSet
 from vcpu_worker.errors import ConfigurationError, StateError, WorkerError
 from vcpu_worker.ghosts.ghost import BUSY, Ghost

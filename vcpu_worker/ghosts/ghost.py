@@ -9,10 +9,10 @@ from __future__ import annotations
 import fcntl
 import time
 
+from base.lean_typing import Callable
 from ipc.messages.ghosts import GHOST_INIT, GHOST_INTERRUPT, GHOST_NMI, GHOST_STARTUP, GhostAtRest
-from ipc.messages.hand_over import GhostState
 from ipc.messages.records import MsrValue
-from ipc.typed import Callable
+from ipc.messages.replacement import GhostState
 from vcpu_worker.errors import KvmError, MsrError, WorkerError
 from vcpu_worker.ghosts import stub
 from vcpu_worker.kvm import abi

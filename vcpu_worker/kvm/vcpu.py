@@ -10,8 +10,8 @@ import ctypes
 import mmap
 import os
 
+from base.lean_typing import Iterable, Sequence
 from ipc.messages.records import CpuidEntry, MsrValue
-from ipc.typed import Iterable, Sequence
 from vcpu_worker.errors import KvmError, MsrError
 from vcpu_worker.kvm import abi
 from vcpu_worker.kvm.ioctl import ioctl_buffer, ioctl_integer

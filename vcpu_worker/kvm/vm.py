@@ -5,9 +5,9 @@ from __future__ import annotations
 import mmap
 import os
 
+from base.lean_typing import Iterable, Mapping, NamedTuple, Sequence
 from ipc.guest_mapping import GuestMapping
 from ipc.messages.records import MemoryRegion
-from ipc.typed import Iterable, Mapping, NamedTuple, Sequence
 from vcpu_worker.errors import ConfigurationError
 from vcpu_worker.kvm import abi
 from vcpu_worker.kvm.ioctl import ioctl_buffer, ioctl_integer, ioctl_pointer

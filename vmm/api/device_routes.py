@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from ipc.typed import TYPE_CHECKING
+from base.lean_typing import TYPE_CHECKING
 from vmm import actions
 from vmm.api.request import BAD_JSON, ParsedRequest, RequestError, checked_id, decode_body, invalid_path, path_id
-from vmm.api.schema import ANYTHING
 from vmm.config.balloon import BALLOON, BALLOON_STATS_UPDATE, BALLOON_UPDATE, START_HINTING
 from vmm.config.drives import DRIVE, DRIVE_UPDATE
 from vmm.config.entropy import ENTROPY
 from vmm.config.memory_hotplug import MEMORY_HOTPLUG, MEMORY_HOTPLUG_UPDATE
-from vmm.config.mmds import MMDS_CONFIG, V1
+from vmm.config.mmds import MMDS_CONFIG
 from vmm.config.network import NETWORK, NETWORK_UPDATE
 from vmm.config.pmem import PMEM, PMEM_UPDATE
 from vmm.config.snapshot import CREATE_SNAPSHOT, LOAD_SNAPSHOT
 from vmm.config.vsock import VSOCK
 from vmm.cpu_config.template import CPU_TEMPLATE
+from vmm.json.schema import ANYTHING
+from vmm.mmds.store import V1
 
 if TYPE_CHECKING:
-    from ipc.typed import Callable
+    from base.lean_typing import Callable
     from vmm.config.snapshot import LoadSnapshotParams
 
     #: Take the tokens after the first one; None: there is no such path.

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import time
 
-from ipc.typed import TYPE_CHECKING
+from base.lean_typing import TYPE_CHECKING
 from vmm import actions
 from vmm.api.http import TakeOver, render_response
+from vmm.api.prometheus import CONTENT_TYPE, exposition
 from vmm.api.request import RequestError
 from vmm.api.routes import parse, path_tokens
-from vmm.api.text import debug_string, json_text
 from vmm.controller import ActionError
-from vmm.logger import API_THREAD, DEBUG, INFO
-from vmm.metrics import METRICS, Metrics
-from vmm.prometheus import CONTENT_TYPE, exposition
+from vmm.json.text import debug_string, json_text
+from vmm.observe.logger import API_THREAD, DEBUG, INFO
+from vmm.observe.metrics import METRICS, Metrics
 
 if TYPE_CHECKING:
     from vmm.api.http import Request
     from vmm.api.streams import EventStreams
     from vmm.controller import Controller
-    from vmm.logger import Logger
+    from vmm.observe.logger import Logger
 
 #: What the log calls a request that is timed, and its metric.
 _TIMED: dict[type, tuple[str, str]] = {

@@ -12,7 +12,7 @@ or to a line that is a request line, and then its body. Where the end of the bod
 
 from __future__ import annotations
 
-from ipc.typed import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+from base.lean_typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 from vmm.errors import VmmError
 
 METHODS: Final = ("GET", "PUT", "PATCH", "DELETE")
@@ -92,7 +92,7 @@ class TakeOver:
 if TYPE_CHECKING:
     from socket import socket
 
-    from ipc.typed import Callable
+    from base.lean_typing import Callable
 
     Event: TypeAlias = Request | Continue | ProtocolError
 

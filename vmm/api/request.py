@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ipc.typed import TYPE_CHECKING, NamedTuple, NoReturn
-from vmm.api import schema
-from vmm.api.json_decoder import JsonError
+from base.lean_typing import TYPE_CHECKING, NamedTuple, NoReturn
 from vmm.errors import VmmError
+from vmm.json import schema
+from vmm.json.decoder import JsonError
 
 if TYPE_CHECKING:
-    from ipc.typed import TypeVar
+    from base.lean_typing import TypeVar
     from vmm.actions import Action
 
     T = TypeVar("T")

@@ -5,27 +5,12 @@ Those of devices, snapshots and the metadata service are in vmm.api.device_route
 
 from __future__ import annotations
 
-from ipc.typed import TYPE_CHECKING
+from base.lean_typing import TYPE_CHECKING
 from vmm import actions
 from vmm.api import device_routes
 from vmm.api.request import ParsedRequest, RequestError, decode_body, invalid_path
-from vmm.api.schema import (
-    BOOLEAN,
-    PATH,
-    STRING,
-    STRING_MAP,
-    U8,
-    USIZE,
-    Converted,
-    Field,
-    Object,
-    Option,
-    Variant,
-)
 from vmm.config.rate_limiter import TOKEN_BUCKET
-from vmm.logger import LoggerConfig, level_by_name
-from vmm.metrics import MetricsConfig
-from vmm.resources import (
+from vmm.config.resources import (
     CPU_TEMPLATES,
     HUGE_PAGES,
     HUGE_PAGES_NONE,
@@ -34,6 +19,9 @@ from vmm.resources import (
     MachineConfigUpdate,
     SerialConfig,
 )
+from vmm.json.schema import BOOLEAN, PATH, STRING, STRING_MAP, U8, USIZE, Converted, Field, Object, Option, Variant
+from vmm.observe.logger import LoggerConfig, level_by_name
+from vmm.observe.metrics import MetricsConfig
 
 if TYPE_CHECKING:
     from vmm.actions import Action

@@ -10,9 +10,10 @@ from __future__ import annotations
 import errno
 import time
 
-from ipc.errno_text import errno_text
-from ipc.plain import deque, socket
-from ipc.typed import TYPE_CHECKING, Final, TypeVar
+from base.errno_text import errno_text
+from base.event_manager import IN, OUT, EventOps, Events
+from base.lean_std import deque, socket
+from base.lean_typing import TYPE_CHECKING, Final, TypeVar
 from vmm.api.http import (
     SERVER_FULL,
     Continue,
@@ -24,14 +25,13 @@ from vmm.api.http import (
     render_response,
 )
 from vmm.errors import VmmError
-from vmm.event_manager import IN, OUT, EventOps, Events
-from vmm.logger import API_THREAD
+from vmm.observe.logger import API_THREAD
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vmm.event_manager import Timer
-    from vmm.logger import Logger
+    from base.event_manager import Timer
+    from vmm.observe.logger import Logger
 
 MAX_CONNECTIONS: Final = 10
 #: Connections that the kernel may hold until they are accepted.

@@ -9,16 +9,16 @@ from __future__ import annotations
 import errno
 import time
 
-from ipc.typed import TYPE_CHECKING, Final
-from vmm.event_manager import HANG_UP, IN, OUT
-from vmm.events import event_line
+from base.event_manager import HANG_UP, IN, OUT
+from base.lean_typing import TYPE_CHECKING, Final
+from vmm.observe.event_log import event_line
 
 if TYPE_CHECKING:
     import socket
 
-    from ipc.typed import Callable
-    from vmm.event_manager import EventOps, Events, Timer
-    from vmm.events import EventLog
+    from base.event_manager import EventOps, Events, Timer
+    from base.lean_typing import Callable
+    from vmm.observe.event_log import EventLog
 
 MAX_STREAMS: Final = 8
 #: Bytes kept for a client that is slow.

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import struct
 
-from ipc.typed import NamedTuple, Sequence
-from vmm.boot import aml, layout
+from base.lean_typing import NamedTuple, Sequence
+from ipc.guest_memory import GuestMemory
+from ipc.launch_plan import MAX_VCPUS
+from vmm import layout
+from vmm.boot import aml
 from vmm.boot.errors import AcpiError
-from vmm.memory import GuestMemory
 
 OEM_ID = b"CELLBK"
 OEM_TABLE_ID = b"CELLBLCK"
@@ -164,8 +166,8 @@ def fadt(dsdt_address: int) -> bytes:
 
 def madt(vcpu_count: int) -> bytes:
     """Build the MADT: an enabled LAPIC per vCPU, id = index, and the IOAPIC. Raises AcpiError."""
-    if not 0 < vcpu_count <= layout.MAX_VCPUS:
-        raise AcpiError("acpi.vcpu_count", f"{vcpu_count} vCPUs cannot be described, at most {layout.MAX_VCPUS}")
+    if not 0 < vcpu_count <= MAX_VCPUS:
+        raise AcpiError("acpi.vcpu_count", f"{vcpu_count} vCPUs cannot be described, at most {MAX_VCPUS}")
     # Flags 0: no PIC beside the APICs (PCAT_COMPAT).
     body = _MADT.pack(layout.LAPIC_ADDRESS, 0)
     body += _IO_APIC.pack(1, _IO_APIC.size, _IO_APIC_ID, layout.IOAPIC_ADDRESS, 0)

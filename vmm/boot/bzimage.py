@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import struct
 
-from ipc.typed import NamedTuple
-from vmm.boot import layout
+from base.lean_typing import NamedTuple
+from ipc.guest_memory import GuestMemory
+from vmm import layout
 from vmm.boot.errors import KernelError, bzimage_error, memory_error
-from vmm.memory import GuestMemory
 
 #: Enough for the largest setup header: it ends at 0x202 plus one byte's value.
 HEADER_READ_SIZE = 1024

@@ -6,8 +6,8 @@ Documentation/admin-guide/kernel-parameters.rst for `` -- `` and for double quot
 
 from __future__ import annotations
 
-from ipc.typed import Iterable
-from vmm.boot import layout
+from base.lean_typing import Iterable
+from vmm import layout
 from vmm.boot.errors import CmdlineError
 
 #: Used only when the client gives no ``boot_args`` at all.

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import struct
 
-from ipc.typed import NamedTuple
-from vmm.boot import layout
+from base.lean_typing import NamedTuple
+from ipc.guest_memory import GuestMemory
+from vmm import layout
 from vmm.boot.errors import elf_error, memory_error
-from vmm.memory import GuestMemory
 
 MAGIC = b"\x7fELF"
 HEADER_SIZE = 64

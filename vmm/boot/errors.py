@@ -24,10 +24,6 @@ class BootError(VmmError):
         self.code = code
 
 
-class LayoutError(BootError):
-    """Something does not fit into the guest physical map."""
-
-
 class KernelError(BootError):
     """The kernel image cannot be loaded; the text is complete and fit for a client."""
 

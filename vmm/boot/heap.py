@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipc.typed import Callable
+from base.lean_typing import Callable
 
 _malloc_trim: Callable[[int], int] | None = None
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import stat
 
-from ipc.typed import Iterator, NamedTuple, Protocol
+from base.lean_typing import Iterator, NamedTuple, Protocol
+from ipc.guest_memory import GuestMemory
 from vmm.boot import elf
 from vmm.boot.errors import elf_error, read_error
-from vmm.memory import GuestMemory
 
 _PIECE = 1 << 20
 

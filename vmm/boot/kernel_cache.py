@@ -11,8 +11,8 @@ import stat
 import struct
 import time
 
-from ipc.errno_text import errno_text
-from ipc.typed import NamedTuple
+from base.errno_text import errno_text
+from base.lean_typing import NamedTuple
 from vmm.boot.errors import KernelCacheError
 from vmm.boot.payload import MAX_UNPACKED_SIZE
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import stat
 
-from ipc.errno_text import errno_text
+from base.errno_text import errno_text
+from base.lean_typing import NamedTuple, Sequence
+from ipc.guest_memory import GuestMemory
 from ipc.messages.records import BootRegisters
-from ipc.typed import NamedTuple, Sequence
-from vmm.boot import acpi, bzimage, elf, heap, layout, long_mode, payload, pvh, zero_page
+from vmm import layout
+from vmm.boot import acpi, bzimage, elf, heap, long_mode, payload, pvh, zero_page
 from vmm.boot.cmdline import Cmdline
 from vmm.boot.errors import (
     INITRD_PREFIX,
@@ -22,7 +24,6 @@ from vmm.boot.errors import (
 from vmm.boot.image_file import KernelFile, load_elf, new_hasher
 from vmm.boot.timings import Timings
 from vmm.boot.unpack import PayloadDetails, load_unpacked
-from vmm.memory import GuestMemory
 
 #: Which entry of the kernel to use: the fitting one, or one of the two wherever the kernel has it.
 ENTRY_AUTO = "auto"
@@ -104,7 +105,7 @@ def load_kernel(
     """Load kernel, initrd, command line and all boot structures into fresh (zero) guest memory.
 
     ``cache_fd`` is the directory of unpacked kernels, or -1. With ``unpack`` a compressed bzImage is unpacked here
-    and its vmlinux entered, else it unpacks itself. Raises a BootError (KernelError, InitrdError, CmdlineError, …)
+    and its vmlinux entered, else it unpacks itself. Raises LayoutError or a BootError (KernelError, CmdlineError, …)
     and leaves guest memory empty then, so that another attempt starts afresh.
     """
     with _CleanedOnFailure(memory):

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import struct
 
+from ipc.guest_memory import GuestMemory
 from ipc.messages.records import BootRegisters
-from vmm.boot import layout
-from vmm.memory import GuestMemory
+from vmm import layout
 
 _CR0_PE = 1 << 0
 _CR0_ET = 1 << 4

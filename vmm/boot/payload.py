@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 
-from ipc.compiled import import_core
-from ipc.typed import Any, Callable, Iterator
+from base.lean_import import import_core
+from base.lean_typing import Any, Callable, Iterator
 from vmm.boot.errors import PayloadError, UnsupportedPayloadError
 
 GZIP = "gzip"

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import struct
 
-from ipc.typed import Sequence
-from vmm.boot import layout
-from vmm.memory import GuestMemory
+from base.lean_typing import Sequence
+from ipc.guest_memory import GuestMemory
+from vmm import layout
 
 _MAGIC = 0x336EC578
 _VERSION = 1

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 
-from ipc.typed import NamedTuple
+from base.lean_typing import NamedTuple
+from ipc.guest_memory import GuestMemory
 from vmm.boot import bzimage, elf, heap, kernel_cache, payload
 from vmm.boot.errors import BootError, KernelCacheError, PayloadError, UnsupportedPayloadError, bzimage_error
 from vmm.boot.image_file import FileReader, Hasher, KernelFile, digest_of_file, new_hasher, pieces, read_at
 from vmm.boot.timings import Timings
-from vmm.memory import GuestMemory
 
 #: The values of PayloadDetails.cache; a reason in parentheses may follow.
 CACHE_OFF = "off"

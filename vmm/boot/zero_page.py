@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import struct
 
-from ipc.typed import Sequence
-from vmm.boot import layout
+from base.lean_typing import Sequence
+from ipc.guest_memory import GuestMemory
+from vmm import layout
 from vmm.boot.bzimage import SETUP_HEADER_OFFSET
-from vmm.memory import GuestMemory
 
 SIZE = 4096
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ipc.typed import TYPE_CHECKING, NamedTuple
-from vmm.api.schema import BOOLEAN, U16, U32, Field, Object
+from base.lean_typing import TYPE_CHECKING, NamedTuple
 from vmm.errors import VmmError
+from vmm.json.schema import BOOLEAN, U16, U32, Field, Object
 
 if TYPE_CHECKING:
-    from vmm.api.text import JsonValue
+    from vmm.json.text import JsonValue
 
 
 class BalloonError(VmmError):

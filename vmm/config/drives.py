@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 
-from ipc.typed import TYPE_CHECKING, NamedTuple
-from vmm.api.schema import BOOLEAN, STRING, Field, Object, Option, Variant
+from base.lean_typing import TYPE_CHECKING, NamedTuple
 from vmm.config.rate_limiter import RATE_LIMITER, RateLimiterConfig, limiter_json
 from vmm.errors import VmmError
 from vmm.files import FileOpenError, open_input
+from vmm.json.schema import BOOLEAN, STRING, Field, Object, Option, Variant
 
 if TYPE_CHECKING:
-    from vmm.api.text import JsonValue
+    from vmm.json.text import JsonValue
 
 CACHE_UNSAFE = "Unsafe"
 ENGINE_SYNC = "Sync"

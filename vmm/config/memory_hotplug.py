@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ipc.typed import TYPE_CHECKING, NamedTuple
-from vmm.api.schema import U32, Field, Object
+from base.lean_typing import TYPE_CHECKING, NamedTuple
 from vmm.errors import VmmError
+from vmm.json.schema import U32, Field, Object
 
 if TYPE_CHECKING:
-    from vmm.api.text import JsonValue
+    from vmm.json.text import JsonValue
 
 MIN_BLOCK_SIZE_MIB = 2
 MIN_SLOT_SIZE_MIB = 128

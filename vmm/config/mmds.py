@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from ipc.typed import TYPE_CHECKING, NamedTuple
-from vmm.api.schema import BOOLEAN, STRING, Converted, Field, List, Object, Option, Variant
+from base.lean_typing import TYPE_CHECKING, NamedTuple
 from vmm.errors import VmmError
+from vmm.json.schema import BOOLEAN, STRING, Converted, Field, List, Object, Option, Variant
+from vmm.mmds.store import V1, V2
 
 if TYPE_CHECKING:
-    from ipc.typed import Sequence
-    from vmm.api.text import JsonValue
+    from base.lean_typing import Sequence
+    from vmm.json.text import JsonValue
 
-V1 = "V1"
-V2 = "V2"
 DEFAULT_IPV4_ADDRESS = "169.254.169.254"
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import errno
 
-from ipc.errno_text import errno_text
-from ipc.typed import TYPE_CHECKING, NamedTuple
-from vmm.api.schema import STRING, U16, Converted, Field, Object, Option
+from base.errno_text import errno_text
+from base.lean_typing import TYPE_CHECKING, NamedTuple
 from vmm.config.rate_limiter import RATE_LIMITER, RateLimiterConfig, limiter_json
 from vmm.errors import VmmError
+from vmm.json.schema import STRING, U16, Converted, Field, Object, Option
 
 if TYPE_CHECKING:
-    from vmm.api.text import JsonValue
+    from vmm.json.text import JsonValue
 
 MIN_MTU = 68
 #: Longest name of a network device (IFNAMSIZ without its end mark).

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ipc.typed import TYPE_CHECKING, NamedTuple
-from vmm.api.schema import BOOLEAN, STRING, Field, Object, Option
+from base.lean_typing import TYPE_CHECKING, NamedTuple
 from vmm.config.rate_limiter import RATE_LIMITER, RateLimiterConfig, limiter_json
 from vmm.errors import VmmError
+from vmm.json.schema import BOOLEAN, STRING, Field, Object, Option
 
 if TYPE_CHECKING:
-    from vmm.api.text import JsonValue
+    from vmm.json.text import JsonValue
 
 
 class PmemError(VmmError):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ipc.typed import TYPE_CHECKING, NamedTuple
-from vmm.api.schema import U64, Field, Object, Option
+from base.lean_typing import TYPE_CHECKING, NamedTuple
+from vmm.json.schema import U64, Field, Object, Option
 
 if TYPE_CHECKING:
-    from vmm.api.text import JsonValue
+    from vmm.json.text import JsonValue
 
 
 class TokenBucketConfig(NamedTuple):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ipc.typed import NamedTuple
-from vmm.api.schema import BOOLEAN, PATH, STRING, Field, List, Object, Option, Variant
+from base.lean_typing import NamedTuple
+from vmm.json.schema import BOOLEAN, PATH, STRING, Field, List, Object, Option, Variant
 
 FULL = "Full"
 DIFF = "Diff"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ipc.typed import TYPE_CHECKING, NamedTuple
-from vmm.api.schema import STRING, U32, Field, Object, Option
+from base.lean_typing import TYPE_CHECKING, NamedTuple
 from vmm.errors import VmmError
+from vmm.json.schema import STRING, U32, Field, Object, Option
 
 if TYPE_CHECKING:
-    from vmm.api.text import JsonValue
+    from vmm.json.text import JsonValue
 
 #: Lower context identifiers are reserved (linux/vm_sockets.h: hypervisor, local, host).
 MIN_GUEST_CID = 3

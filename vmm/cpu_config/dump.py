@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 
-from ipc.errno_text import errno_text
+from base.errno_text import errno_text
 from ipc.messages.worker import DumpedCpuConfig
-from vmm.api.text import json_text
 from vmm.cpu_config.template import (
     BitPattern,
     CpuidModifier,
@@ -15,6 +14,7 @@ from vmm.cpu_config.template import (
     MsrModifier,
 )
 from vmm.errors import VmmError
+from vmm.json.text import json_text
 
 _REGISTERS = ("eax", "ebx", "ecx", "edx")
 _ALL32 = 0xFFFF_FFFF

@@ -6,8 +6,8 @@ changes the MSRs, whose values only it can read.
 
 from __future__ import annotations
 
+from base.lean_typing import TYPE_CHECKING, Callable, Iterable, NamedTuple, Sequence
 from ipc.messages.records import MAX_TEMPLATE_ITEMS, CapabilityDemand, CpuidEntry, MsrChange
-from ipc.typed import TYPE_CHECKING, Callable, Iterable, NamedTuple, Sequence
 from vmm.cpu_config.static_templates import check_permitted, static_template
 from vmm.errors import VmmError
 

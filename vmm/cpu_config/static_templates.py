@@ -7,7 +7,7 @@ affected by speculative execution.
 
 from __future__ import annotations
 
-from ipc.typed import TYPE_CHECKING, Iterable
+from base.lean_typing import TYPE_CHECKING, Iterable
 from vmm.cpu_config.template import BitPattern, CpuidModifier, CpuidRegisterModifier, CustomCpuTemplate, MsrModifier
 from vmm.errors import VmmError
 

@@ -6,12 +6,12 @@ for legibility. Numbers of registers are strings in hexadecimal (0x) or binary (
 
 from __future__ import annotations
 
-from ipc.typed import TYPE_CHECKING, NamedTuple
-from vmm.api.json_decoder import Reader, UnplacedError
-from vmm.api.schema import STRING, U32, Field, List, Object
+from base.lean_typing import TYPE_CHECKING, NamedTuple
+from vmm.json.decoder import Reader, UnplacedError
+from vmm.json.schema import STRING, U32, Field, List, Object
 
 if TYPE_CHECKING:
-    from vmm.api.text import JsonValue
+    from vmm.json.text import JsonValue
 
 _REGISTERS = ("eax", "ebx", "ecx", "edx")
 _DIGITS = "0123456789abcdef"

@@ -6,12 +6,12 @@ import os
 import select
 from _bisect import bisect_right
 
-from ipc.device_page import FLAG_READ_LOCAL, FLAG_WRITE_LAZY, FLAG_WRITE_POSTED, FLAG_WRITE_SHARED, DevicePage
+from base.lean_typing import Callable, NamedTuple
+from ipc.device_pages import FLAG_READ_LOCAL, FLAG_WRITE_LAZY, FLAG_WRITE_POSTED, FLAG_WRITE_SHARED, DevicePage
 from ipc.errors import LayoutError
 from ipc.messages.records import Window
-from ipc.typed import Callable, NamedTuple
 from vmm.errors import DeviceError
-from vmm.state import InterruptState
+from vmm.snapshot.state_file import InterruptState
 
 PIO_SPACE = 1 << 16
 ALL_ONES = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFF_FFFF, 8: 0xFFFF_FFFF_FFFF_FFFF}

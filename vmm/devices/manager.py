@@ -5,10 +5,18 @@ from __future__ import annotations
 import mmap
 import os
 
-from ipc.device_page import DEVICE_PAGE_SIZE, DevicePage
-from ipc.layout import create_published
-from ipc.typed import Callable
-from vmm.boot.layout import (
+from base.lean_typing import TYPE_CHECKING, Callable
+from ipc.device_pages import DEVICE_PAGE_SIZE, DevicePage
+from ipc.shared_memory import create_published
+from vmm.devices.bus import InterruptLine, mmio_bus, port_bus
+from vmm.devices.legacy.boot_timer import BootTimer
+from vmm.devices.legacy.exerciser import EXERCISER_MMIO, EXERCISER_PORT, MMIO_LENGTH, Exerciser, ExerciserPage
+from vmm.devices.legacy.exerciser import PORT_COUNT as EXERCISER_PORT_COUNT
+from vmm.devices.legacy.i8042 import I8042
+from vmm.devices.legacy.i8042 import PORT_COUNT as I8042_PORT_COUNT
+from vmm.devices.legacy.ioapic import IOAPIC_LENGTH, IOWIN, IoApic, SetRoutes
+from vmm.devices.legacy.serial import Serial
+from vmm.layout import (
     BOOT_TIMER_ADDRESS,
     BOOT_TIMER_SIZE,
     COM1_GSI,
@@ -18,15 +26,11 @@ from vmm.boot.layout import (
     I8042_GSI,
     IOAPIC_ADDRESS,
 )
-from vmm.devices.boot_timer import BootTimer
-from vmm.devices.bus import InterruptLine, mmio_bus, port_bus
-from vmm.devices.exerciser import EXERCISER_MMIO, EXERCISER_PORT, MMIO_LENGTH, Exerciser, ExerciserPage
-from vmm.devices.exerciser import PORT_COUNT as EXERCISER_PORT_COUNT
-from vmm.devices.i8042 import I8042
-from vmm.devices.i8042 import PORT_COUNT as I8042_PORT_COUNT
-from vmm.devices.ioapic import IOAPIC_LENGTH, IOWIN, IoApic, SetRoutes
-from vmm.devices.serial import Serial
-from vmm.state import DevicesState
+from vmm.snapshot.state_file import DevicesState
+
+if TYPE_CHECKING:
+    from vmm.devices.legacy.console import ConsoleOutput
+    from vmm.observe.metrics import Metrics
 
 
 class DeviceManager:
@@ -99,3 +103,19 @@ class DeviceManager:
         os.close(self.page_descriptor)
         for line in self.interrupts:
             line.close()
+
+
+def read_devices(metrics: Metrics, i8042: I8042, serial: Serial, console: ConsoleOutput | None) -> None:
+    """Take over what the legacy devices have counted. Reads that the worker answers by itself are not among it."""
+    keyboard = metrics["i8042"]
+    keyboard.store("error_count", i8042.error_count)
+    keyboard.store("read_count", i8042.read_count)
+    keyboard.store("write_count", i8042.write_count)
+    keyboard.store("reset_count", i8042.reset_count)
+    uart = metrics["uart"]
+    uart.store("read_count", serial.read_count)
+    uart.store("write_count", serial.write_count)
+    if console is not None:
+        uart.store("flush_count", console.flush_count)
+        uart.store("missed_write_count", console.lost_bytes)
+        uart.store("rate_limiter_dropped_bytes", console.rate_limiter_dropped_bytes)

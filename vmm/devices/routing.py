@@ -6,9 +6,9 @@ one then; what is signalled between stays in the eventfd and is raised when it i
 
 from __future__ import annotations
 
+from base.lean_std import deque
+from base.lean_typing import Callable, Protocol, Sequence
 from ipc.messages.records import Route
-from ipc.plain import deque
-from ipc.typed import Callable, Protocol, Sequence
 
 _DESTINATION_SHIFT = 12
 _DESTINATION_MASK = 0xFF

@@ -5,13 +5,16 @@ Objects are kept with their keys in order (by code point), which is how Firecrac
 
 from __future__ import annotations
 
-from ipc.typed import TYPE_CHECKING
-from vmm.api.text import json_text
+from base.lean_typing import TYPE_CHECKING
 from vmm.errors import VmmError
+from vmm.json.text import json_text
 
 if TYPE_CHECKING:
-    from vmm.api.text import JsonValue
+    from vmm.json.text import JsonValue
 
+#: Versions of the service: V2 wants a token with every request.
+V1 = "V1"
+V2 = "V2"
 #: Objects and lists may be nested less deeply than this, also after patches.
 MAX_DEPTH = 128
 

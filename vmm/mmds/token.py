@@ -14,11 +14,11 @@ import time
 from _blake2 import blake2b
 from _operator import _compare_digest as equal_in_constant_time
 
-from ipc.typed import TYPE_CHECKING
+from base.lean_typing import TYPE_CHECKING
 from vmm.errors import VmmError
 
 if TYPE_CHECKING:
-    from ipc.typed import Callable
+    from base.lean_typing import Callable
 
 MIN_TTL_SECONDS = 1
 MAX_TTL_SECONDS = 21600

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.unit.ipc.channels import Place
-from tests.unit.ipc.rings import Ring
+from tests.harness.channels import Place
+from tests.harness.memory_fixtures import guest_memory, open_file
+from tests.harness.rings import Ring
+
+__all__ = ["guest_memory", "open_file"]
 
 
 @pytest.fixture

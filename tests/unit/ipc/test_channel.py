@@ -22,8 +22,8 @@ from ipc.errors import ChannelError
 from ipc.messages.records import WORKER
 from ipc.messages.worker import Ping, Pong, SavedState
 from ipc.schema import MAX_FRAME_SIZE
-from tests.unit.ipc import zmtp
-from tests.unit.ipc.channels import (
+from tests.harness import zmtp
+from tests.harness.channels import (
     EPOCH,
     HELLO,
     answer_hello,
@@ -37,7 +37,7 @@ from tests.unit.ipc.channels import (
     wait_until,
     worker,
 )
-from tests.unit.ipc.processes import PATIENCE_SECONDS, Child, open_descriptors
+from tests.harness.processes import PATIENCE_SECONDS, Child, open_descriptors
 
 # ---------------------------------------------------------------- honest peers
 

@@ -9,21 +9,13 @@ from typing import Any
 
 import pytest
 
-from ipc import faults
+from base import faults
 from ipc.channel import Channel
 from ipc.errors import ChannelError
 from ipc.messages.worker import Ping, Pong
 from ipc.schema import Envelope
-from tests.unit.ipc.channels import (
-    HELLO,
-    Place,
-    answer_hello,
-    controller,
-    receive,
-    wait_until,
-    worker,
-)
-from tests.unit.ipc.processes import Child
+from tests.harness.channels import HELLO, Place, answer_hello, controller, receive, wait_until, worker
+from tests.harness.processes import Child
 
 # ---------------------------------------------------------------- faults
 

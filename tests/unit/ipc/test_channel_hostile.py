@@ -19,17 +19,9 @@ from ipc.errors import ChannelError
 from ipc.messages.records import WORKER
 from ipc.messages.worker import Ping, Pong
 from ipc.schema import MAX_FRAME_SIZE, Envelope, encode
-from tests.unit.ipc import zmtp
-from tests.unit.ipc.channels import (
-    EPOCH,
-    HELLO,
-    Place,
-    controller,
-    opened,
-    receive,
-    worker,
-)
-from tests.unit.ipc.processes import PATIENCE_SECONDS, Child
+from tests.harness import zmtp
+from tests.harness.channels import EPOCH, HELLO, Place, controller, opened, receive, worker
+from tests.harness.processes import PATIENCE_SECONDS, Child
 
 # ---------------------------------------------------------------- hostile peers
 

@@ -14,7 +14,7 @@ from ipc.descriptors import MAX_DESCRIPTORS, OwnedDescriptors
 from ipc.errors import ChannelError, DescriptorError
 from ipc.messages.supervisor import SUPERVISOR, MemoryCreated, Signalled
 from ipc.schema import MAX_FRAME_SIZE, Envelope, encode
-from tests.unit.ipc.processes import Child, open_descriptors
+from tests.harness.processes import Child, open_descriptors
 
 EPOCH = 7
 

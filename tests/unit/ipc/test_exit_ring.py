@@ -18,8 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from ipc import exit_ring
 from ipc.errors import RingError
 from ipc.exit_ring import ENTRY_COUNT, ENTRY_SIZE, RING_SIZE, STRING_DATA_SIZE, ExitRingConsumer, ExitRingProducer
-from tests.unit.ipc.processes import PATIENCE_SECONDS, Child
-from tests.unit.ipc.rings import READS, U64, Access, Ring, accesses, consume_from, perform, seen
+from tests.harness.processes import PATIENCE_SECONDS, Child
+from tests.harness.rings import READS, U64, Access, Ring, accesses, consume_from, perform, seen
 
 # ---------------------------------------------------------------- layout
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from ipc import exit_ring
 from ipc.errors import RingError
 from ipc.exit_ring import ENTRY_COUNT, ENTRY_SIZE, RING_SIZE, STRING_DATA_SIZE, ExitRingConsumer
-from tests.unit.ipc.processes import Child
-from tests.unit.ipc.rings import PORTS, STRINGS, U64, WRITES, Access, Ring, accesses, check_bounds, consume_from, seen
+from tests.harness.processes import Child
+from tests.harness.rings import PORTS, STRINGS, U64, WRITES, Access, Ring, accesses, check_bounds, consume_from, seen
 
 HEADER_WORDS = (
     exit_ring.WORD_POSTED,

@@ -15,8 +15,8 @@ import pytest
 
 from ipc import exit_ring
 from ipc.exit_ring import COUNTER_RING_FULL, ENTRY_COUNT, ExitRingConsumer
-from tests.unit.ipc.processes import PATIENCE_SECONDS, Child
-from tests.unit.ipc.rings import STRINGS, Access, Ring, perform, random_access, seen
+from tests.harness.processes import PATIENCE_SECONDS, Child
+from tests.harness.rings import STRINGS, Access, Ring, perform, random_access, seen
 
 U64 = (1 << 64) - 1
 

@@ -18,8 +18,8 @@ import pytest
 
 from ipc import exit_ring
 from ipc.exit_ring import ENTRY_COUNT, ExitRingConsumer, ExitRingProducer
-from tests.unit.ipc.processes import PATIENCE_SECONDS
-from tests.unit.ipc.rings import Ring
+from tests.harness.processes import PATIENCE_SECONDS
+from tests.harness.rings import Ring
 
 
 class LostWakeUpError(AssertionError):

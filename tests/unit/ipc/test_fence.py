@@ -10,8 +10,8 @@ import threading
 
 import pytest
 
-from ipc import layout
-from tests.unit.ipc.processes import Child
+from ipc import shared_memory
+from tests.harness.processes import Child
 
 # Each word in its own cache line.
 _FLAGS = (0, 8)
@@ -31,7 +31,7 @@ def play(shared: mmap.mmap, side: int, rounds: int, fenced: bool) -> None:
     # The side that comes last to the barrier leaves it first; small pauses bring both flags together now and then.
     chooser = random.Random(side)
     pauses = [range(chooser.randrange(10)) for _ in range(4096)]
-    fence = layout.fence
+    fence = shared_memory.fence
     for number in range(1, rounds + 1):
         words[my_round] = number
         spins = 0
@@ -84,10 +84,10 @@ def test_fence_takes_and_releases_the_lock(monkeypatch):
             lock.release()
             events.append("released")
 
-    assert type(layout._fence_lock) is type(lock)
-    monkeypatch.setattr(layout, "_fence_lock", Watched())
-    layout.fence()
-    layout.fence()
+    assert type(shared_memory._fence_lock) is type(lock)
+    monkeypatch.setattr(shared_memory, "_fence_lock", Watched())
+    shared_memory.fence()
+    shared_memory.fence()
     assert events == ["taken", "released"] * 2
 
 
@@ -100,14 +100,14 @@ def test_fence_may_be_used_in_a_signal_handler():
         def handler(*_: object) -> None:
             nonlocal handled
             handled += 1
-            layout.fence()
+            shared_memory.fence()
 
         signal.signal(signal.SIGALRM, handler)
         signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
         while handled < 500:
-            layout.fence()
-            layout.fence()
-            layout.fence()
+            shared_memory.fence()
+            shared_memory.fence()
+            shared_memory.fence()
         signal.setitimer(signal.ITIMER_REAL, 0)
         return handled
 

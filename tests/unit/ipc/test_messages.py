@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipc.device_page import SLOT_COUNT
+from ipc.device_pages import SLOT_COUNT
 from ipc.errors import MessageError
+from ipc.launch_plan import MAX_WORKERS
 from ipc.messages.descriptors import DESCRIPTORS
 from ipc.messages.records import WORKER
 from ipc.messages.supervisor import SUPERVISOR, SignalCell, Spawn
 from ipc.messages.worker import Configure, Pong, Resumed
-from ipc.plan import MAX_WORKERS
 from ipc.schema import (
     MAX_FRAME_SIZE,
     PROTOCOL_VERSION,
@@ -30,7 +30,7 @@ from ipc.schema import (
     pack,
     unpack,
 )
-from tests.unit.ipc.schemas import largest, messages_of, plain, records_of, smallest, wrong_values
+from tests.harness.schemas import largest, messages_of, plain, records_of, smallest, wrong_values
 
 SCHEMAS = {"worker": WORKER, "supervisor": SUPERVISOR, "descriptors": DESCRIPTORS}
 
@@ -81,8 +81,8 @@ KINDS = {
         42: "HostCpuRead",
         43: "HandOver",
         44: "HandedOver",
-        45: "TakeBack",
-        46: "TakenBack",
+        45: "RollBack",
+        46: "RolledBack",
         47: "LoadState",
         48: "StateLoaded",
         49: "TakeOver",

@@ -25,9 +25,9 @@ import json, sys
 sys.path[:0] = {paths}
 from jailer import hot
 hot.intern_names()
-from ipc import msgpack_core, zmq_core
-zmq_core.install()
-msgpack_core.install()
+from base import lean_msgpack, lean_zmq
+lean_zmq.install()
+lean_msgpack.install()
 from jailer import launch, template
 template.load_roles()
 from jailer.hot import heap

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ipc.plan import MAX_MEMORY_BYTES, MAX_WORKERS, LaunchPlan
+from ipc.launch_plan import MAX_MEMORY_BYTES, MAX_WORKERS, LaunchPlan
 from jailer import cleanup, host_check, memory, placement, verify, walls
 from jailer.cell import describe_error
 from jailer.log import MAX_LINE, Log

@@ -16,7 +16,7 @@ from jailer.seccomp import install, notification
 from jailer.seccomp.compile import ROLES, cache_key, compile_policy, pack, sha256, unpack
 from jailer.seccomp.names import SYSCALL_NAMES
 from jailer.seccomp.policy import ALLOWED, Condition, Policy, Rule, full_text, parse, read_text
-from tests.unit.jailer import bpf
+from tests.harness import bpf
 
 NUMBERS = {name: number for number, name in SYSCALL_NAMES.items()}
 X32_BIT = 0x40000000

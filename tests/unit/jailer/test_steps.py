@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jailer.errors import CellError, JailerError, StepError
-from jailer.plan import Operation, Plan
+from jailer.operations import Operation, Plan
 from jailer.settings import CgroupItem, Limits, Settings
 from jailer.steps import cgroups, detach, devices, directories, worker_cgroups
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.vmm.standins import Controller
+from tests.harness.api_fixtures import api, kernel, running
+from tests.harness.cells import Controller
+
+__all__ = ["api", "kernel", "running"]
 
 
 @pytest.fixture

@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipc.plan import MAX_HOST_CPUS, Assignment
-from vmm.affinity import AffinityError, as_text, parse
-from vmm.placement import decide
-from vmm.resources import MachineConfigError, MachineConfigUpdate, StartOptions, VmResources
+from ipc.launch_plan import MAX_HOST_CPUS, Assignment
+from vmm.config.resources import MachineConfigError, MachineConfigUpdate, StartOptions, VmResources
+from vmm.placement import AffinityError, cpulist, decide, parse_affinity
 
 
 @pytest.mark.parametrize(
@@ -28,7 +27,7 @@ from vmm.resources import MachineConfigError, MachineConfigUpdate, StartOptions,
     ],
 )
 def test_what_is_read(text, vcpus, affinity):
-    assert parse(text, vcpus) == affinity
+    assert parse_affinity(text, vcpus) == affinity
 
 
 @pytest.mark.parametrize(
@@ -54,13 +53,13 @@ def test_what_is_read(text, vcpus, affinity):
 )
 def test_what_is_refused(text, said):
     with pytest.raises(AffinityError, match=said):
-        parse(text, 2, (0, 1, 2, 3, 7))
+        parse_affinity(text, 2, (0, 1, 2, 3, 7))
 
 
 @given(st.text(alphabet="0123456789,-/ a\u0661", max_size=40), st.integers(1, 32))
 def test_any_text_is_read_or_refused(text, vcpus):
     try:
-        affinity = parse(text, vcpus)
+        affinity = parse_affinity(text, vcpus)
     except AffinityError:
         return
     assert len(affinity) == vcpus
@@ -70,7 +69,7 @@ def test_any_text_is_read_or_refused(text, vcpus):
 @given(st.lists(st.sets(st.integers(0, MAX_HOST_CPUS - 1), min_size=1, max_size=20), min_size=1, max_size=32))
 def test_what_is_written_is_read(wanted):
     affinity = tuple(tuple(sorted(cpus)) for cpus in wanted)
-    assert parse("/".join(map(as_text, affinity)), len(wanted)) == affinity
+    assert parse_affinity("/".join(map(cpulist, affinity)), len(wanted)) == affinity
 
 
 def test_each_worker_gets_the_cpus_of_its_vcpus():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipc.plan import PLACEMENT_GROUPED, PLACEMENT_SPLIT, Assignment, LaunchPlan
+from ipc.launch_plan import PLACEMENT_GROUPED, PLACEMENT_SPLIT, Assignment, LaunchPlan
 from vmm.placement import GROUPED, MIXED, SPLIT, Placement, PlacementError, check, decide, warning
 
 

@@ -1,0 +1,1 @@
+"""Programs for the host, in no cell."""

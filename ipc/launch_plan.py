@@ -1,0 +1,95 @@
+"""The launch plan: made once by the jailer, handed down by fork, the only thing that is passed down.
+
+docs/formats/launch-plan.md describes the fields and the compatibility rule.
+"""
+
+from __future__ import annotations
+
+from base.lean_typing import NamedTuple
+
+#: As many vCPUs as the API accepts (``vcpu_count``).
+MAX_VCPUS = 32
+#: Each worker runs one vCPU at least.
+MAX_WORKERS = MAX_VCPUS
+#: As many CPUs as Linux can be built for on x86 (CONFIG_NR_CPUS_RANGE_END).
+MAX_HOST_CPUS = 8192
+#: As many of them can be named for one vCPU.
+MAX_AFFINITY = 1024
+#: Guest RAM ends below 1022 GiB in the guest physical map.
+MAX_MEMORY_BYTES = 1022 << 30
+
+ROLE_SUPERVISOR = "supervisor"
+ROLE_VMM = "vmm"
+ROLE_VCPU = "vcpu"
+
+SECCOMP_KILL = "kill"
+SECCOMP_REPORT = "report"
+SECCOMP_OFF = "off"
+
+PLACEMENT_SPLIT = "split"
+PLACEMENT_GROUPED = "grouped"
+
+
+class LaunchPlan(NamedTuple):
+    """Everything that was decided before the first cell was forked.
+
+    ``arguments`` is the command line of the controller (what follows ``--`` for the jailer). Times are
+    microseconds as in Firecracker's ``--start-time-us`` flags. The two ``*_ipc_directory`` paths name the same
+    directory as the controller and as the workers see it. ``kernel_cache_fd`` (a directory) and ``console_fd`` (the
+    master side of a pseudo-terminal, for ``--console pty``) are -1 when there is none. ``huge_pages``: this host gives
+    huge pages to memory that did not ask for them.
+    """
+
+    microvm_id: str
+    epoch: int
+    jailed: bool
+    uid: int
+    gid: int
+    arguments: tuple[str, ...]
+    start_time_us: int
+    start_time_cpu_us: int
+    parent_cpu_time_us: int
+    max_workers: int
+    max_memory_bytes: int
+    placement: str
+    placement_reason: str
+    seccomp: str
+    switched_off: tuple[str, ...]
+    faults: tuple[str, ...]
+    drills: tuple[str, ...]
+    controller_ipc_directory: str
+    worker_ipc_directory: str
+    kernel_cache_fd: int
+    console_fd: int
+    huge_pages: bool = False
+
+
+class Assignment(NamedTuple):
+    """What a worker is forked for, since its VM, vCPUs and threads are made before it is sealed.
+
+    ``worker`` is its number, ``vcpus`` are the indices that it runs. ``ghosts`` are the indices of the guest's other
+    vCPUs: its VM has them, too, to receive what this worker's vCPUs send to them. ``affinity[n]`` are the host CPUs
+    that the thread of ``vcpus[n]`` may use; without entries all that the cell may use.
+    """
+
+    worker: int
+    vcpus: tuple[int, ...]
+    ghosts: tuple[int, ...]
+    affinity: tuple[tuple[int, ...], ...] = ()
+
+
+#: What the worker that is forked ahead is made for: nearly every microVM has one vCPU.
+FORKED_AHEAD = Assignment(0, (0,), ())
+#: The first frame on a worker's descriptor channel, from the supervisor: the controller has asked for this worker, and
+#: therefore bound its endpoint.
+ENDPOINT_BOUND = b"bound"
+
+
+def cell_name(role: str, index: int) -> str:
+    """Name a cell the way logs, walls and events do: ``vmm``, ``vcpu 0``."""
+    return role if role != ROLE_VCPU else f"{role} {index}"
+
+
+def endpoint(directory: str, worker: int) -> str:
+    """Return the path of the ZeroMQ endpoint of a worker inside an ipc directory."""
+    return f"{directory}/vcpu-{worker}"

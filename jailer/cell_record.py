@@ -1,0 +1,91 @@
+"""The supervisor's record of a cell, and what a launch hands to the supervisor."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from base.lean_std import signal, socket
+from base.lean_typing import NamedTuple
+from ipc.launch_plan import Assignment, LaunchPlan, cell_name
+from jailer import verify
+from jailer.log import Log
+from jailer.memory import MemoryMaker
+from jailer.seccomp.install import Filter
+from jailer.steps.worker_cgroups import WorkerCgroups
+from jailer.template import Roles
+
+#: Signals that end the microVM when somebody sends them to the visible process. They are blocked and read from a
+#: signalfd: so they reach a process 1, and a real fault (SIGSEGV, …) still ends the process, since the kernel
+#: does not hold back a blocked signal that the process caused itself.
+ENDING_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGHUP,
+    signal.SIGBUS,
+    signal.SIGSEGV,
+    signal.SIGXFSZ,
+    signal.SIGXCPU,
+    signal.SIGILL,
+    signal.SIGSYS,
+)
+BLOCKED_SIGNALS = frozenset(map(int, (*ENDING_SIGNALS, signal.SIGCHLD, signal.SIGPIPE)))
+#: How long a cell may take from its fork to its filter.
+SEAL_TIMEOUT_S = 60.0
+
+
+class Setup(NamedTuple):
+    """Everything that the launch prepared for the supervisor."""
+
+    plan: LaunchPlan
+    roles: Roles
+    asked: verify.Asked
+    proc: int
+    kvm_fd: int
+    kvm_error: str
+    filters: dict[str, Filter]
+    memory: MemoryMaker
+    log: Log
+    worker_cgroups: WorkerCgroups
+
+
+class Cell:
+    """One child: the controller or a worker."""
+
+    __slots__ = ("assignment", "deadline", "index", "listener", "pid", "pidfd", "role", "seal", "wall")
+
+    def __init__(self, role: str, index: int, pid: int, pidfd: int, seal: socket.socket) -> None:
+        self.role = role
+        self.index = index
+        self.pid = pid
+        self.pidfd = pidfd
+        self.seal: socket.socket | None = seal
+        self.listener = -1
+        #: What a worker was forked for.
+        self.assignment: Assignment | None = None
+        self.deadline = time.monotonic() + SEAL_TIMEOUT_S
+        self.wall = ""
+
+    @property
+    def name(self) -> str:
+        """``vmm``, ``vcpu 0``."""
+        return cell_name(self.role, self.index)
+
+    def kill(self) -> None:
+        """Send SIGKILL; nothing happens if the cell is gone."""
+        try:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+    def close(self) -> None:
+        """Close what belongs to the cell."""
+        if self.seal is not None:
+            self.seal.close()
+            self.seal = None
+        for name in ("listener", "pidfd"):
+            descriptor = getattr(self, name)
+            if descriptor >= 0:
+                os.close(descriptor)
+                setattr(self, name, -1)

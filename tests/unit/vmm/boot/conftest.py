@@ -1,0 +1,7 @@
+"""Fixtures of the tests of vmm.boot."""
+
+from __future__ import annotations
+
+from tests.harness.memory_fixtures import guest_memory, open_file
+
+__all__ = ["guest_memory", "open_file"]

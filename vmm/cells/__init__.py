@@ -1,0 +1,1 @@
+"""The controller's side of every other cell: commands and replies, processes, life cycles, exits."""

@@ -1,0 +1,88 @@
+"""The descriptor channel of a worker: what it gets before Configure, and the kvm_run pages that come back, once."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import stat
+
+from base.lean_typing import Sequence
+from ipc.channel import PairChannel
+from ipc.errors import IpcError
+from ipc.messages.descriptors import DevicePages, ExitRing, GuestMemory, Interrupt, VcpuDescriptor
+from vmm.errors import WorkerError
+
+
+class WorkerDescriptors:
+    """What a worker gets before Configure; the descriptors stay with the caller."""
+
+    __slots__ = ("device_page", "guest_memory", "interrupts", "memory_size", "rings")
+
+    def __init__(
+        self,
+        guest_memory: int,
+        memory_size: int,
+        device_page: int,
+        rings: Sequence[tuple[int, int, int, int]],
+        interrupts: Sequence[tuple[int, int]],
+    ) -> None:
+        self.guest_memory = guest_memory
+        self.memory_size = memory_size
+        self.device_page = device_page
+        #: (vCPU, ring memfd, doorbell, completion)
+        self.rings = rings
+        #: (GSI, eventfd)
+        self.interrupts = interrupts
+
+
+def send_descriptors(channel: PairChannel, descriptors: WorkerDescriptors) -> None:
+    """Send everything; does not block if the socket does not. Raises IpcError."""
+    channel.send(GuestMemory(descriptors.memory_size), fds=(descriptors.guest_memory,))
+    channel.send(DevicePages(), fds=(descriptors.device_page,))
+    for vcpu, *ring in descriptors.rings:
+        channel.send(ExitRing(vcpu), fds=tuple(ring))
+    for gsi, eventfd in descriptors.interrupts:
+        channel.send(Interrupt(gsi), fds=(eventfd,))
+
+
+def receive_run_pages(channel: PairChannel, vcpus: Sequence[int], size: int) -> dict[int, mmap.mmap]:
+    """Map kvm_run of each vCPU read-only; the messages have come by now. Raises WorkerError."""
+    pages: dict[int, mmap.mmap] = {}
+    try:
+        for vcpu in vcpus:
+            pages[vcpu] = _receive_run_page(channel, vcpu, size)
+    except BaseException:
+        for page in pages.values():
+            page.close()
+        raise
+    return pages
+
+
+def _receive_run_page(channel: PairChannel, vcpu: int, size: int) -> mmap.mmap:
+    try:
+        envelope, owned = channel.receive(1)
+    except (BlockingIOError, IpcError) as error:
+        raise WorkerError(f"it did not hand over vCPU {vcpu}: {error}") from None
+    with owned:
+        if envelope is None or envelope.message != VcpuDescriptor(vcpu) or len(owned) != 1:
+            raise WorkerError(f"it did not hand over vCPU {vcpu}")
+        descriptor = owned.take()
+        try:
+            if _can_shrink(descriptor):
+                raise WorkerError(f"what it handed over as vCPU {vcpu} is a file")
+            return mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ)
+        except (OSError, ValueError) as error:
+            raise WorkerError(f"its vCPU {vcpu} cannot be mapped: {error}") from None
+        finally:
+            os.close(descriptor)
+
+
+def _can_shrink(descriptor: int) -> bool:
+    """Tell whether reading a mapping of it could end us (SIGBUS) because its other holder cuts it off."""
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return False
+    try:
+        return not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+    except OSError:
+        return True

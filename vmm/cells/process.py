@@ -1,0 +1,159 @@
+"""The process of one worker as the controller has it: spawn, pidfd, signals, death."""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+
+from base.event_manager import EventManager
+from base.lean_std import signal, signal_name, socket
+from ipc.launch_plan import Assignment
+from ipc.messages.supervisor import CellEnded
+from vmm.cells.lifecycle import ALIVE, DEADLINES, WorkerEvent, WorkerState, next_state
+from vmm.cells.supervisor import SupervisorClient
+from vmm.errors import SupervisorError
+from vmm.observe.event_log import EVENTS
+
+#: A process that ends closes its channels some time before its pidfd says so.
+DYING_MS = 100
+
+
+class WorkerProcess:
+    """Base of :class:`vmm.cells.worker.Worker`. Its state moves by the table and no other way."""
+
+    def __init__(self, index: int, events: EventManager, supervisor: SupervisorClient) -> None:
+        self.index = index
+        #: What it was forked for, or will be.
+        self.assignment = Assignment(index, (index,), ())
+        self.state = WorkerState.ABSENT
+        self.pid = 0
+        self.ended: CellEnded | None = None
+        self.failure = ""
+        self._events = events
+        self._supervisor = supervisor
+        self._pidfd = -1
+        self._spawn_request = 0
+        self._kill_wanted = False
+
+    @property
+    def alive(self) -> bool:
+        """True while the process exists (as far as we know)."""
+        return self.state in ALIVE
+
+    @property
+    def usable(self) -> bool:
+        """True while it can be asked for something."""
+        return self.alive and self.state is not WorkerState.FAILED
+
+    @property
+    def name(self) -> str:
+        """The worker in a sentence."""
+        return f"The worker of vCPU {self.index} (pid {self.pid})"
+
+    def _move(self, event: WorkerEvent) -> None:
+        before, self.state = self.state, next_state(self.state, event)
+        if self.state is not before:
+            EVENTS.emit("worker-state", worker=self.index, pid=self.pid, state=self.state.value)
+
+    # ------------------------------------------------------------ spawn
+
+    def _submit_spawn(self) -> None:
+        self.ended = None
+        self.failure = ""
+        self.pid = 0
+        self._kill_wanted = False
+        self._spawn_request = self._supervisor.submit_spawn(self.assignment)
+        self._move(WorkerEvent.SPAWN)
+
+    def _spawn_answered(self) -> bool:
+        return not self._spawn_request or self._supervisor.ready(self._spawn_request)
+
+    def _collect_spawn(self) -> None:
+        """Take the supervisor's answer, which is here. Raises SupervisorError if it refused."""
+        request, self._spawn_request = self._spawn_request, 0
+        try:
+            spawned, owned = self._supervisor.collect_spawn(request)
+        except SupervisorError as error:
+            self.failure = str(error)
+            self._move(WorkerEvent.DIED)
+            self._release()
+            raise
+        with owned:
+            self._pidfd = owned.take()
+            self._take_descriptor_channel(socket.socket(fileno=owned.take()))
+        self.pid = spawned.pid
+        if self._kill_wanted:
+            self._send_kill()
+
+    def _take_descriptor_channel(self, pair: socket.socket) -> None:
+        """Take our end of its descriptor channel."""
+        pair.close()
+
+    # ------------------------------------------------------------ end
+
+    def kill(self) -> None:
+        """SIGKILL by pidfd or, where the pidfd may not be used, by the supervisor; returns at once.
+
+        A worker that was asked for and whose pidfd is not here yet is killed when it comes.
+        """
+        if not self.alive:
+            return
+        self._kill_wanted = True
+        if self._spawn_request and self._spawn_answered():
+            try:
+                self._collect_spawn()
+            except SupervisorError:
+                return  # there is nothing to kill
+        elif self._pidfd >= 0:
+            self._send_kill()
+
+    def _send_kill(self) -> None:
+        try:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        except OSError:
+            self._supervisor.signal(self.index, self.pid, signal.SIGKILL)
+
+    def _has_exited(self, patience_ms: int) -> bool:
+        if self._pidfd < 0:
+            return False
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(patience_ms))
+
+    def wait_ended(self, timeout_ns: int = 0) -> bool:
+        """Wait until the supervisor has reaped the worker; kill it after ``timeout_ns`` (0: as the table says)."""
+
+        def ended() -> bool:
+            return not self.alive or self._supervisor.closed
+
+        def ended_or_answered() -> bool:
+            return ended() or bool(self._spawn_request and self._spawn_answered())
+
+        timeout_ns = timeout_ns or DEADLINES[WorkerState.FINISHING].nanoseconds
+        self._events.run_until(ended_or_answered, time.monotonic_ns() + timeout_ns)
+        if not ended():
+            self.kill()
+            self._events.run_until(ended, time.monotonic_ns() + timeout_ns)
+        return not self.alive
+
+    def ended_how(self) -> str:
+        """Say how the process ended, in words that follow its name."""
+        if self.ended is None:
+            return f"is {self.state.value}"
+        if self.ended.wall:
+            return f"was ended by its {self.ended.wall} wall"
+        if self.ended.signal:
+            return f"was ended by signal {signal_name(self.ended.signal)}"
+        return f"exited with status {self.ended.status}"
+
+    def _release(self) -> None:
+        """Release what belongs to the process."""
+        if self._spawn_request:
+            self._supervisor.abandon(self._spawn_request)
+            self._spawn_request = 0
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1

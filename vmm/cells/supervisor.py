@@ -1,0 +1,144 @@
+"""The controller's side of the supervisor protocol: ask for what the plan allows, hear of cells that ended."""
+
+from __future__ import annotations
+
+import select
+import time
+
+from base.event_manager import EventManager, EventOps, Events
+from base.lean_std import socket
+from base.lean_typing import Any, Callable, TypeVar
+from ipc.channel import PairChannel
+from ipc.descriptors import OwnedDescriptors
+from ipc.errors import IpcError
+from ipc.launch_plan import Assignment
+from ipc.messages.records import Failed
+from ipc.messages.supervisor import (
+    SUPERVISOR,
+    CellEnded,
+    CreateMemory,
+    MemoryCreated,
+    Shutdown,
+    SignalCell,
+    SignalNoticed,
+    Spawn,
+    Spawned,
+)
+from vmm.errors import SupervisorError
+
+REQUEST_TIMEOUT_NS = 30_000_000_000
+#: A reply brings two descriptors at the most (pidfd and descriptor channel).
+MAX_REPLY_DESCRIPTORS = 2
+
+Reply = TypeVar("Reply")
+
+
+class SupervisorClient:
+    """Requests block the caller in a nested event loop; notices go to callbacks (``on_…``)."""
+
+    def __init__(self, pair: socket.socket, epoch: int, events: EventManager) -> None:
+        pair.setblocking(False)
+        self._channel = PairChannel(pair, SUPERVISOR, epoch)
+        self._events = events
+        self._replies: dict[int, tuple[Any, OwnedDescriptors]] = {}
+        self._awaited: set[int] = set()
+        self.closed = False
+        self.on_cell_ended: Callable[[CellEnded], None] = lambda notice: None
+        self.on_shutdown: Callable[[Shutdown], None] = lambda notice: None
+        self.on_signal: Callable[[SignalNoticed], None] = lambda notice: None
+        self.on_closed: Callable[[], None] = lambda: None
+
+    def init(self, ops: EventOps) -> None:
+        """Subscriber: watch the channel."""
+        ops.add(self._channel.fileno(), select.EPOLLIN)
+
+    def process(self, events: Events, ops: EventOps) -> None:
+        """Subscriber: read everything that came."""
+        try:
+            while True:
+                envelope, owned = self._channel.receive(MAX_REPLY_DESCRIPTORS)
+                if envelope is None:
+                    continue
+                if envelope.reply_to in self._awaited:
+                    self._replies[envelope.reply_to] = (envelope.message, owned)
+                    continue
+                owned.close()
+                if isinstance(envelope.message, CellEnded):
+                    self.on_cell_ended(envelope.message)
+                elif isinstance(envelope.message, Shutdown):
+                    self.on_shutdown(envelope.message)
+                elif isinstance(envelope.message, SignalNoticed):
+                    self.on_signal(envelope.message)
+        except BlockingIOError:
+            return
+        except IpcError:
+            if not self.closed:  # a handler may have run the loop, and the inner one have seen the end
+                self.closed = True
+                ops.remove(self._channel.fileno())
+                self.on_closed()
+
+    def submit(self, message: Any) -> int:
+        """Send a request without waiting; :meth:`collect` waits for its reply. Raises SupervisorError."""
+        try:
+            sequence = self._channel.send(message)
+        except IpcError as error:
+            raise SupervisorError(f"The supervisor cannot be asked: {error}") from None
+        self._awaited.add(sequence)
+        return sequence
+
+    def ready(self, sequence: int) -> bool:
+        """True when the reply to a submitted request is here (or never will be)."""
+        return sequence in self._replies or self.closed
+
+    def collect(self, sequence: int, expected: type[Reply]) -> tuple[Reply, OwnedDescriptors]:
+        """Wait for the reply to a submitted request. Raises SupervisorError."""
+        if not self.ready(sequence):
+            self._events.run_until(lambda: self.ready(sequence), time.monotonic_ns() + REQUEST_TIMEOUT_NS)
+        self._awaited.discard(sequence)
+        reply, owned = self._replies.pop(sequence, (None, OwnedDescriptors()))
+        if isinstance(reply, expected):
+            return reply, owned
+        owned.close()
+        if isinstance(reply, Failed):
+            raise SupervisorError(reply.text)
+        raise SupervisorError("The supervisor is gone." if self.closed else "The supervisor does not answer.")
+
+    def abandon(self, sequence: int) -> None:
+        """Drop the reply to a submitted request, whether it is here or comes later."""
+        self._awaited.discard(sequence)
+        _, owned = self._replies.pop(sequence, (None, OwnedDescriptors()))
+        owned.close()
+
+    def submit_spawn(self, assignment: Assignment) -> int:
+        """Ask for a worker; returns the number for :meth:`collect_spawn`."""
+        return self.submit(Spawn(*assignment))
+
+    def collect_spawn(self, sequence: int) -> tuple[Spawned, OwnedDescriptors]:
+        """Wait for a spawn; the descriptors are the pidfd and our end of the descriptor channel."""
+        spawned, owned = self.collect(sequence, Spawned)
+        if len(owned) != MAX_REPLY_DESCRIPTORS:
+            owned.close()
+            raise SupervisorError("The supervisor did not hand over the worker's descriptors.")
+        return spawned, owned
+
+    def create_memory(self, size: int) -> int:
+        """Return the descriptor of a new guest memory of ``size`` bytes. Raises SupervisorError."""
+        _, owned = self.collect(self.submit(CreateMemory(size)), MemoryCreated)
+        with owned:
+            if len(owned) != 1:
+                raise SupervisorError("The supervisor did not hand over the guest memory.")
+            return owned.take()
+
+    def signal(self, worker: int, pid: int, number: int) -> None:
+        """Have a signal sent to a worker; does not wait, and does nothing if the supervisor is gone."""
+        try:
+            self._channel.send(SignalCell(worker, pid, number))
+        except IpcError:
+            pass  # the end of the channel is noticed where it is read
+
+    def close(self) -> None:
+        """Close the channel; the supervisor takes that as the controller's end."""
+        for _, owned in self._replies.values():
+            owned.close()
+        self._replies.clear()
+        self._channel.close()

@@ -1,0 +1,1 @@
+"""Devices of the PC: UART, keyboard controller, interrupt controllers, timers."""

@@ -1,0 +1,148 @@
+"""The operations of a running microVM that the API reaches, as a base class of ``vmm.machine.vmm.Vmm``.
+
+None of the devices that have operations exists yet, so each of those says that; the devices' own changes fill them in.
+"""
+
+from __future__ import annotations
+
+from base.lean_typing import TYPE_CHECKING, NamedTuple, NoReturn
+from vmm.errors import DeviceError
+
+if TYPE_CHECKING:
+    from vmm.config.rate_limiter import TokenBucketConfig
+    from vmm.json.text import JsonValue
+
+NOT_FOUND = "Failed perform action on device: Device not found"
+
+
+class DeviceNotFoundError(DeviceError):
+    """There is no such device in this microVM."""
+
+    code = "vmm.device_not_found"
+
+    def __init__(self) -> None:
+        super().__init__(NOT_FOUND)
+
+
+def _not_found() -> NoReturn:
+    raise DeviceNotFoundError
+
+
+class InstanceInfo(NamedTuple):
+    """What GET / reports; ``state`` is Not started, Running or Paused.
+
+    Calling it returns it: ``vmm.instance_info`` and ``vmm.instance_info()`` are the same.
+    """
+
+    id: str
+    state: str
+    vmm_version: str
+    app_name: str
+
+    def __call__(self) -> InstanceInfo:
+        """Return it."""
+        return self
+
+
+class Microvm:
+    """Each operation raises VmmError when it fails; those on devices DeviceNotFoundError. Sizes in MiB, times in s."""
+
+    def version(self) -> str:
+        """Return the version that clients of Firecracker expect (GET /version)."""
+        raise NotImplementedError
+
+    @property
+    def instance_info(self) -> InstanceInfo:
+        """Id, state, version and application name (GET /)."""
+        raise NotImplementedError
+
+    def pause_vm(self) -> None:
+        """Park all vCPUs (PATCH /vm Paused). Idempotent."""
+        raise NotImplementedError
+
+    def resume_vm(self) -> None:
+        """Let all vCPUs run (PATCH /vm Resumed). Idempotent."""
+        raise NotImplementedError
+
+    def vcpu_report(self) -> list[JsonValue]:
+        """Return what GET /vcpus shows."""
+        raise NotImplementedError
+
+    def replace_vcpu(self, vcpu: int) -> None:
+        """Let a new worker go on for the one that runs a vCPU (PATCH /vcpus/{index})."""
+        raise NotImplementedError
+
+    def replace_vcpus(self) -> None:
+        """Replace all workers, one after the other (PATCH /vcpus)."""
+        raise NotImplementedError
+
+    def send_ctrl_alt_del(self) -> None:
+        """Type Ctrl-Alt-Del (PUT /actions SendCtrlAltDel)."""
+        raise NotImplementedError
+
+    def update_block_device_path(self, drive_id: str, path_on_host: str) -> None:
+        """Open another file behind a block device (PATCH /drives/{id} with ``path_on_host``)."""
+        _not_found()
+
+    def update_block_rate_limiter(
+        self, drive_id: str, bandwidth: TokenBucketConfig | None, ops: TokenBucketConfig | None
+    ) -> None:
+        """Replace the buckets that are given (PATCH /drives/{id} with ``rate_limiter``)."""
+        _not_found()
+
+    def update_vhost_user_block_config(self, drive_id: str) -> None:
+        """Read the backend's configuration again (PATCH /drives/{id} with neither)."""
+        _not_found()
+
+    def update_pmem_rate_limiter(
+        self, device_id: str, bandwidth: TokenBucketConfig | None, ops: TokenBucketConfig | None
+    ) -> None:
+        """Replace the buckets that are given (PATCH /pmem/{id})."""
+        _not_found()
+
+    def update_net_rate_limiters(
+        self,
+        iface_id: str,
+        rx_bandwidth: TokenBucketConfig | None,
+        rx_ops: TokenBucketConfig | None,
+        tx_bandwidth: TokenBucketConfig | None,
+        tx_ops: TokenBucketConfig | None,
+    ) -> None:
+        """Replace the buckets that are given (PATCH /network-interfaces/{id})."""
+        _not_found()
+
+    def balloon_config(self) -> NoReturn:
+        """Return the balloon's configuration (GET /balloon)."""
+        _not_found()
+
+    def latest_balloon_stats(self) -> NoReturn:
+        """Return the last statistics of the guest (GET /balloon/statistics)."""
+        _not_found()
+
+    def update_balloon_config(self, amount_mib: int) -> None:
+        """Set the target size (PATCH /balloon)."""
+        _not_found()
+
+    def update_balloon_stats_config(self, stats_polling_interval_s: int) -> None:
+        """Set the polling interval (PATCH /balloon/statistics)."""
+        _not_found()
+
+    def start_balloon_hinting(self, acknowledge_on_stop: bool) -> None:
+        """Begin a run of free page hinting (PATCH /balloon/hinting/start)."""
+        _not_found()
+
+    def get_balloon_hinting_status(self) -> NoReturn:
+        """Return the state of the run (GET /balloon/hinting/status)."""
+        _not_found()
+
+    def stop_balloon_hinting(self) -> None:
+        """End the run (PATCH /balloon/hinting/stop)."""
+        _not_found()
+
+    def memory_hotplug_status(self) -> NoReturn:
+        """Return sizes of the memory hot-plug device (GET /hotplug/memory)."""
+        _not_found()
+
+    def update_memory_hotplug_size(self, requested_size_mib: int) -> None:
+        """Set the requested size (PATCH /hotplug/memory)."""
+        _not_found()

@@ -1,0 +1,532 @@
+"""The running microVM as one object: ``Vmm`` has the operations, one method each."""
+
+from __future__ import annotations
+
+import time
+
+from base import exit_codes
+from base.event_manager import EventManager, EventOps, Events
+from base.lean_typing import TYPE_CHECKING, Callable, Sequence
+from ipc.exit_ring import COUNTER_EXITS
+from ipc.guest_memory import GuestMemory
+from ipc.messages.ghosts import GhostRecovered
+from ipc.messages.supervisor import CellEnded
+from ipc.messages.worker import DumpCpuConfig, DumpedCpuConfig, SavedState, SaveState, VcpuExited
+from vmm.cells.exits import ExitExecutor, read_exits
+from vmm.cells.ghosts import GhostForwarder
+from vmm.cells.heartbeat import Heartbeat
+from vmm.cells.lifecycle import DEADLINES, SECOND_NS, WorkerState
+from vmm.cells.worker import Kvm, Worker
+from vmm.devices.legacy.console import ConsoleInput, ConsoleOutput
+from vmm.devices.manager import DeviceManager, read_devices
+from vmm.errors import DeviceError, MicrovmEndedError, StateError, VmmError, WorkerError
+from vmm.machine.device_operations import InstanceInfo, Microvm
+from vmm.machine.post_mortem import TAIL_LENGTH, Cause, Failure, of_end, of_vcpu, report
+from vmm.machine.report import ghost_counters
+from vmm.machine.vm import Vm
+from vmm.observe.event_log import EVENTS
+from vmm.observe.logger import LOG
+from vmm.observe.metrics import METRICS, SIGNAL_KEYS
+from vmm.operations.driver import Conductor, Machine
+from vmm.operations.quiescence import read_rest
+from vmm.operations.replacement import Succession
+from vmm.operations.tables import PAUSE, REPLACE, RESUME, Procedure
+from vmm.placement import Placement
+from vmm.snapshot.state_file import VERSION as STATE_VERSION
+from vmm.snapshot.state_file import MicrovmState, WorkerAtRest
+from vmm.version import APP_NAME, FIRECRACKER_VERSION
+
+if TYPE_CHECKING:
+    from vmm.json.text import JsonValue
+
+STATE_NOT_STARTED = "Not started"
+STATE_RUNNING = "Running"
+STATE_PAUSED = "Paused"
+
+#: VcpuExited.reason of a triple fault, by which guests reset their machine, too.
+VCPU_SHUTDOWN = "shutdown"
+
+#: How long a replacement waits for the end of the worker that was replaced before.
+BURY_TIMEOUT_NS = 10 * SECOND_NS
+
+
+class Vmm(Microvm, Machine):
+    """One microVM that was built. Made by ``vmm.machine.builder``; closed once.
+
+    ``vcpus_handles`` are the workers, ``device_manager`` the devices, ``vm`` memory and placement. Operations that need
+    workers run the event loop until the answer is there and raise WorkerError when a worker fails.
+    """
+
+    def __init__(
+        self,
+        microvm_id: str,
+        events: EventManager,
+        memory: GuestMemory,
+        device_manager: DeviceManager,
+        placement: Placement,
+    ) -> None:
+        self._id = microvm_id
+        self._events = events
+        self.vm = Vm(memory, placement)
+        self.device_manager = device_manager
+        self.vcpus_handles: list[Worker] = []
+        self._executors: dict[int, ExitExecutor] = {}
+        self._ghosts: GhostForwarder | None = None
+        self._subscriptions: list[int] = []
+        self._console_output: ConsoleOutput | None = None
+        self._console_input: ConsoleInput | None = None
+        self._state = STATE_NOT_STARTED
+        self._shutdown_exit_code: int | None = None
+        #: A guest that reboots gets a machine that starts anew (``restart_wanted``), which is for the owner to do.
+        self.restarts = False
+        self.restart_wanted = False
+        self._closed = False
+        #: Makes what a replacement needs; set by the builder.
+        self.recruit: Callable[[Worker], Succession] = _cannot_recruit
+        self._conductor = Conductor(self, events)
+        self._heartbeat = Heartbeat(self.vcpus_handles, self.has_ended, self._conductor.pong)
+        self._retired: list[Worker] = []
+        self._ops: EventOps | None = None
+        self._replacements: dict[int, int] = {}
+        #: Why the microVM failed, if it did.
+        self.failure: Failure | None = None
+
+    def __repr__(self) -> str:
+        workers = ", ".join(f"vcpu {worker.index}: {worker.state.value}" for worker in self.vcpus_handles)
+        return f"<Vmm {self._id} {self._state.lower()} [{workers}]>"
+
+    # ------------------------------------------------------------ construction (vmm.machine.builder)
+
+    def attach_worker(self, worker: Worker) -> None:
+        """Take a configured worker over."""
+        self._own(worker)
+        self.vcpus_handles.append(worker)
+
+    def _own(self, worker: Worker) -> None:
+        worker.on_vcpu_exited = self._vcpu_exited
+        worker.on_failed = self._worker_failed
+        worker.on_ended = self._worker_ended
+        if self._ghosts is not None:
+            worker.on_ghost_event = self._ghosts.handle
+            worker.on_ghost_recovered = self._ghost_recovered
+
+    def attach_executor(self, vcpu: int, executor: ExitExecutor) -> None:
+        """Serve the exits of one vCPU."""
+        self._executors[vcpu] = executor
+        self._subscriptions.append(self._events.add_subscriber(executor))
+
+    def attach_ghosts(self, ghosts: GhostForwarder) -> None:
+        """Serve the ghosts of all workers."""
+        self._ghosts = ghosts
+        for worker in self.vcpus_handles:
+            self._own(worker)
+
+    def attach_console(self, output: ConsoleOutput | None, console_input: ConsoleInput | None) -> None:
+        """Connect the UART with the host."""
+        self._console_output = output
+        self._console_input = console_input
+        if output is not None:
+            self._subscriptions.append(self._events.add_subscriber(output))
+        if console_input is not None:
+            self._subscriptions.append(self._events.add_subscriber(console_input))
+
+    def before_exits(self) -> None:
+        """A batch of exits is about to be executed."""
+        self.device_manager.hold_interrupts()
+
+    def after_exits(self) -> None:
+        """A batch of exits was executed: deliver interrupts, then write what the guest has sent to its UART."""
+        self.device_manager.release_interrupts()
+        self.flush_console()
+
+    def flush_console(self) -> None:
+        """Write what the guest has sent to its UART."""
+        if self._console_output is not None:
+            self._console_output.flush()
+
+    # ------------------------------------------------------------ information
+
+    def version(self) -> str:
+        """Return the version that clients of Firecracker expect (GET /version)."""
+        return FIRECRACKER_VERSION
+
+    @property
+    def instance_info(self) -> InstanceInfo:
+        """Id, state, version and application name (GET /)."""
+        return InstanceInfo(self._id, self._state, FIRECRACKER_VERSION, APP_NAME)
+
+    def kvm(self) -> Kvm:
+        """Return what the host's KVM can do, as the first worker found it. Raises StateError without a worker."""
+        if not self.vcpus_handles:
+            raise StateError("There is no worker yet that could say what the host's KVM can do.")
+        return self.vcpus_handles[0].kvm
+
+    def shutdown_exit_code(self) -> int | None:
+        """Return the exit code once the microVM has been stopped, else None."""
+        return self._shutdown_exit_code
+
+    def clear_shutdown_exit_code(self) -> None:
+        """Forget the stored exit code."""
+        self._shutdown_exit_code = None
+
+    def exit_counters(self) -> dict[int, tuple[int, ...]]:
+        """Return each vCPU's exit counters, in the order of ``ipc.exit_ring.COUNTER_NAMES``."""
+        return {vcpu: executor.counters() for vcpu, executor in sorted(self._executors.items())}
+
+    def vcpu_report(self) -> list[JsonValue]:
+        """Return what GET /vcpus shows: one record per vCPU, in order of their indices (vmm.machine.report)."""
+        ghosts = ghost_counters(self.vcpus_handles, self._events)
+        return [
+            {
+                "index": vcpu,
+                "worker": worker.index,
+                "pid": worker.pid,
+                "placement": self.vm.placement.kind,
+                "state": "stalled" if self._heartbeat.is_stalled(worker) else worker.state.value,
+                "exits": self._executors[vcpu].counters()[COUNTER_EXITS],
+                "affinity": list(self.vm.placement.affinity[vcpu]) if self.vm.placement.affinity else None,
+                "clock_ahead_ns": worker.clock_ahead_ns,
+                "ghosts": ghosts.get(worker.index),
+                "replacements": self._replacements.get(worker.index, 0),
+            }
+            for vcpu, worker in self._by_vcpu()
+        ]
+
+    def read_metrics(self) -> None:
+        """Bring the metrics up to date with what the parts of this microVM have counted."""
+        if not self._closed:
+            self._read_metrics()
+
+    def _read_metrics(self) -> None:
+        read_exits(METRICS, tuple(self.exit_counters().values()))
+        read_devices(METRICS, self.device_manager.i8042, self.device_manager.serial, self._console_output)
+
+    # ------------------------------------------------------------ operations
+
+    def _set_state(self, state: str) -> None:
+        if state != self._state:
+            self._state = state
+            EVENTS.emit("microvm-state", state=state)
+
+    def start_vcpus(self) -> None:
+        """Begin with every vCPU parked, as InstanceStart does before it resumes. The state becomes Paused."""
+        self._conductor.begin()
+        self._set_state(STATE_PAUSED)
+        self._subscriptions += [self._events.add_subscriber(self), self._events.add_subscriber(self._heartbeat)]
+
+    def resume_vm(self) -> None:
+        """Let all vCPUs run (PATCH /vm Resumed). Idempotent. Raises WorkerError, StateError after the end.
+
+        If a worker does not answer, all run all the same: that one as soon as it can.
+        """
+        try:
+            self._perform(RESUME)
+        except MicrovmEndedError as error:
+            LOG.debug(str(error))  # the guest has run, and has ended before the last worker could say so
+        self._set_state(STATE_RUNNING)  # also if it has ended: one that starts anew goes on as what it was
+
+    def pause_vm(self) -> None:
+        """Park all vCPUs at an instruction boundary, their exits executed (PATCH /vm Paused). Idempotent.
+
+        If a worker does not answer, all go on running. Raises WorkerError, StateError.
+        """
+        self._perform(PAUSE)
+        self._require_alive()
+
+    def _perform(self, procedure: Procedure, succession: Succession | None = None) -> None:
+        self._require_alive()
+        try:
+            self._conductor.perform(procedure, succession)
+        finally:
+            if not self.has_ended():
+                self._set_state(self._conductor.life.state.value)
+
+    def replace_vcpu(self, vcpu: int) -> None:
+        """Let a freshly forked worker go on for the one that runs this vCPU (PATCH /vcpus/{i} Replace).
+
+        Raises StateError (nothing has changed) or WorkerError (the old worker goes on, or, with a new one, all run as
+        soon as those that stand still can).
+        """
+        self._require_alive()
+        owner = next((worker for index, worker in self._by_vcpu() if index == vcpu), None)
+        if owner is None:
+            raise StateError(f"There is no vCPU {vcpu}.")
+        self._replace(owner)
+
+    def replace_vcpus(self) -> None:
+        """Replace all workers, one after the other (PATCH /vcpus Replace). Raises as :meth:`replace_vcpu`."""
+        self._require_alive()
+        count = len(self.vcpus_handles)
+        for seat in range(count):
+            try:
+                self._replace(self.vcpus_handles[seat])
+            except VmmError as error:
+                if not seat:
+                    raise
+                raise WorkerError(f"After {seat} of {count} workers: {error}") from error
+
+    def _replace(self, leaver: Worker) -> None:
+        # The supervisor allows one worker beyond the plan: the one that was replaced last must be gone.
+        self._events.run_until(lambda: not self._retired or self.has_ended(), time.monotonic_ns() + BURY_TIMEOUT_NS)
+        self._require_alive()
+        if self._retired:
+            raise StateError("The worker that was replaced last has not ended yet.")
+        pid = leaver.pid
+        succession = self.recruit(leaver)
+        succession.on_comer_lost = self._comer_lost
+        comer = succession.comer
+        try:
+            self._perform(REPLACE, succession)
+        finally:
+            if comer.alive and comer not in self.vcpus_handles and comer not in self._retired:
+                self.retire(comer)  # the microVM has ended meanwhile
+        microseconds = (self._conductor.resumed_at - self._conductor.parked_at) // 1000
+        EVENTS.emit("worker-replaced", worker=comer.index, pid=comer.pid, old_pid=pid, pause_us=microseconds)
+        LOG.info(
+            f"Worker vcpu {comer.index}: pid {comer.pid} goes on for pid {pid}; the guest stood still for "
+            f"{microseconds} us."
+        )
+
+    def _comer_lost(self, worker: Worker, how: object) -> None:
+        text = worker.failure or f"{worker.name} {worker.ended_how()}."
+        LOG.warn(f"A worker that was to replace another one failed: {text}")
+        self._conductor.lost(worker, text)
+
+    # ------------------------------------------------------------ what operations need (vmm.operations.driver.Machine)
+
+    def drained(self) -> bool:
+        """Have all exits of the parked vCPUs been executed?"""
+        return all(executor.idle for executor in self._executors.values())
+
+    def not_drained(self) -> None:
+        """Whoever has an exit open although it says that it is parked broke the protocol."""
+        for vcpu, worker in self._by_vcpu():
+            if not self._executors[vcpu].idle:
+                worker.breach("it says that it is paused and has exits open")
+
+    def has_ended(self) -> bool:
+        """Has the microVM ended, or is it about to, or to start anew?"""
+        return self._shutdown_exit_code is not None or self.restart_wanted
+
+    def cannot_go_on(self, text: str) -> None:
+        """An operation could be neither completed nor taken back."""
+        if self._shutdown_exit_code is None:
+            self._fail(Failure(Cause.OPERATION, "", text, exit_codes.GENERIC_ERROR), None)
+
+    def clock_failed(self, count: int) -> None:
+        """So many vCPUs could not be told that they were stopped."""
+        METRICS["vcpu"].add("kvmclock_ctrl_fails", count)
+
+    def succeeded(self, succession: Succession) -> None:
+        """The comer runs the leaver's vCPUs from now on."""
+        leaver, comer = succession.leaver, succession.comer
+        seat = leaver.index
+        self.vcpus_handles[self.vcpus_handles.index(leaver)] = comer
+        leaver.replaced()
+        self._own(comer)
+        if self._ghosts is not None:
+            self._ghosts.forget_sources(seat)
+        self._replacements[seat] = self._replacements.get(seat, 0) + 1
+
+    def retire(self, worker: Worker) -> None:
+        """End a worker that is no part of the microVM any more."""
+        worker.on_failed = lambda worker, text: None
+        worker.on_ended = self._buried
+        self._retired.append(worker)
+        if not worker.alive:
+            self._buried(worker)
+            return
+        if worker.state is WorkerState.REPLACED:
+            worker.finish()
+        else:
+            worker.kill()
+        if worker.state in DEADLINES and self._ops is not None:
+            deadline = time.monotonic_ns() + DEADLINES[worker.state].nanoseconds
+            self._ops.add_timer(deadline, lambda: worker.expire() if worker.alive else None)
+
+    def _buried(self, worker: Worker, notice: CellEnded | None = None) -> None:
+        if worker in self._retired:
+            self._retired.remove(worker)
+            worker.close()
+
+    def _read_rest(self) -> tuple[WorkerAtRest, ...]:
+        open_exits = [
+            sum(not self._executors[vcpu].idle for vcpu in worker.assignment.vcpus) for worker in self.vcpus_handles
+        ]
+        return read_rest(self.vcpus_handles, open_exits)
+
+    def save_state(self) -> MicrovmState:
+        """Return the complete, versioned state but for the content of guest memory (PUT /snapshot/create).
+
+        It can be taken repeatedly and changes nothing. Raises StateError unless paused, WorkerError (also if
+        anything is on its way between workers).
+        """
+        self._require_paused("save_state")
+        vcpus = tuple([worker.request(SaveState(vcpu), SavedState) for vcpu, worker in self._by_vcpu()])
+        memory, placement = self.vm
+        devices = self.device_manager.save_state()
+        rest = self._read_rest()
+        return MicrovmState(STATE_VERSION, self._id, memory.regions, placement.groups, devices, rest, vcpus)
+
+    def dump_cpu_config(self) -> list[DumpedCpuConfig]:
+        """Return CPUID and MSRs of every vCPU (no API call). Raises StateError unless paused, WorkerError."""
+        self._require_paused("dump_cpu_config")
+        return [worker.request(DumpCpuConfig(vcpu), DumpedCpuConfig) for vcpu, worker in self._by_vcpu()]
+
+    def send_ctrl_alt_del(self) -> None:
+        """Type Ctrl-Alt-Del on the guest's keyboard (PUT /actions SendCtrlAltDel).
+
+        Raises DeviceError when the guest has not read what was typed before: the buffer has 16 bytes, this takes 4.
+        """
+        self._require_alive()
+        try:
+            self.device_manager.i8042.send_ctrl_alt_del()
+        except DeviceError as error:
+            raise DeviceError(f"I8042 error: {error}") from error
+
+    def stop(self, exit_code: int) -> None:
+        """End the microVM: the main loop returns with this code. The first code counts, but 0 yields to an error."""
+        if self._shutdown_exit_code is None:
+            LOG.info("Vmm is stopping.")
+            EVENTS.emit("microvm-stopping", exit_code=exit_code)
+        if not self._shutdown_exit_code:
+            self._shutdown_exit_code = exit_code
+
+    def guest_reset(self) -> None:
+        """The guest has reset the machine."""
+        if not self.restarts:
+            self.stop(exit_codes.OK)
+        elif self._shutdown_exit_code is None:
+            self.restart_wanted = True
+
+    def _by_vcpu(self) -> list[tuple[int, Worker]]:
+        return sorted((vcpu, worker) for worker in self.vcpus_handles for vcpu in worker.assignment.vcpus)
+
+    def _require_alive(self) -> None:
+        if self._shutdown_exit_code is not None:
+            raise StateError("The microVM has ended.")
+
+    def _require_paused(self, operation: str) -> None:
+        self._require_alive()
+        if self._state != STATE_PAUSED:
+            raise StateError(f"{operation} needs a paused microVM: save/restore unavailable while running.")
+
+    # ------------------------------------------------------------ what happens to workers
+
+    def _vcpu_exited(self, worker: Worker, event: VcpuExited) -> None:
+        failure = of_vcpu(worker, event)
+        if self._shutdown_exit_code is not None:
+            # A guest that was reset runs on until its worker ends, into a triple fault: that is no news.
+            LOG.debug(failure.text)
+            return
+        if self.restart_wanted or (self.restarts and event.reason == VCPU_SHUTDOWN):
+            LOG.debug(failure.text)
+            self.guest_reset()
+            return
+        EVENTS.emit("vcpu-exited", vcpu=event.vcpu, reason=event.reason, exit_code=event.code)
+        if event.code:
+            METRICS["vcpu"].add("failures")
+            self._fail(failure, worker)
+        else:
+            LOG.info(failure.text)
+            self.stop(0)
+        self._conductor.lost(worker, failure.text)
+
+    def _worker_failed(self, worker: Worker, text: str) -> None:
+        self._fail(Failure(Cause.PROTOCOL, "", text, exit_codes.GENERIC_ERROR), worker)
+        self._conductor.lost(worker, text)
+
+    def _worker_ended(self, worker: Worker, notice: CellEnded) -> None:
+        if self._shutdown_exit_code is not None:
+            return
+        failure = of_end(worker, notice)
+        if notice.wall == "seccomp":
+            METRICS["seccomp"].add("num_faults")
+        if notice.signal and failure.exit_code in SIGNAL_KEYS:
+            METRICS["signals"].store(SIGNAL_KEYS[failure.exit_code], 1)
+        self._fail(failure, worker)
+        if notice.wall == "seccomp":
+            LOG.error(f"Shutting down VM after intercepting a bad syscall of worker vcpu {worker.index}.")
+        self._conductor.lost(worker, failure.text)
+
+    def _fail(self, failure: Failure, worker: Worker | None) -> None:
+        """Report why the microVM cannot go on, and end it."""
+        tail = b"" if self._console_output is None else self._console_output.tail(TAIL_LENGTH)
+        self.failure = self.failure or failure
+        report(failure, worker, tail.decode(errors="backslashreplace"))
+        self.stop(failure.exit_code)
+
+    def _ghost_recovered(self, worker: Worker, event: GhostRecovered) -> None:
+        text = f"Worker vcpu {worker.index}: {event.text}."
+        if not event.fatal:
+            LOG.warn(text)
+        elif self._shutdown_exit_code is None:
+            self._fail(Failure(Cause.INTERRUPT, "ghost", text, exit_codes.GENERIC_ERROR), worker)
+
+    def forwarding_failed(self, text: str) -> None:
+        """An interrupt between vCPUs was lost: the guest cannot go on."""
+        if self._shutdown_exit_code is None:
+            self._fail(Failure(Cause.INTERRUPT, "forwarding", text, exit_codes.GENERIC_ERROR), None)
+
+    def init(self, ops: EventOps) -> None:
+        """Subscriber: there are deadlines to be armed."""
+        self._ops = ops
+
+    def process(self, events: Events, ops: EventOps) -> None:
+        """Subscriber: workers have subscriptions of their own, here only time is watched; anything else is logged."""
+        LOG.error(f"Spurious event {events.event_set:#x} of descriptor {events.fd} for the microVM.")
+
+    # ------------------------------------------------------------ end
+
+    def close(self) -> None:
+        """End the workers in order, write the last console output, release everything. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if self.restart_wanted and self._shutdown_exit_code is None:
+            self._shutdown_exit_code = exit_codes.OK  # that its workers end now is no news
+        try:
+            end_workers([*self.vcpus_handles, *self._retired])
+            for executor in self._executors.values():
+                executor.drain()
+            self.flush_console()
+            self._read_metrics()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        for subscription in self._subscriptions:
+            self._events.remove_subscriber(subscription)
+        for worker in [*self.vcpus_handles, *self._retired]:
+            worker.close()
+        for executor in self._executors.values():
+            executor.close()
+        if self._ghosts is not None:
+            self._ghosts.close()
+        if self._console_input is not None:
+            self._console_input.close()
+        if self._console_output is not None:
+            self._console_output.close()
+        self.device_manager.close()
+        self.vm.memory.close()
+
+    def __enter__(self) -> Vmm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _cannot_recruit(worker: Worker) -> Succession:
+    raise StateError(f"Worker {worker.index} cannot be replaced.")
+
+
+def end_workers(workers: Sequence[Worker]) -> None:
+    """Ask all workers to finish, then wait for each; what does not end is killed."""
+    for worker in workers:
+        worker.finish()
+    for worker in workers:
+        worker.wait_ended()
+
+
+__all__ = ["DeviceError", "InstanceInfo", "Vmm", "end_workers"]

@@ -1,0 +1,1 @@
+"""Operations over all workers: tables of steps, and what goes through them."""

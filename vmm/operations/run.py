@@ -1,0 +1,249 @@
+"""Goes through a procedure (vmm.operations.tables) with the workers of a machine. Sans-IO.
+
+Told what happens, it returns what is to be done. The shell (vmm.operations.driver) sends messages and arms timers; the
+simulation (tests/unit/vmm/operations/test_simulation.py) does the same without a process.
+"""
+
+from __future__ import annotations
+
+from base.lean_typing import Enum, NamedTuple, Sequence
+from vmm.cells.lifecycle import SECOND_NS
+from vmm.errors import StateError
+from vmm.operations.tables import MachineState, Procedure, Step, Verdict, Who
+
+
+class Member(NamedTuple):
+    """A worker that takes part. A seat is the place of one worker; while it is being replaced there are two of it."""
+
+    seat: int
+    comer: bool = False
+
+
+#: Carries out the steps of the controller itself.
+NOBODY = Member(-1)
+
+
+class Outcome(Enum):
+    """How an operation ends. There is no other way."""
+
+    DONE = "done"
+    LATE = "late"  # decided; who has not confirmed yet does it as soon as it runs again
+    UNDONE = "undone"  # nothing has changed
+    ENDED = "ended"  # the machine cannot go on
+
+
+class Tell(NamedTuple):
+    """Have ``member`` carry out a step, and say the turn with its answer."""
+
+    member: Member
+    step: Step
+    turn: int
+
+
+class Await(NamedTuple):
+    """Call ``expired(turn)`` after this time."""
+
+    turn: int
+    nanoseconds: int
+
+
+class Commit(NamedTuple):
+    """The point of no return: the comer runs the vCPUs from now on, the leaver never again."""
+
+    seat: int
+
+
+class Drop(NamedTuple):
+    """End a worker that takes no part any more: a comer that is not needed, or a leaver that was replaced."""
+
+    member: Member
+
+
+class Settle(NamedTuple):
+    """The operation is over."""
+
+    outcome: Outcome
+    text: str
+
+
+Action = Tell | Await | Commit | Drop | Settle
+
+
+class Conduct:
+    """One run of one procedure. Every method returns what is to be done now, in this order."""
+
+    def __init__(self, procedure: Procedure, seats: Sequence[int], leaver: int = -1, turn: int = 0) -> None:
+        self.procedure = procedure
+        self.outcome: Outcome | None = None
+        self.text = ""
+        self.committed = False
+        #: Rises with every step, also from one operation to the next: what belongs to an earlier one does not count.
+        self.turn = turn
+        self.step: Step | None = None
+        self._seats = tuple(seats)
+        self._leaver = leaver
+        self._undoing = False
+        self._late = ""
+        self._begun: set[str] = set()
+        self._left: list[Step] = list(procedure.steps)
+        self._waiting: set[Member] = set()
+
+    @property
+    def leaver(self) -> int:
+        """The seat whose worker is replaced, or -1."""
+        return self._leaver
+
+    def start(self) -> list[Action]:
+        """Begin."""
+        return self._next()
+
+    def answered(self, member: Member, turn: int, refusal: str = "") -> list[Action]:
+        """``member`` has carried out the step of this turn, or refuses to."""
+        if self.outcome is not None or turn != self.turn or member not in self._waiting:
+            return []
+        if refusal:
+            assert self.step is not None
+            return self._fail(self.step.on_refusal, refusal)
+        self._waiting.discard(member)
+        return [] if self._waiting else self._next()
+
+    def expired(self, turn: int) -> list[Action]:
+        """The time for the step of this turn is over."""
+        if self.outcome is not None or turn != self.turn or self.step is None:
+            return []
+        return self._fail(self.step.on_deadline, self._who_is_late())
+
+    def lost(self, member: Member, cause: str) -> list[Action]:
+        """``member`` has ended or failed."""
+        if self.outcome is not None:
+            return []
+        if member == Member(self._leaver) and self.committed:
+            return []
+        if member.comer and not self.committed:
+            return [] if self._undoing else self._undo(cause)
+        return self._settle(Outcome.ENDED, cause)
+
+    def _who_is_late(self) -> str:
+        assert self.step is not None
+        seconds = f"{self.step.deadline_ns / SECOND_NS:g} s"
+        waiting = sorted(self._waiting)
+        if waiting == [NOBODY]:
+            if self.step.name == "drain":
+                return f"The exits of the paused vCPUs were not executed in time ({seconds})."
+            return f"The worker that was to replace vcpu {self._leaver} did not end within {seconds}."
+        names = ", ".join(f"vcpu {member.seat}{' (new)' if member.comer else ''}" for member in waiting)
+        return f"Worker {names} did not answer within {seconds} ({self.step.name})."
+
+    def _members(self, who: Who) -> set[Member]:
+        if who is Who.ALL:
+            return {Member(seat, self.committed and seat == self._leaver) for seat in self._seats}
+        if who is Who.NOBODY:
+            return {NOBODY}
+        return {Member(self._leaver, who is Who.COMER)}
+
+    def _next(self) -> list[Action]:
+        if not self._left:
+            if self._undoing:
+                return self._settle(Outcome.UNDONE, self.text)
+            return self._settle(Outcome.LATE if self._late else Outcome.DONE, self._late)
+        step = self.step = self._left.pop(0)
+        self.turn += 1
+        actions: list[Action] = []
+        if not self._undoing:
+            self._begun.add(step.name)
+            if step.name == self.procedure.commit:
+                self.committed = True
+                actions.append(Commit(self._leaver))
+        self._waiting = self._members(step.who)
+        actions += [Tell(member, step, self.turn) for member in sorted(self._waiting)]
+        if self.committed and step.name == self.procedure.commit:
+            actions.append(Drop(Member(self._leaver)))
+        actions.append(Await(self.turn, step.deadline_ns))
+        return actions
+
+    def _fail(self, verdict: Verdict, text: str) -> list[Action]:
+        if verdict is Verdict.GO_ON:
+            self._late = self._late or text
+            return self._next()
+        if verdict is Verdict.UNDO and not self._undoing and not self.committed:
+            return self._undo(text)
+        return self._settle(Outcome.ENDED, text)
+
+    def _undo(self, text: str) -> list[Action]:
+        self._undoing = True
+        self.text = text
+        self._left = [undo.step for undo in self.procedure.undo if undo.since in self._begun]
+        drop: list[Action] = [Drop(Member(self._leaver, comer=True))] if self._leaver >= 0 else []
+        return drop + self._next()
+
+    def _settle(self, outcome: Outcome, text: str) -> list[Action]:
+        self.outcome = outcome
+        self.text = text
+        self.step = None
+        self._waiting = set()
+        return [Settle(outcome, text)]
+
+
+class MachineLife:
+    """The declared state of a machine, and the one operation that may be going on."""
+
+    def __init__(self, seats: Sequence[int]) -> None:
+        self.state = MachineState.PAUSED
+        self.conduct: Conduct | None = None
+        self.seats = tuple(seats)
+        self._turn = 0
+
+    def begin(self, procedure: Procedure, leaver: int = -1) -> list[Action]:
+        """Begin an operation. Raises StateError, and nothing has changed."""
+        if self.state is MachineState.ENDED:
+            raise StateError("The microVM has ended.")
+        if self.conduct is not None:
+            raise StateError(f"Another operation ({self.conduct.procedure.name}) is going on.")
+        if procedure.only_in is None:
+            if procedure.leads_to is self.state is MachineState.PAUSED:
+                return [Settle(Outcome.DONE, "")]  # else taking it back would let the machine run
+        elif leaver not in self.seats:
+            raise StateError(f"There is no worker {leaver}.")
+        elif self.state is not procedure.only_in:
+            raise StateError(f"This needs a microVM that is {procedure.only_in.value}; it is {self.state.value}.")
+        self.conduct = Conduct(procedure, self.seats, leaver, self._turn)
+        return self._after(self.conduct.start())
+
+    def answered(self, member: Member, turn: int, refusal: str = "") -> list[Action]:
+        """As :meth:`Conduct.answered`."""
+        return self._after(self.conduct.answered(member, turn, refusal)) if self.conduct else []
+
+    def expired(self, turn: int) -> list[Action]:
+        """As :meth:`Conduct.expired`."""
+        return self._after(self.conduct.expired(turn)) if self.conduct else []
+
+    def lost(self, member: Member, cause: str) -> list[Action]:
+        """A worker has ended or failed. One that is not needed any more may; any other takes the machine with it."""
+        if self.conduct is not None:
+            return self._after(self.conduct.lost(member, cause))
+        if member.comer or self.state is MachineState.ENDED:
+            return []
+        self.state = MachineState.ENDED
+        return [Settle(Outcome.ENDED, cause)]
+
+    def end(self) -> None:
+        """The machine ends for another reason."""
+        self.state = MachineState.ENDED
+        self.conduct = None
+
+    def must_resume(self, says: str) -> bool:
+        """A worker says how it is (Pong): has it missed that it should run?"""
+        return says == "paused" and self.conduct is None and self.state is MachineState.RUNNING
+
+    def _after(self, actions: list[Action]) -> list[Action]:
+        conduct = self.conduct
+        if conduct is None:
+            return actions
+        self._turn = conduct.turn
+        if conduct.outcome is not None:
+            self.conduct = None
+            if conduct.outcome is Outcome.ENDED:
+                self.state = MachineState.ENDED
+            elif conduct.outcome is not Outcome.UNDONE:
+                self.state = conduct.procedure.leads_to
+        return actions

@@ -1,0 +1,135 @@
+"""Operations that several workers take part in, as tables of steps. Sans-IO: vmm.operations.run goes through them.
+
+Every step has a deadline, and says what it means when it passes and when a worker refuses. Up to the point of no return
+that is, as a rule, to take back what was done; afterwards the machine goes on with what was decided, or ends.
+"""
+
+from __future__ import annotations
+
+from base.lean_typing import Enum, NamedTuple
+from vmm.cells.lifecycle import SECOND_NS
+
+
+class MachineState(Enum):
+    """What is declared: clients are told so, and every worker is made to agree."""
+
+    PAUSED = "Paused"
+    RUNNING = "Running"
+    ENDED = "Ended"
+
+
+class Who(Enum):
+    """Who has to carry out a step."""
+
+    ALL = "all"  # the workers that run the vCPUs now: after the point of no return the comer instead of the leaver
+    LEAVER = "leaver"  # the worker that is to be replaced
+    COMER = "comer"  # the worker that takes its place
+    NOBODY = "nobody"  # the controller itself
+
+
+class Verdict(Enum):
+    """What a failed step means."""
+
+    UNDO = "undo"  # everything is as it was before the operation
+    END = "end"  # nobody can tell any more what runs: the machine ends
+    GO_ON = "go on"  # the decision stands; who has not answered carries it out as soon as it runs again
+
+
+class Step(NamedTuple):
+    """One thing that every one of ``who`` is told at once and has to confirm before the next step."""
+
+    name: str
+    who: Who
+    deadline_ns: int
+    on_deadline: Verdict = Verdict.UNDO
+    on_refusal: Verdict = Verdict.UNDO
+
+
+class Undo(NamedTuple):
+    """What is done, if the step ``since`` was begun, to take an operation back."""
+
+    since: str
+    step: Step
+
+
+class Procedure(NamedTuple):
+    """``leads_to`` is the machine's state after it, in which nothing is left to do unless it is for ``only_in``.
+
+    ``commit`` is the step with which the point of no return is passed: it is behind us when the step begins.
+    """
+
+    name: str
+    leads_to: MachineState
+    steps: tuple[Step, ...]
+    undo: tuple[Undo, ...] = ()
+    commit: str = ""
+    only_in: MachineState | None = None
+
+
+#: A worker that was stopped resumes as soon as it runs again: the command has no deadline, and is repeated if a
+#: worker that should run says that it does not.
+RESUME_STEP = Step("resume", Who.ALL, 30 * SECOND_NS, Verdict.GO_ON, Verdict.END)
+_PARK = Step("park", Who.ALL, 30 * SECOND_NS)
+#: The exits of all vCPUs were executed; they are by then but for the last answer's tail.
+DRAIN_STEP = Step("drain", Who.NOBODY, 5 * SECOND_NS, Verdict.END, Verdict.END)
+_PARK_GHOSTS = Step("park ghosts", Who.ALL, 30 * SECOND_NS)
+#: That nothing is on its way between the workers is not believed but read (vmm.operations.quiescence).
+VERIFY_STEP = Step("verify", Who.ALL, 10 * SECOND_NS)
+_RUN_AGAIN = Undo("park", RESUME_STEP)
+
+RESUME = Procedure("resume", MachineState.RUNNING, (RESUME_STEP,))
+PAUSE = Procedure("pause", MachineState.PAUSED, (_PARK, DRAIN_STEP, _PARK_GHOSTS, VERIFY_STEP), (_RUN_AGAIN,))
+
+#: The guest stands still meanwhile: nobody gets as long as for a pause that a client asked for.
+_SHORT_NS = 10 * SECOND_NS
+_ROLL_BACK = Step("take back", Who.LEAVER, _SHORT_NS, Verdict.END, Verdict.END)
+REPLACE = Procedure(
+    "replace",
+    MachineState.RUNNING,
+    (
+        Step("fork", Who.COMER, 30 * SECOND_NS),
+        Step("configure", Who.COMER, 30 * SECOND_NS),
+        # From here on the guest stands still.
+        _PARK._replace(deadline_ns=_SHORT_NS),
+        DRAIN_STEP,
+        _PARK_GHOSTS._replace(deadline_ns=_SHORT_NS),
+        VERIFY_STEP,
+        # Its irqfds go first: an interrupt that comes after its LAPICs were read would be lost.
+        Step("hand over", Who.LEAVER, _SHORT_NS),
+        Step("save", Who.LEAVER, _SHORT_NS),
+        Step("load", Who.COMER, _SHORT_NS),
+        Step("take over", Who.COMER, _SHORT_NS),
+        RESUME_STEP,
+    ),
+    (
+        # One eventfd serves one VM: the comer's must be gone before the leaver gets its irqfds back.
+        Undo("take over", Step("bury", Who.NOBODY, _SHORT_NS, Verdict.END, Verdict.END)),
+        Undo("hand over", _ROLL_BACK),
+        _RUN_AGAIN,
+    ),
+    "resume",
+    MachineState.RUNNING,
+)
+PROCEDURES = (RESUME, PAUSE, REPLACE)
+
+
+def check(procedure: Procedure) -> str:
+    """Say what is wrong with a table, or nothing. (A test asks this of all of them.)"""
+    names = [step.name for step in procedure.steps]
+    if len(set(names)) < len(names):
+        return "a step occurs twice"
+    if any(undo.since not in names for undo in procedure.undo):
+        return "something is taken back that is never done"
+    if procedure.commit and procedure.commit not in names:
+        return "the point of no return is no step"
+    committed = False
+    for step in procedure.steps:
+        committed |= step.name == procedure.commit
+        if committed and Verdict.UNDO in (step.on_deadline, step.on_refusal):
+            return f"{step.name} is to be taken back after the point of no return"
+        if committed and step.who is Who.LEAVER:
+            return f"{step.name} asks something of a worker that was replaced"
+    for undo in procedure.undo:
+        if Verdict.UNDO in (undo.step.on_deadline, undo.step.on_refusal) or undo.step.who is Who.COMER:
+            return f"{undo.step.name} cannot be part of taking back"
+    return ""
