@@ -82,7 +82,7 @@ class Supervisor:
         self._fork_ahead()
         while not self._ended:
             self._turn()
-        self._bury_workers()
+        self._await_workers_end()
         code = exit_codes.GENERIC_ERROR if self._exit_code is None else self._exit_code
         if marks := timeline.collected():
             self._log.record({"timeline": marks})
@@ -224,7 +224,7 @@ class Supervisor:
                 self._exit_code = exit_codes.BAD_SYSCALL
         self._log_end = bool(number)  # an orderly end was logged by the controller itself
 
-    def _bury_workers(self) -> None:
+    def _await_workers_end(self) -> None:
         for record in self._cells.values():
             record.kill()
         deadline = time.monotonic() + REAP_TIMEOUT_S

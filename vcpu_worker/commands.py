@@ -38,7 +38,7 @@ from vcpu_worker.errors import ConfigurationError, StateError, WorkerError
 from vcpu_worker.ghosts.control import GhostControl
 from vcpu_worker.lifecycle import Event, State, next_state
 from vcpu_worker.machine import Machine, Vcpu
-from vcpu_worker.replacement import Succession
+from vcpu_worker.replacement import Replacement
 from vcpu_worker.reporting import REASON_RUN_FAILED, STARTING, FinalExit
 from vcpu_worker.run_loop import RunLoop
 from vcpu_worker.vcpu_thread import Completions, VcpuThread
@@ -129,8 +129,8 @@ class Control:
                 machine, threads, completions, descriptors, send=channel.send, failed=self._ghost_failed
             )
             self._ghosts.on_own_event_done = self._release
-            succession = Succession(machine, self._ghosts, self._runners, descriptors, self._advance)
-            self._commands.update(succession.commands)
+            replacement = Replacement(machine, self._ghosts, self._runners, descriptors, self._advance)
+            self._commands.update(replacement.commands)
 
     # ------------------------------------------------------------ loop
 

@@ -33,7 +33,7 @@ class Event(Enum):
     SAVE = "save"
     LOAD = "load"
     HAND_OVER = "hand over"
-    ROLL_BACK = "take back"
+    ROLL_BACK = "roll back"
     TAKE_OVER = "take over"
     FINISH = "finish"
     FAIL = "fail"
@@ -59,7 +59,7 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (_S.HANDED_OVER, _E.SAVE): _S.HANDED_OVER,
     (_S.PAUSED, _E.HAND_OVER): _S.HANDED_OVER,
     (_S.HANDED_OVER, _E.HAND_OVER): _S.HANDED_OVER,
-    # What was never handed over is taken back easily: the command to hand over may have come too late.
+    # What was never handed over is rolled back easily: the command to hand over may have come too late.
     (_S.HANDED_OVER, _E.ROLL_BACK): _S.PAUSED,
     (_S.PAUSED, _E.ROLL_BACK): _S.PAUSED,
     (_S.PAUSING, _E.ROLL_BACK): _S.PAUSING,

@@ -231,7 +231,7 @@ class Machine:
         self._interrupts.update({path.gsi: eventfd for path, eventfd in paths})
         self.vm.set_routes(table)
 
-    # ------------------------------------------------------------ succession
+    # ------------------------------------------------------------ replacement
 
     def hand_over(self) -> None:
         """Take every irqfd away. What is signalled afterwards waits in the eventfds; what came before is in the LAPICs.

@@ -31,7 +31,7 @@ _MAX_TEXT = 1024
 _Reply = Callable[[Any], None]
 
 
-class Succession:
+class Replacement:
     """Serves the commands of a live replacement, on both sides. ``advance`` is the worker's table of states."""
 
     def __init__(

@@ -100,11 +100,11 @@ class GhostsParked(NamedTuple):
     drained: int
 
 
-class ReadRest(NamedTuple):
+class ReadQuiescence(NamedTuple):
     """Say what is on its way in this worker; only while its vCPUs and ghosts are parked."""
 
 
-class GhostAtRest(NamedTuple):
+class QuiescentGhost(NamedTuple):
     """What a parked ghost holds, read from KVM: MP_STATE_*, how many vectors its LAPIC has requested and in service
     (those below 16, which no processor takes, do not count), NMIs pending or injected.
     """
@@ -117,11 +117,11 @@ class GhostAtRest(NamedTuple):
     nmis: int
 
 
-class RestRead(NamedTuple):
+class QuiescenceRead(NamedTuple):
     """``open_events``: what was told to the controller, or waits to be, and was not dealt with."""
 
     open_events: int
-    ghosts: tuple[GhostAtRest, ...]
+    ghosts: tuple[QuiescentGhost, ...]
 
 
 class ReadClock(NamedTuple):
@@ -216,8 +216,8 @@ WORKER.register(37, ClockSet, measured=Flag(), ahead=Flag(), nanoseconds=Int(U64
 WORKER.register(38, ReportGhosts)
 WORKER.register(39, GhostsReported, ghosts=ListOf(_GHOST, MAX_WORKERS))
 WORKER.register(40, GhostRecovered, vcpu=VCPU_FIELD, fatal=Flag(), text=Text(512))
-_AT_REST = RecordOf(
-    GhostAtRest,
+_QUIESCENT_GHOST = RecordOf(
+    QuiescentGhost,
     vcpu=VCPU_FIELD,
     stub=Flag(),
     mp_state=Int(U32),
@@ -226,5 +226,5 @@ _AT_REST = RecordOf(
     nmis=Int(U8),
 )
 WORKER.register(61, InitVcpu, vcpu=VCPU_FIELD)
-WORKER.register(62, ReadRest)
-WORKER.register(63, RestRead, open_events=Int(U32), ghosts=ListOf(_AT_REST, MAX_WORKERS))
+WORKER.register(62, ReadQuiescence)
+WORKER.register(63, QuiescenceRead, open_events=Int(U32), ghosts=ListOf(_QUIESCENT_GHOST, MAX_WORKERS))

@@ -15,11 +15,22 @@ from vcpu_worker.errors import StateError as Refused
 from vcpu_worker.lifecycle import Event, State
 from vmm.cells.lifecycle import ALIVE, SECOND_NS, WorkerEvent, WorkerState, next_state
 from vmm.errors import StateError
-from vmm.operations.run import NOBODY, Action, Await, Commit, Drop, MachineLife, Member, Outcome, Settle, Tell
+from vmm.operations.run import (
+    NOBODY,
+    Action,
+    Await,
+    Command,
+    Commit,
+    Dismiss,
+    MachineLifecycle,
+    Member,
+    Outcome,
+    Settle,
+)
 from vmm.operations.tables import PAUSE, REPLACE, RESUME, MachineState, Procedure
 
 BEAT = 60 * SECOND_NS
-#: No operation may take longer: the deadlines of all of its steps, and of those that take it back.
+#: No operation may take longer: the deadlines of all of its steps, and of those that roll it back.
 LONGEST = 400 * SECOND_NS
 FORK = "fork"
 _COMMANDS = {
@@ -31,7 +42,7 @@ _COMMANDS = {
     "save": Event.SAVE,
     "load": Event.LOAD,
     "take over": Event.TAKE_OVER,
-    "take back": Event.ROLL_BACK,
+    "roll back": Event.ROLL_BACK,
     "resume": Event.RESUME,
 }
 #: What the controller notes when a step was confirmed, and when it is told.
@@ -39,7 +50,7 @@ _CONFIRMED = {
     "configure": WorkerEvent.CONFIGURED,
     "park": WorkerEvent.PAUSED,
     "save": WorkerEvent.SAVED,
-    "take back": WorkerEvent.PAUSED,
+    "roll back": WorkerEvent.PAUSED,
     "take over": WorkerEvent.LOADED,
     "resume": WorkerEvent.RESUMED,
 }
@@ -53,9 +64,9 @@ class Disagreement(AssertionError):
 class Worker:
     """A worker process as the tables have it, and the controller's note of it."""
 
-    def __init__(self, world: World, seat: int, note: WorkerState, state: State) -> None:
+    def __init__(self, world: World, index: int, note: WorkerState, state: State) -> None:
         self.world = world
-        self.seat = seat
+        self.index = index
         self.note = note
         self.state = state
         self.alive = True
@@ -136,10 +147,10 @@ class World:
         self.now = 1
         self.order = 0
         self.heap: list[tuple[int, int, Callable[[], None]]] = []
-        self.machine = MachineLife(list(range(workers)))
-        self.seats = [Worker(self, seat, WorkerState.CONFIGURED, State.PAUSED) for seat in range(workers)]
-        self.comer: Worker | None = None
-        self.everyone = list(self.seats)
+        self.machine = MachineLifecycle(list(range(workers)))
+        self.workers = [Worker(self, index, WorkerState.CONFIGURED, State.PAUSED) for index in range(workers)]
+        self.successor: Worker | None = None
+        self.everyone = list(self.workers)
         self.healed = False
         self.outcomes: list[Outcome] = []
         self.settled = True
@@ -220,32 +231,36 @@ class World:
 
     def act(self, actions: list[Action]) -> None:
         for action in actions:
-            if isinstance(action, Tell):
+            if isinstance(action, Command):
                 self.tell(action)
             elif isinstance(action, Await):
                 turn = action.turn
                 self.later(action.nanoseconds, lambda turn=turn: self.act(self.machine.expired(turn)))  # type: ignore[misc]
             elif isinstance(action, Commit):
-                assert self.comer is not None
-                self.seats[action.seat].move(WorkerEvent.REPLACED)
-                self.leaver, self.seats[action.seat], self.comer = self.seats[action.seat], self.comer, None
-            elif isinstance(action, Drop):
+                assert self.successor is not None
+                self.workers[action.worker].move(WorkerEvent.REPLACED)
+                self.predecessor, self.workers[action.worker], self.successor = (
+                    self.workers[action.worker],
+                    self.successor,
+                    None,
+                )
+            elif isinstance(action, Dismiss):
                 self.drop(action.member)
             else:
                 assert isinstance(action, Settle)
                 self.outcomes.append(action.outcome)
                 self.settled = True
 
-    def tell(self, action: Tell) -> None:
+    def tell(self, action: Command) -> None:
         member, step, turn = action
-        if step.name == "bury":
-            self.bury(member, turn)
+        if step.name == "await end":
+            self.await_end(member, turn)
             return
         if member == NOBODY:
             self.later(self.pause(), lambda: self.act(self.machine.answered(member, turn)))
             return
         if step.name == FORK:
-            worker = self.comer = Worker(self, member.seat, WorkerState.SPAWNED, State.CREATED)
+            worker = self.successor = Worker(self, member.worker, WorkerState.SPAWNED, State.CREATED)
             self.everyone.append(worker)
 
             def greets() -> None:
@@ -256,7 +271,7 @@ class World:
             self.later(self.pause(), greets)
             return
         found = self._find(member)
-        if step.name == "resume" and found in self.seats:
+        if step.name == "resume" and found in self.workers:
             found.move(WorkerEvent.START)
         deadline = 0 if step.name == "resume" else self.now + step.deadline_ns
 
@@ -271,22 +286,22 @@ class World:
         self.send(found, step.name, deadline, answered)
 
     def _find(self, member: Member) -> Worker:
-        conduct = self.machine.conduct
-        if conduct is not None and conduct.committed and member == Member(conduct.leaver):
-            return self.leaver
-        return self.comer if member.comer and self.comer is not None else self.seats[member.seat]
+        run = self.machine.current
+        if run is not None and run.committed and member == Member(run.predecessor):
+            return self.predecessor
+        return self.successor if member.successor and self.successor is not None else self.workers[member.worker]
 
-    def bury(self, member: Member, turn: int) -> None:
-        """Wait until the comer, which was dropped, is gone."""
+    def await_end(self, member: Member, turn: int) -> None:
+        """Wait until the successor, which was dropped, is gone."""
         if self.everyone[-1].alive:
-            self.later(10_000_000, lambda: self.bury(member, turn))
+            self.later(10_000_000, lambda: self.await_end(member, turn))
         else:
             self.act(self.machine.answered(member, turn))
 
     def drop(self, member: Member) -> None:
-        worker = self.comer if member.comer else self.leaver
-        if member.comer:
-            self.comer = None
+        worker = self.successor if member.successor else self.predecessor
+        if member.successor:
+            self.successor = None
         if worker is not None:
             worker.dropped = True
             self.later(self.random.randrange(400_000_000), worker.end)  # asked to finish, then killed
@@ -298,7 +313,7 @@ class World:
 
         def pong(text: str) -> None:
             worker.ping_pause = BEAT
-            if worker in self.seats and self.machine.must_resume(text):
+            if worker in self.workers and self.machine.must_resume(text):
                 self.send(worker, "resume", 0, lambda refusal: None)
 
         self.send(worker, "ping", 0, pong)
@@ -309,20 +324,22 @@ class World:
 
     def starts(self, worker: Worker) -> None:
         """A worker runs its vCPUs: nobody else may, and nobody may have been told that it does not any more."""
-        others = [each for each in self.everyone if each is not worker and each.seat == worker.seat]
+        others = [each for each in self.everyone if each is not worker and each.index == worker.index]
         if any(each.alive and each.state in RUNS for each in others):
-            raise Disagreement(f"seed {self.seed}: two workers run the vCPUs of seat {worker.seat}")
-        if self.seats[worker.seat] is not worker:
-            raise Disagreement(f"seed {self.seed}: a worker runs that does not run seat {worker.seat} any more")
-        if self.machine.state is MachineState.PAUSED and self.machine.conduct is None:
+            raise Disagreement(f"seed {self.seed}: two workers run the vCPUs of index {worker.index}")
+        if self.workers[worker.index] is not worker:
+            raise Disagreement(
+                f"seed {self.seed}: a worker runs that does not run the vCPUs of index {worker.index} any more"
+            )
+        if self.machine.state is MachineState.PAUSED and self.machine.current is None:
             raise Disagreement(f"seed {self.seed}: a vCPU runs although the machine is paused")
 
     def assigns(self, worker: Worker) -> None:
-        """A worker binds its seat's eventfds, each of which serves one VM."""
+        """A worker binds its place's eventfds, each of which serves one VM."""
         worker.has_irqfds = True
         for each in self.everyone:
-            if each is not worker and each.seat == worker.seat and each.alive and each.has_irqfds:
-                raise Disagreement(f"seed {self.seed}: two VMs have the irqfds of seat {worker.seat}")
+            if each is not worker and each.index == worker.index and each.alive and each.has_irqfds:
+                raise Disagreement(f"seed {self.seed}: two VMs have the irqfds of index {worker.index}")
 
     def stop(self) -> None:
         worker = self.random.choice(self.everyone)
@@ -340,21 +357,21 @@ class World:
         """The supervisor says that it has ended: such a notice is never lost."""
         if worker.note in ALIVE:
             worker.move(WorkerEvent.DIED)
-        if worker is self.comer:
-            self.act(self.machine.lost(Member(worker.seat, comer=True), "died"))
-        elif worker is self.seats[worker.seat]:
-            conduct = self.machine.conduct
-            took_over = conduct is not None and conduct.committed and conduct.leaver == worker.seat
-            self.act(self.machine.lost(Member(worker.seat, comer=took_over), "died"))
-            if self.machine.conduct is None and self.machine.state is not MachineState.ENDED:
+        if worker is self.successor:
+            self.act(self.machine.lost(Member(worker.index, successor=True), "died"))
+        elif worker is self.workers[worker.index]:
+            run = self.machine.current
+            took_over = run is not None and run.committed and run.predecessor == worker.index
+            self.act(self.machine.lost(Member(worker.index, successor=took_over), "died"))
+            if self.machine.current is None and self.machine.state is not MachineState.ENDED:
                 raise Disagreement(f"seed {self.seed}: the machine goes on without a worker")
 
     # ------------------------------------------------------------ the client
 
-    def operate(self, procedure: Procedure, seat: int = -1) -> None:
+    def operate(self, procedure: Procedure, predecessor: int = -1) -> None:
         before = self.machine.state
         try:
-            actions = self.machine.begin(procedure, seat)
+            actions = self.machine.begin(procedure, predecessor)
         except StateError:
             if self.machine.state is not before:
                 raise Disagreement(f"seed {self.seed}: an operation that was refused has changed something") from None
@@ -364,11 +381,11 @@ class World:
         if not self.run(lambda: self.settled, LONGEST):
             raise Disagreement(f"seed {self.seed}: {procedure.name} neither succeeds nor fails: deadlock")
         if self.outcomes[-1] is Outcome.UNDONE and self.machine.state is not before:
-            raise Disagreement(f"seed {self.seed}: {procedure.name} was taken back and has changed something")
+            raise Disagreement(f"seed {self.seed}: {procedure.name} was rolled back and has changed something")
 
     def simulate(self, operations: int = 5) -> None:
         """Run the schedule. Raises Disagreement."""
-        for worker in self.seats:
+        for worker in self.workers:
             self.later(self.random.randrange(BEAT), lambda worker=worker: self.beat(worker))  # type: ignore[misc]
         span = 60 * SECOND_NS
         for _ in range(self.stops):
@@ -379,11 +396,11 @@ class World:
         for _ in range(operations):
             self.run(lambda: False, self.random.randrange(2 * SECOND_NS))
             procedure = self.random.choice((PAUSE, RESUME, REPLACE, REPLACE))
-            self.operate(procedure, self.random.randrange(len(self.seats)) if procedure is REPLACE else -1)
+            self.operate(procedure, self.random.randrange(len(self.workers)) if procedure is REPLACE else -1)
         self.healed = True
         for worker in self.everyone:
             worker.stopped_until = min(worker.stopped_until, self.now)
-        for worker in self.seats:  # one that had replaced another has no heart beat of its own yet
+        for worker in self.workers:  # one that had replaced another has no heart beat of its own yet
             worker.ping_pause = BEAT
             self.beat(worker)
         self.run(lambda: False, 125 * SECOND_NS)
@@ -393,18 +410,18 @@ class World:
         """At the end all agree."""
         if self.machine.state is MachineState.ENDED:
             return  # the shell ends everybody
-        if self.machine.conduct is not None:
+        if self.machine.current is not None:
             raise Disagreement(f"seed {self.seed}: an operation is still going on")
         wanted = State.RUNNING if self.machine.state is MachineState.RUNNING else State.PAUSED
-        for worker in self.seats:
+        for worker in self.workers:
             if not worker.alive or worker.state is not wanted:
                 raise Disagreement(
-                    f"seed {self.seed}: the machine is {self.machine.state.value}, worker {worker.seat} "
+                    f"seed {self.seed}: the machine is {self.machine.state.value}, worker {worker.index} "
                     f"{worker.state.value if worker.alive else 'dead'}"
                 )
         for worker in self.everyone:
-            if worker.alive and worker not in self.seats:
-                raise Disagreement(f"seed {self.seed}: a worker of seat {worker.seat} was left behind")
+            if worker.alive and worker not in self.workers:
+                raise Disagreement(f"seed {self.seed}: a worker of index {worker.index} was left behind")
 
 
 def run(seed: int, **knobs: float) -> World:

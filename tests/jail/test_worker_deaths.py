@@ -53,10 +53,10 @@ CASES = (
     Case("paused (told to hand over)", "ended", "vcpu.hand_over"),
     Case("paused (told to save)", "ended", "vcpu.save"),
     Case("saved", "ended", slow=("vcpu.load=delay,ms=400",)),
-    Case("comer spawned", "undone", "cell.sealed", ",after=2"),
-    Case("comer greeted", "undone", "vcpu.resumes_other"),
-    Case("comer configured", "undone", "vcpu.load"),
-    Case("comer loaded", "undone", "vcpu.take_over"),
+    Case("successor spawned", "undone", "cell.sealed", ",after=2"),
+    Case("successor greeted", "undone", "vcpu.resumes_other"),
+    Case("successor configured", "undone", "vcpu.load"),
+    Case("successor loaded", "undone", "vcpu.take_over"),
     Case("replaced", "replaced", "vcpu.finish"),
 )
 
@@ -216,7 +216,7 @@ def check_life(jailed: JailedMicrovm, events: Events, case: Case, name: str, rep
     elif case.outcome == "undone":
         assert (reply.status, state) == (400, "Running"), text
         assert name in text
-        wait_for(lambda: len(workers(jailed)) == 1, "the end of the comer")
+        wait_for(lambda: len(workers(jailed)) == 1, "the end of the successor")
         (vcpu,) = jailed.api("GET", "/vcpus").body
         assert (vcpu["state"], vcpu["replacements"], vcpu["pid"]) == ("running", 0, workers(jailed)[0])
         assert jailed.api("PATCH", "/vm", {"state": "Paused"}).status == 204
@@ -251,7 +251,7 @@ def test_a_worker_that_stops_and_goes_on(base: Path, no_leftovers: NoLeftovers, 
         if long:
             assert events.until("worker-stalled")["pid"] == victim
         time.sleep(0.1)
-        if is_alive(victim):  # a leaver that does not finish is killed
+        if is_alive(victim):  # a predecessor that does not finish is killed
             os.kill(victim, signal.SIGCONT)
         if long:
             assert events.until("worker-answers")["pid"] == victim

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ipc.launch_plan import Assignment
-from ipc.messages.ghosts import GHOST_INIT, GHOST_INTERRUPT, GHOST_NMI, GHOST_STARTUP, GhostAtRest
+from ipc.messages.ghosts import GHOST_INIT, GHOST_INTERRUPT, GHOST_NMI, GHOST_STARTUP, QuiescentGhost
 from vcpu_worker.cpu import boot_state, cpuid
 from vcpu_worker.cpu.topology import Topology
 from vcpu_worker.ghosts import stub, watch
@@ -95,9 +95,9 @@ class Bench:
         self.await_(lambda: bool(self.told))
         assert self.told.pop(0) == event
 
-    def at_rest(self) -> GhostAtRest:
-        held = self.do(self.ghost.at_rest)
-        assert isinstance(held, GhostAtRest)
+    def quiescence(self) -> QuiescentGhost:
+        held = self.do(self.ghost.quiescence)
+        assert isinstance(held, QuiescentGhost)
         return held
 
 
@@ -114,7 +114,7 @@ def test_a_ghost_that_is_stopped_between_init_and_sipi_says_so_once(bench):
     while bench.stop() == IDLE and not bench.told:  # the INIT may not have been taken yet
         bench.run()
     bench.expect(GHOST_INIT, 1, 0)
-    assert bench.at_rest() == GhostAtRest(1, False, abi.MP_STATE_INIT_RECEIVED, 0, 0, 0)
+    assert bench.quiescence() == QuiescentGhost(1, False, abi.MP_STATE_INIT_RECEIVED, 0, 0, 0)
     bench.run()
     assert bench.stop() == IDLE
     assert not bench.told
@@ -124,14 +124,16 @@ def test_a_ghost_that_is_stopped_between_init_and_sipi_says_so_once(bench):
     bench.send(SIPI | 0x70)
     bench.expect(GHOST_STARTUP, 1, 0x70)
     assert bench.stop() in (IDLE, BUSY)
-    assert bench.at_rest() == GhostAtRest(1, True, abi.MP_STATE_HALTED, 0, 0, 0) or bench.at_rest().mp_state == 0
+    assert (
+        bench.quiescence() == QuiescentGhost(1, True, abi.MP_STATE_HALTED, 0, 0, 0) or bench.quiescence().mp_state == 0
+    )
     # Once more, from the stub.
     bench.run()
     bench.send(INIT)
     while bench.stop() == IDLE and not bench.told:
         bench.run()
     bench.expect(GHOST_INIT, 1, 0)
-    assert bench.at_rest().mp_state == abi.MP_STATE_INIT_RECEIVED
+    assert bench.quiescence().mp_state == abi.MP_STATE_INIT_RECEIVED
 
 
 def test_what_a_stopped_ghost_holds_is_counted(bench):
@@ -139,13 +141,13 @@ def test_what_a_stopped_ghost_holds_is_counted(bench):
     bench.send(VECTOR)
     bench.send(VECTOR + 1)
     bench.send(NMI)
-    held = bench.at_rest()
+    held = bench.quiescence()
     assert (held.requested, held.in_service, held.nmis) == (2, 0, 1)
     bench.run()
     bench.await_(lambda: len(bench.told) == 3)
     bench.park()
     assert sorted(bench.told) == [(GHOST_INTERRUPT, 1, VECTOR), (GHOST_INTERRUPT, 1, VECTOR + 1), (GHOST_NMI, 1, 2)]
-    held = bench.at_rest()
+    held = bench.quiescence()
     assert (held.requested, held.in_service, held.nmis) == (0, 0, 0)
 
 
@@ -154,7 +156,7 @@ def test_a_vector_that_no_processor_takes_does_not_keep_a_ghost_busy(bench):
     bench.send(5)
     bench.run()
     assert bench.stop() == IDLE
-    assert bench.at_rest().requested == 0
+    assert bench.quiescence().requested == 0
     assert not bench.told
     assert not bench.recovered
 
@@ -185,7 +187,7 @@ def test_interrupts_that_come_while_a_ghost_is_put_back_are_passed_on(bench, mon
     assert 10 < len(sent) < 100
     interrupts = [(GHOST_INTERRUPT, 1, vector) for vector in (IN_SERVICE, *sent)]
     assert sorted(bench.told) == sorted([*interrupts, (GHOST_NMI, 1, 2)])
-    assert bench.at_rest() == GhostAtRest(1, True, abi.MP_STATE_HALTED, 0, 0, 0)
+    assert bench.quiescence() == QuiescentGhost(1, True, abi.MP_STATE_HALTED, 0, 0, 0)
     assert bench.do(kvm.get_lapic)[abi.APIC_LVTT : abi.APIC_LVTT + 4] == settings
 
 

@@ -133,7 +133,7 @@ def test_pauses_lose_no_interrupt(tmp_path, scale, seed, no_leftovers):
 
 @pytest.mark.parametrize(("vcpus", "placement"), [(2, "Grouped"), (2, "Split"), (3, "Split"), (3, "0,1/2")])
 def test_a_pause_between_init_and_sipi(tmp_path, no_leftovers, vcpus, placement):
-    """The INIT reaches the real processor before the microVM is at rest; the SIPI that comes afterwards starts it."""
+    """The INIT reaches the real processor before the microVM is quiescent; the SIPI that comes afterwards starts it."""
     kernel = build("init", {"CPUS": vcpus})
     with no_leftovers(), launch_unjailed(tmp_path) as vm:
         vm.wait_for_api()

@@ -22,7 +22,7 @@ def test_an_interrupt_whose_end_the_guest_has_taken_away_does_not_stay(bench, mo
     bench.park()
     bench.turn(0)
     assert len(bench.recovered) == 1 and "left out the end of an interrupt" in bench.recovered[0]
-    assert (bench.at_rest().requested, bench.at_rest().in_service) == (0, 0)
+    assert (bench.quiescence().requested, bench.quiescence().in_service) == (0, 0)
     bench.told.clear()  # the recovery passes on what was in service
     bench.run()
     bench.send(VECTOR)

@@ -24,11 +24,11 @@ from ipc.messages.ghosts import (
     OpenIpiTarget,
     ParkGhosts,
     PlaceStub,
+    QuiescenceRead,
     RaiseInterrupt,
     ReadClock,
-    ReadRest,
+    ReadQuiescence,
     ReportGhosts,
-    RestRead,
     SetClock,
     StartVcpu,
     StubPlaced,
@@ -98,7 +98,7 @@ class GhostRunner:
         self.ghost = ghost
         self.thread = thread
         self.running = False
-        #: It was running and is being made the stub: it is not at rest, although it does not run.
+        #: It was running and is being made the stub: it is not quiescent, although it does not run.
         self.placing = False
         self.when_stopped: list[Callable[[], None]] = []
 
@@ -154,7 +154,7 @@ class GhostControl:
             OpenIpiTarget: self._open_target,
             OpenIpiSource: self._open_source,
             ParkGhosts: self._park,
-            ReadRest: self._read_rest,
+            ReadQuiescence: self._read_quiescence,
             ReadClock: self._read_clock,
             SetClock: self._set_clock,
             ReportGhosts: self._report,
@@ -266,7 +266,7 @@ class GhostControl:
         for reply in waiting:
             reply(GhostsParked(self._drained))
 
-    def _read_rest(self, command: ReadRest, reply: Reply) -> None:
+    def _read_quiescence(self, command: ReadQuiescence, reply: Reply) -> None:
         """Each ghost's thread reads what the ghost holds."""
         if any(runner.running for runner in self._runners.values()):
             raise StateError("ghosts are running: park them first")
@@ -279,10 +279,10 @@ class GhostControl:
 
         def answer() -> None:
             failures = [each for each in found if isinstance(each, Exception)]
-            reply(_failed(failures[0]) if failures else RestRead(self._forwarder.count, tuple(sorted(found))))
+            reply(_failed(failures[0]) if failures else QuiescenceRead(self._forwarder.count, tuple(sorted(found))))
 
         for runner in self._runners.values():
-            runner.thread.submit(runner.ghost.at_rest, read)
+            runner.thread.submit(runner.ghost.quiescence, read)
         if not self._runners:
             answer()
 
@@ -348,7 +348,7 @@ class GhostControl:
         self._machine.open_ipi_source(command, self._descriptors.ipi_path(command.vcpu, command.vector))
         reply(IpiPathOpen())
 
-    # ------------------------------------------------------------ succession
+    # ------------------------------------------------------------ replacement
 
     def states(self, done: Callable[[list[GhostState] | Exception], None]) -> None:
         """Tell what the ghosts are, for another worker that goes on for this one."""

@@ -10,7 +10,7 @@ import fcntl
 import time
 
 from base.lean_typing import Callable
-from ipc.messages.ghosts import GHOST_INIT, GHOST_INTERRUPT, GHOST_NMI, GHOST_STARTUP, GhostAtRest
+from ipc.messages.ghosts import GHOST_INIT, GHOST_INTERRUPT, GHOST_NMI, GHOST_STARTUP, QuiescentGhost
 from ipc.messages.records import MsrValue
 from ipc.messages.replacement import GhostState
 from vcpu_worker.errors import KvmError, MsrError, WorkerError
@@ -275,7 +275,7 @@ class Ghost:
 
     def _is_busy(self) -> bool:
         """Is an interrupt or an NMI on its way through the stub?"""
-        _, _, mp_state, requested, in_service, nmis = self.at_rest()
+        _, _, mp_state, requested, in_service, nmis = self.quiescence()
         if in_service and mp_state == abi.MP_STATE_HALTED:
             # The guest has written to its word of PV_EOI_MSR.
             self._recover("it has left out the end of an interrupt")
@@ -284,7 +284,7 @@ class Ghost:
     def _is_forwarding(self) -> bool:
         return self.is_stub and stub.is_forwarding(self.kvm.get_regs())
 
-    def at_rest(self) -> GhostAtRest:
+    def quiescence(self) -> QuiescentGhost:
         """Read what it holds; while it is not running."""
         events = self.kvm.get_events()
         lapic = self.kvm.get_lapic()
@@ -292,7 +292,7 @@ class Ghost:
         in_service = len(abi.apic_vectors(lapic, abi.APIC_ISR))
         if not in_service and mp_state == abi.MP_STATE_RUNNABLE and self._is_forwarding():
             in_service = 1
-        return GhostAtRest(
+        return QuiescentGhost(
             self.index,
             self.is_stub,
             mp_state,

@@ -134,7 +134,7 @@ class ExitExecutor:
             if entry is None:
                 if linger and ring.linger():
                     linger = False  # an entry is there
-                elif self._rest(budget < BATCH):
+                elif self._nap_or_sleep(budget < BATCH):
                     return
                 budget -= 1
                 continue
@@ -201,7 +201,7 @@ class ExitExecutor:
             self._broken = True
             self._failed(str(error))
 
-    def _rest(self, busy: bool) -> bool:
+    def _nap_or_sleep(self, busy: bool) -> bool:
         """Nothing is left: nap if something was, else sleep. False if an entry came in meanwhile."""
         if not busy or self._ops is None:
             return self._ring.sleep()

@@ -157,10 +157,10 @@ class GhostForwarder:
             if vcpu in vcpus
         ]
 
-    def forget_sources(self, seat: int) -> None:
-        """Another worker sits there: what its ghosts signal is opened when they do it for the first time."""
+    def forget_sources(self, index: int) -> None:
+        """Another worker has this index now: what its ghosts signal is opened when they do it for the first time."""
         for path in self._paths.values():
-            path.sources.discard(seat)
+            path.sources.discard(index)
 
     def _submit(self, worker: Worker, message: Any, callback: Callable[[Any], None]) -> None:
         def answered(reply: Any) -> None:

@@ -33,7 +33,7 @@ from vmm.errors import WorkerError
 from vmm.layout import ram_regions
 from vmm.machine.vmm import Vmm, end_workers
 from vmm.observe.logger import DEBUG, LOG
-from vmm.operations.replacement import Interrupts, Succession
+from vmm.operations.replacement import Interrupts, Replacement
 from vmm.placement import Placement, PlacementError, decide, warning
 
 MIB = 1 << 20
@@ -63,7 +63,7 @@ class MicrovmBuilder:
         self._context: zmq.Context[Any] = zmq.Context(io_threads=1)
         self._workers: dict[int, Worker] = {}
         #: Those that are to replace one of the others, or have.
-        self._recruits: list[Worker] = []
+        self._successors: list[Worker] = []
         supervisor.on_cell_ended = self._cell_ended
 
     def bind(self) -> None:
@@ -82,15 +82,15 @@ class MicrovmBuilder:
         return worker
 
     def _cell_ended(self, notice: Any) -> None:
-        for worker in [*self._workers.values(), *self._recruits]:
+        for worker in [*self._workers.values(), *self._successors]:
             if worker.index == notice.worker:
                 worker.cell_ended(notice)
 
-    def recruit(self, index: int) -> Worker:
+    def make_successor(self, index: int) -> Worker:
         """Return a worker, not spawned yet, that is to take the place of another one."""
-        self._recruits = [worker for worker in self._recruits if worker.alive]
+        self._successors = [worker for worker in self._successors if worker.alive]
         worker = Worker(index, self._plan, self._context, self._events, self._supervisor)
-        self._recruits.append(worker)
+        self._successors.append(worker)
         return worker
 
     def build(self, resources: VmResources, *, run: bool = True) -> Vmm:
@@ -119,7 +119,9 @@ class MicrovmBuilder:
             raise
         vmm = assembly.vmm
         vmm.restarts = machine.restarts
-        vmm.recruit = lambda leaver: assembly.succession(leaver, self.recruit(leaver.index))
+        vmm.make_successor = lambda predecessor: assembly.replacement(
+            predecessor, self.make_successor(predecessor.index)
+        )
         if machine.vcpu_count > 1:
             _log_placement(placement, self._plan)
         try:
@@ -188,7 +190,7 @@ class MicrovmBuilder:
 
     def close(self) -> None:
         """End workers that were never used and the ZeroMQ context."""
-        workers = [*self._workers.values(), *self._recruits]
+        workers = [*self._workers.values(), *self._successors]
         end_workers(workers)
         for worker in workers:
             worker.close()
@@ -299,16 +301,16 @@ class _Assembly:
         self._ghosts = GhostForwarder(self.placement, self.vmm.vcpus_handles, self.vmm.forwarding_failed)
         self.vmm.attach_ghosts(self._ghosts)
 
-    def succession(self, leaver: Worker, comer: Worker) -> Succession:
+    def replacement(self, predecessor: Worker, successor: Worker) -> Replacement:
         """Return what is needed to let a worker go on for another one."""
-        vcpus = leaver.assignment.vcpus
+        vcpus = predecessor.assignment.vcpus
 
         def interrupts() -> Interrupts:
-            placed = self._router.placed(leaver.index)
+            placed = self._router.placed(predecessor.index)
             routes = [route for route in self.devices.ioapic.routes() if route.gsi in placed]
             return Interrupts(routes, self._ghosts.paths_to(vcpus) if self._ghosts is not None else ())
 
-        return Succession(leaver, comer, self.configuration(vcpus), self.descriptors(leaver), interrupts)
+        return Replacement(predecessor, successor, self.configuration(vcpus), self.descriptors(predecessor), interrupts)
 
     def attach_devices(self, options: StartOptions, plan: LaunchPlan) -> None:
         """Attach what the command line asks for beside the standard devices."""

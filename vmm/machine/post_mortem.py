@@ -27,7 +27,7 @@ class Cause(Enum):
     EXITED = "exited"  # a worker exited that nobody had asked to
     PROTOCOL = "protocol"  # a worker broke the protocol
     VCPU = "vcpu"  # a vCPU left its run loop and cannot go on
-    OPERATION = "operation"  # an operation could be neither completed nor taken back
+    OPERATION = "operation"  # an operation could be neither completed nor rolled back
     INTERRUPT = "interrupt"  # an interrupt between vCPUs was lost
 
 

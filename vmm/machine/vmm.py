@@ -27,13 +27,13 @@ from vmm.machine.vm import Vm
 from vmm.observe.event_log import EVENTS
 from vmm.observe.logger import LOG
 from vmm.observe.metrics import METRICS, SIGNAL_KEYS
-from vmm.operations.driver import Conductor, Machine
-from vmm.operations.quiescence import read_rest
-from vmm.operations.replacement import Succession
+from vmm.operations.driver import Machine, OperationDriver
+from vmm.operations.quiescence import read_quiescence
+from vmm.operations.replacement import Replacement
 from vmm.operations.tables import PAUSE, REPLACE, RESUME, Procedure
 from vmm.placement import Placement
 from vmm.snapshot.state_file import VERSION as STATE_VERSION
-from vmm.snapshot.state_file import MicrovmState, WorkerAtRest
+from vmm.snapshot.state_file import MicrovmState, QuiescentWorker
 from vmm.version import APP_NAME, FIRECRACKER_VERSION
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ STATE_PAUSED = "Paused"
 VCPU_SHUTDOWN = "shutdown"
 
 #: How long a replacement waits for the end of the worker that was replaced before.
-BURY_TIMEOUT_NS = 10 * SECOND_NS
+AWAIT_END_TIMEOUT_NS = 10 * SECOND_NS
 
 
 class Vmm(Microvm, Machine):
@@ -82,9 +82,9 @@ class Vmm(Microvm, Machine):
         self.restart_wanted = False
         self._closed = False
         #: Makes what a replacement needs; set by the builder.
-        self.recruit: Callable[[Worker], Succession] = _cannot_recruit
-        self._conductor = Conductor(self, events)
-        self._heartbeat = Heartbeat(self.vcpus_handles, self.has_ended, self._conductor.pong)
+        self.make_successor: Callable[[Worker], Replacement] = _cannot_make_successor
+        self._driver = OperationDriver(self, events)
+        self._heartbeat = Heartbeat(self.vcpus_handles, self.has_ended, self._driver.pong)
         self._retired: list[Worker] = []
         self._ops: EventOps | None = None
         self._replacements: dict[int, int] = {}
@@ -210,7 +210,7 @@ class Vmm(Microvm, Machine):
 
     def start_vcpus(self) -> None:
         """Begin with every vCPU parked, as InstanceStart does before it resumes. The state becomes Paused."""
-        self._conductor.begin()
+        self._driver.begin()
         self._set_state(STATE_PAUSED)
         self._subscriptions += [self._events.add_subscriber(self), self._events.add_subscriber(self._heartbeat)]
 
@@ -233,13 +233,13 @@ class Vmm(Microvm, Machine):
         self._perform(PAUSE)
         self._require_alive()
 
-    def _perform(self, procedure: Procedure, succession: Succession | None = None) -> None:
+    def _perform(self, procedure: Procedure, replacement: Replacement | None = None) -> None:
         self._require_alive()
         try:
-            self._conductor.perform(procedure, succession)
+            self._driver.perform(procedure, replacement)
         finally:
             if not self.has_ended():
-                self._set_state(self._conductor.life.state.value)
+                self._set_state(self._driver.life.state.value)
 
     def replace_vcpu(self, vcpu: int) -> None:
         """Let a freshly forked worker go on for the one that runs this vCPU (PATCH /vcpus/{i} Replace).
@@ -257,40 +257,42 @@ class Vmm(Microvm, Machine):
         """Replace all workers, one after the other (PATCH /vcpus Replace). Raises as :meth:`replace_vcpu`."""
         self._require_alive()
         count = len(self.vcpus_handles)
-        for seat in range(count):
+        for index in range(count):
             try:
-                self._replace(self.vcpus_handles[seat])
+                self._replace(self.vcpus_handles[index])
             except VmmError as error:
-                if not seat:
+                if not index:
                     raise
-                raise WorkerError(f"After {seat} of {count} workers: {error}") from error
+                raise WorkerError(f"After {index} of {count} workers: {error}") from error
 
-    def _replace(self, leaver: Worker) -> None:
+    def _replace(self, predecessor: Worker) -> None:
         # The supervisor allows one worker beyond the plan: the one that was replaced last must be gone.
-        self._events.run_until(lambda: not self._retired or self.has_ended(), time.monotonic_ns() + BURY_TIMEOUT_NS)
+        self._events.run_until(
+            lambda: not self._retired or self.has_ended(), time.monotonic_ns() + AWAIT_END_TIMEOUT_NS
+        )
         self._require_alive()
         if self._retired:
             raise StateError("The worker that was replaced last has not ended yet.")
-        pid = leaver.pid
-        succession = self.recruit(leaver)
-        succession.on_comer_lost = self._comer_lost
-        comer = succession.comer
+        pid = predecessor.pid
+        replacement = self.make_successor(predecessor)
+        replacement.on_successor_lost = self._successor_lost
+        successor = replacement.successor
         try:
-            self._perform(REPLACE, succession)
+            self._perform(REPLACE, replacement)
         finally:
-            if comer.alive and comer not in self.vcpus_handles and comer not in self._retired:
-                self.retire(comer)  # the microVM has ended meanwhile
-        microseconds = (self._conductor.resumed_at - self._conductor.parked_at) // 1000
-        EVENTS.emit("worker-replaced", worker=comer.index, pid=comer.pid, old_pid=pid, pause_us=microseconds)
+            if successor.alive and successor not in self.vcpus_handles and successor not in self._retired:
+                self.retire(successor)  # the microVM has ended meanwhile
+        microseconds = (self._driver.resumed_at - self._driver.parked_at) // 1000
+        EVENTS.emit("worker-replaced", worker=successor.index, pid=successor.pid, old_pid=pid, pause_us=microseconds)
         LOG.info(
-            f"Worker vcpu {comer.index}: pid {comer.pid} goes on for pid {pid}; the guest stood still for "
+            f"Worker vcpu {successor.index}: pid {successor.pid} goes on for pid {pid}; the guest stood still for "
             f"{microseconds} us."
         )
 
-    def _comer_lost(self, worker: Worker, how: object) -> None:
+    def _successor_lost(self, worker: Worker, how: object) -> None:
         text = worker.failure or f"{worker.name} {worker.ended_how()}."
         LOG.warn(f"A worker that was to replace another one failed: {text}")
-        self._conductor.lost(worker, text)
+        self._driver.lost(worker, text)
 
     # ------------------------------------------------------------ what operations need (vmm.operations.driver.Machine)
 
@@ -309,7 +311,7 @@ class Vmm(Microvm, Machine):
         return self._shutdown_exit_code is not None or self.restart_wanted
 
     def cannot_go_on(self, text: str) -> None:
-        """An operation could be neither completed nor taken back."""
+        """An operation could be neither completed nor rolled back."""
         if self._shutdown_exit_code is None:
             self._fail(Failure(Cause.OPERATION, "", text, exit_codes.GENERIC_ERROR), None)
 
@@ -317,24 +319,24 @@ class Vmm(Microvm, Machine):
         """So many vCPUs could not be told that they were stopped."""
         METRICS["vcpu"].add("kvmclock_ctrl_fails", count)
 
-    def succeeded(self, succession: Succession) -> None:
-        """The comer runs the leaver's vCPUs from now on."""
-        leaver, comer = succession.leaver, succession.comer
-        seat = leaver.index
-        self.vcpus_handles[self.vcpus_handles.index(leaver)] = comer
-        leaver.replaced()
-        self._own(comer)
+    def succeeded(self, replacement: Replacement) -> None:
+        """The successor runs the predecessor's vCPUs from now on."""
+        predecessor, successor = replacement.predecessor, replacement.successor
+        index = predecessor.index
+        self.vcpus_handles[self.vcpus_handles.index(predecessor)] = successor
+        predecessor.replaced()
+        self._own(successor)
         if self._ghosts is not None:
-            self._ghosts.forget_sources(seat)
-        self._replacements[seat] = self._replacements.get(seat, 0) + 1
+            self._ghosts.forget_sources(index)
+        self._replacements[index] = self._replacements.get(index, 0) + 1
 
     def retire(self, worker: Worker) -> None:
         """End a worker that is no part of the microVM any more."""
         worker.on_failed = lambda worker, text: None
-        worker.on_ended = self._buried
+        worker.on_ended = self._retired_ended
         self._retired.append(worker)
         if not worker.alive:
-            self._buried(worker)
+            self._retired_ended(worker)
             return
         if worker.state is WorkerState.REPLACED:
             worker.finish()
@@ -344,16 +346,16 @@ class Vmm(Microvm, Machine):
             deadline = time.monotonic_ns() + DEADLINES[worker.state].nanoseconds
             self._ops.add_timer(deadline, lambda: worker.expire() if worker.alive else None)
 
-    def _buried(self, worker: Worker, notice: CellEnded | None = None) -> None:
+    def _retired_ended(self, worker: Worker, notice: CellEnded | None = None) -> None:
         if worker in self._retired:
             self._retired.remove(worker)
             worker.close()
 
-    def _read_rest(self) -> tuple[WorkerAtRest, ...]:
+    def _read_quiescence(self) -> tuple[QuiescentWorker, ...]:
         open_exits = [
             sum(not self._executors[vcpu].idle for vcpu in worker.assignment.vcpus) for worker in self.vcpus_handles
         ]
-        return read_rest(self.vcpus_handles, open_exits)
+        return read_quiescence(self.vcpus_handles, open_exits)
 
     def save_state(self) -> MicrovmState:
         """Return the complete, versioned state but for the content of guest memory (PUT /snapshot/create).
@@ -365,7 +367,7 @@ class Vmm(Microvm, Machine):
         vcpus = tuple([worker.request(SaveState(vcpu), SavedState) for vcpu, worker in self._by_vcpu()])
         memory, placement = self.vm
         devices = self.device_manager.save_state()
-        rest = self._read_rest()
+        rest = self._read_quiescence()
         return MicrovmState(STATE_VERSION, self._id, memory.regions, placement.groups, devices, rest, vcpus)
 
     def dump_cpu_config(self) -> list[DumpedCpuConfig]:
@@ -430,11 +432,11 @@ class Vmm(Microvm, Machine):
         else:
             LOG.info(failure.text)
             self.stop(0)
-        self._conductor.lost(worker, failure.text)
+        self._driver.lost(worker, failure.text)
 
     def _worker_failed(self, worker: Worker, text: str) -> None:
         self._fail(Failure(Cause.PROTOCOL, "", text, exit_codes.GENERIC_ERROR), worker)
-        self._conductor.lost(worker, text)
+        self._driver.lost(worker, text)
 
     def _worker_ended(self, worker: Worker, notice: CellEnded) -> None:
         if self._shutdown_exit_code is not None:
@@ -447,7 +449,7 @@ class Vmm(Microvm, Machine):
         self._fail(failure, worker)
         if notice.wall == "seccomp":
             LOG.error(f"Shutting down VM after intercepting a bad syscall of worker vcpu {worker.index}.")
-        self._conductor.lost(worker, failure.text)
+        self._driver.lost(worker, failure.text)
 
     def _fail(self, failure: Failure, worker: Worker | None) -> None:
         """Report why the microVM cannot go on, and end it."""
@@ -517,7 +519,7 @@ class Vmm(Microvm, Machine):
         self.close()
 
 
-def _cannot_recruit(worker: Worker) -> Succession:
+def _cannot_make_successor(worker: Worker) -> Replacement:
     raise StateError(f"Worker {worker.index} cannot be replaced.")
 
 

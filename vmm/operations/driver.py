@@ -7,19 +7,30 @@ import time
 from base.event_manager import EventManager
 from base.lean_std import deque
 from base.lean_typing import Any, Callable
-from ipc.messages.ghosts import GhostsParked, ParkGhosts, ReadRest, RestRead
+from ipc.messages.ghosts import GhostsParked, ParkGhosts, QuiescenceRead, ReadQuiescence
 from ipc.messages.worker import Pause, Paused, Resume, Resumed
 from vmm.cells.lifecycle import WorkerEvent
 from vmm.cells.worker import Worker
 from vmm.errors import MicrovmEndedError, VmmError, WorkerError
-from vmm.operations.quiescence import at_rest, complaint
-from vmm.operations.replacement import Succession
-from vmm.operations.run import NOBODY, Action, Await, Commit, Drop, MachineLife, Member, Outcome, Settle, Tell
+from vmm.operations.quiescence import not_quiescent, quiescence_of
+from vmm.operations.replacement import Replacement
+from vmm.operations.run import (
+    NOBODY,
+    Action,
+    Await,
+    Command,
+    Commit,
+    Dismiss,
+    MachineLifecycle,
+    Member,
+    Outcome,
+    Settle,
+)
 from vmm.operations.tables import DRAIN_STEP, RESUME_STEP, VERIFY_STEP, Procedure
 
 
 class Machine:
-    """What the conductor asks of the microVM; a base class of ``vmm.machine.vmm.Vmm``."""
+    """What the driver asks of the microVM; a base class of ``vmm.machine.vmm.Vmm``."""
 
     vcpus_handles: list[Worker]
 
@@ -36,11 +47,11 @@ class Machine:
         raise NotImplementedError
 
     def cannot_go_on(self, text: str) -> None:
-        """An operation could be neither completed nor taken back."""
+        """An operation could be neither completed nor rolled back."""
         raise NotImplementedError
 
-    def succeeded(self, succession: Succession) -> None:
-        """The point of no return: the comer runs the leaver's vCPUs from now on."""
+    def succeeded(self, replacement: Replacement) -> None:
+        """The commit: the successor runs the predecessor's vCPUs from now on."""
         raise NotImplementedError
 
     def retire(self, worker: Worker) -> None:
@@ -52,16 +63,16 @@ class Machine:
         raise NotImplementedError
 
 
-class Conductor:
+class OperationDriver:
     """One per microVM. Operations raise VmmError; what is true afterwards is ``life.state``."""
 
     def __init__(self, machine: Machine, events: EventManager) -> None:
-        self.life = MachineLife(())
+        self.life = MachineLifecycle(())
         #: CLOCK_MONOTONIC in ns: when the guest began to stand still, and when it ran again.
         self.parked_at = self.resumed_at = 0
         self._machine = machine
         self._events = events
-        self._succession: Succession | None = None
+        self._replacement: Replacement | None = None
         self._waits: Callable[[], bool] | None = None
         self._deadline = 0
         self._error: VmmError | None = None
@@ -71,16 +82,16 @@ class Conductor:
 
     def begin(self) -> None:
         """All workers are there: their vCPUs are parked."""
-        self.life = MachineLife([worker.index for worker in self._machine.vcpus_handles])
+        self.life = MachineLifecycle([worker.index for worker in self._machine.vcpus_handles])
 
-    def perform(self, procedure: Procedure, succession: Succession | None = None) -> None:
+    def perform(self, procedure: Procedure, replacement: Replacement | None = None) -> None:
         """Carry an operation out. Raises StateError (nothing has changed), WorkerError or MicrovmEndedError."""
-        actions = self.life.begin(procedure, succession.leaver.index if succession is not None else -1)
-        self._reset(succession)
+        actions = self.life.begin(procedure, replacement.predecessor.index if replacement is not None else -1)
+        self._reset(replacement)
         self._act(actions)
-        while self.life.conduct is not None and not self._machine.has_ended():
+        while self.life.current is not None and not self._machine.has_ended():
             self._wait()
-        self._succession = None
+        self._replacement = None
         settled = self._settled
         if settled is not None and settled.outcome is Outcome.DONE:
             return
@@ -91,19 +102,19 @@ class Conductor:
             raise MicrovmEndedError("The microVM has ended.") if settled is None else WorkerError(settled.text)
         raise WorkerError(settled.text)
 
-    def _reset(self, succession: Succession | None) -> None:
-        self._succession = succession
+    def _reset(self, replacement: Replacement | None) -> None:
+        self._replacement = replacement
         self._error = None
         self._settled = None
         self._waits = None
 
     def lost(self, worker: Worker, text: str) -> None:
         """A worker has ended or failed."""
-        comer = self._succession is not None and worker is self._succession.comer
-        if comer or worker in self._machine.vcpus_handles:
-            if not comer and self._error is None:
+        successor = self._replacement is not None and worker is self._replacement.successor
+        if successor or worker in self._machine.vcpus_handles:
+            if not successor and self._error is None:
                 self._error = worker.error()
-            self._act(self.life.lost(Member(worker.index, comer), text))
+            self._act(self.life.lost(Member(worker.index, successor), text))
 
     def pong(self, worker: Worker, says: str) -> None:
         """A worker says how it is."""
@@ -113,15 +124,15 @@ class Conductor:
     # ------------------------------------------------------------ waiting
 
     def _wait(self) -> None:
-        conduct = self.life.conduct
-        assert conduct is not None
-        turn = conduct.turn
+        run = self.life.current
+        assert run is not None
+        turn = run.turn
         refusal = ""
         ready = False
 
         def moved() -> bool:
             nonlocal refusal, ready
-            if self.life.conduct is not conduct or conduct.turn != turn or self._machine.has_ended():
+            if self.life.current is not run or run.turn != turn or self._machine.has_ended():
                 return True
             if self._waits is None:
                 return False
@@ -132,14 +143,14 @@ class Conductor:
             return ready or bool(refusal)
 
         if not self._events.run_until(moved, self._deadline):
-            if conduct.step is not None and conduct.step.name == DRAIN_STEP.name:
+            if run.step is not None and run.step.name == DRAIN_STEP.name:
                 self._machine.not_drained()  # that is a failure of its own, and says more
             self._act(self.life.expired(turn))
-        elif (ready or refusal) and self.life.conduct is conduct and conduct.turn == turn:
+        elif (ready or refusal) and self.life.current is run and run.turn == turn:
             self._waits = None
             member = NOBODY
-            if conduct.step is not None and conduct.step.name == "fork":
-                member = Member(conduct.leaver, comer=True)
+            if run.step is not None and run.step.name == "fork":
+                member = Member(run.predecessor, successor=True)
             self._act(self.life.answered(member, turn, refusal))
 
     # ------------------------------------------------------------ acting
@@ -157,44 +168,46 @@ class Conductor:
             self._acting = False
 
     def _do(self, action: Action) -> None:
-        conduct = self.life.conduct
-        if isinstance(action, Tell):
-            if conduct is not None and conduct.turn == action.turn:
+        run = self.life.current
+        if isinstance(action, Command):
+            if run is not None and run.turn == action.turn:
                 self._tell(action)
         elif isinstance(action, Await):
-            if conduct is not None and conduct.turn == action.turn:
+            if run is not None and run.turn == action.turn:
                 self._deadline = time.monotonic_ns() + action.nanoseconds
         elif isinstance(action, Commit):
-            assert self._succession is not None
-            self._machine.succeeded(self._succession)
-        elif isinstance(action, Drop):
-            assert self._succession is not None
-            self._machine.retire(self._succession.comer if action.member.comer else self._succession.leaver)
+            assert self._replacement is not None
+            self._machine.succeeded(self._replacement)
+        elif isinstance(action, Dismiss):
+            assert self._replacement is not None
+            self._machine.retire(
+                self._replacement.successor if action.member.successor else self._replacement.predecessor
+            )
         else:
             self._settled = action
             if action.outcome is Outcome.ENDED:
                 self._machine.cannot_go_on(action.text)
 
-    def _tell(self, action: Tell) -> None:
+    def _tell(self, action: Command) -> None:
         member, step, turn = action
         self._waits = None
 
         def answered(refusal: str) -> None:
             self._act(self.life.answered(member, turn, refusal))
 
-        succession = self._succession
-        if succession is not None and step.name in succession.steps:
+        replacement = self._replacement
+        if replacement is not None and step.name in replacement.steps:
             try:
-                succession.steps[step.name](step.deadline_ns, answered)
+                replacement.steps[step.name](step.deadline_ns, answered)
             except VmmError as error:
                 answered(str(error))
-            self._waits = succession.waits
-            succession.waits = None
+            self._waits = replacement.waits
+            replacement.waits = None
             return
         if step.name == DRAIN_STEP.name:
             self._waits = self._machine.drained
             return
-        worker = self._worker(member.seat)
+        worker = self._worker(member.worker)
         if step.name == RESUME_STEP.name:
             self._resume(worker, answered)
         elif step.name == "park":
@@ -206,8 +219,8 @@ class Conductor:
                 ParkGhosts(), GhostsParked, lambda reply, refusal: answered(refusal), timeout_ns=step.deadline_ns
             )
 
-    def _worker(self, seat: int) -> Worker:
-        return next(worker for worker in self._machine.vcpus_handles if worker.index == seat)
+    def _worker(self, index: int) -> Worker:
+        return next(worker for worker in self._machine.vcpus_handles if worker.index == index)
 
     def _resume(self, worker: Worker, answered: Callable[[str], None]) -> None:
         def resumed(reply: Any, refusal: str) -> None:
@@ -224,9 +237,9 @@ class Conductor:
             return
 
         def read(reply: Any, refusal: str) -> None:
-            answered(refusal or complaint(at_rest(worker, reply, 0)))
+            answered(refusal or not_quiescent(quiescence_of(worker, reply, 0)))
 
-        worker.ask(ReadRest(), RestRead, read, timeout_ns=timeout_ns)
+        worker.ask(ReadQuiescence(), QuiescenceRead, read, timeout_ns=timeout_ns)
 
     def _park(self, worker: Worker, timeout_ns: int, answered: Callable[[str], None]) -> None:
         def parked(reply: Any, refusal: str) -> None:

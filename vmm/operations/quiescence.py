@@ -1,4 +1,4 @@
-"""The proof that a paused microVM is at rest: no interrupt is on its way between its workers.
+"""The proof that a paused microVM is quiescent: no interrupt is on its way between its workers.
 
 What a saved state leaves out may hold nothing: the ghosts of all workers, the messages between workers and controller,
 the exit rings. So it is looked at when the state is saved, and what was found is part of the saved state.
@@ -7,42 +7,42 @@ the exit rings. So it is looked at when the state is saved, and what was found i
 from __future__ import annotations
 
 from base.lean_typing import Sequence
-from ipc.messages.ghosts import ReadRest, RestRead
+from ipc.messages.ghosts import QuiescenceRead, ReadQuiescence
 from vmm.cells.worker import Worker
 from vmm.errors import WorkerError
-from vmm.snapshot.state_file import WorkerAtRest
+from vmm.snapshot.state_file import QuiescentWorker
 
 
-def read_rest(workers: Sequence[Worker], open_exits: Sequence[int]) -> tuple[WorkerAtRest, ...]:
+def read_quiescence(workers: Sequence[Worker], open_exits: Sequence[int]) -> tuple[QuiescentWorker, ...]:
     """Ask all workers what they hold. Raises WorkerError when it is anything at all.
 
     ``open_exits`` has one number per worker. One without ghosts has nothing to hold, and is not asked.
     """
-    asked = [(worker, worker.submit(ReadRest()) if worker.assignment.ghosts else 0) for worker in workers]
-    rest = []
+    asked = [(worker, worker.submit(ReadQuiescence()) if worker.assignment.ghosts else 0) for worker in workers]
+    found = []
     for (worker, sequence), exits in zip(asked, open_exits, strict=True):
-        read = worker.collect(sequence, RestRead) if sequence else RestRead(0, ())
-        rest.append(at_rest(worker, read, exits))
-    for each in rest:
-        if text := complaint(each):
+        read = worker.collect(sequence, QuiescenceRead) if sequence else QuiescenceRead(0, ())
+        found.append(quiescence_of(worker, read, exits))
+    for each in found:
+        if text := not_quiescent(each):
             raise WorkerError(text)
-    return tuple(rest)
+    return tuple(found)
 
 
-def at_rest(worker: Worker, read: RestRead, open_exits: int) -> WorkerAtRest:
+def quiescence_of(worker: Worker, read: QuiescenceRead, open_exits: int) -> QuiescentWorker:
     """Return what a worker told of itself; one that leaves something out is not believed any more."""
     if {ghost.vcpu for ghost in read.ghosts} != set(worker.assignment.ghosts):
         worker.breach("it does not tell of all its ghosts")
-    return WorkerAtRest(worker.index, read.open_events, open_exits, read.ghosts)
+    return QuiescentWorker(worker.index, read.open_events, open_exits, read.ghosts)
 
 
-def complaint(worker: WorkerAtRest) -> str:
-    """Say why the microVM is not at rest, or nothing."""
-    text = unrest(worker)
-    return f"The microVM is not at rest: worker vcpu {worker.worker} holds {text}." if text else ""
+def not_quiescent(worker: QuiescentWorker) -> str:
+    """Say why the microVM is not quiescent, or nothing."""
+    text = busy_with(worker)
+    return f"The microVM is not at found: worker vcpu {worker.worker} holds {text}." if text else ""
 
 
-def unrest(worker: WorkerAtRest) -> str:
+def busy_with(worker: QuiescentWorker) -> str:
     """Say what a worker holds that is in no vCPU's state; empty: nothing."""
     found = [
         f"{count} {what}"

@@ -34,21 +34,21 @@ class Interrupts(NamedTuple):
     paths: Sequence[OpenPath]
 
 
-class Succession:
+class Replacement:
     """One replacement. ``interrupts`` is asked when the guest stands still and nothing is under way."""
 
     def __init__(
         self,
-        leaver: Worker,
-        comer: Worker,
+        predecessor: Worker,
+        successor: Worker,
         message: Configure,
         descriptors: WorkerDescriptors,
         interrupts: Callable[[], Interrupts],
     ) -> None:
-        self.leaver = leaver
-        self.comer = comer
-        #: Called when the comer fails or ends, until it belongs to the microVM.
-        self.on_comer_lost: Callable[[Worker, object], None] = lambda worker, how: None
+        self.predecessor = predecessor
+        self.successor = successor
+        #: Called when the successor fails or ends, until it belongs to the microVM.
+        self.on_successor_lost: Callable[[Worker, object], None] = lambda worker, how: None
         #: What has to become true before a step without an answer is over; it may raise a VmmError.
         self.waits: Callable[[], bool] | None = None
         self._message = message._replace(resumes_other=True)
@@ -64,17 +64,17 @@ class Succession:
             "save": self._save,
             "load": self._load,
             "take over": self._take_over,
-            "take back": self._roll_back,
-            "bury": self._bury,
+            "roll back": self._roll_back,
+            "await end": self._await_end,
         }
 
     def _fork(self, timeout_ns: int, answered: Answered) -> None:
-        self.comer.spawn(self.leaver.assignment)
-        self.comer.on_failed = self.comer.on_ended = self.on_comer_lost
-        self.waits = self.comer.is_greeted
+        self.successor.spawn(self.predecessor.assignment)
+        self.successor.on_failed = self.successor.on_ended = self.on_successor_lost
+        self.waits = self.successor.is_greeted
 
     def _configure(self, timeout_ns: int, answered: Answered) -> None:
-        self.comer.configure_soon(self._message, self._descriptors, answered, timeout_ns)
+        self.successor.configure_soon(self._message, self._descriptors, answered, timeout_ns)
 
     def _hand_over(self, timeout_ns: int, answered: Answered) -> None:
         def handed_over(reply: Any, refusal: str) -> None:
@@ -82,11 +82,11 @@ class Succession:
                 self._ghosts, self._held = reply
             answered(refusal)
 
-        self.leaver.ask(HandOver(), HandedOver, handed_over, timeout_ns=timeout_ns)
+        self.predecessor.ask(HandOver(), HandedOver, handed_over, timeout_ns=timeout_ns)
 
     def _save(self, timeout_ns: int, answered: Answered) -> None:
         self._states = []
-        vcpus = self.leaver.assignment.vcpus
+        vcpus = self.predecessor.assignment.vcpus
 
         def saved(reply: Any, refusal: str) -> None:
             if refusal:
@@ -94,11 +94,11 @@ class Succession:
                 return
             self._states.append(reply)
             if len(self._states) == len(vcpus):
-                self.leaver.note(WorkerEvent.SAVED)
+                self.predecessor.note(WorkerEvent.SAVED)
                 answered("")
 
         for vcpu in vcpus:
-            self.leaver.ask(SaveState(vcpu), SavedState, saved, timeout_ns=timeout_ns)
+            self.predecessor.ask(SaveState(vcpu), SavedState, saved, timeout_ns=timeout_ns)
 
     def _load(self, timeout_ns: int, answered: Answered) -> None:
         left = len(self._states)
@@ -110,7 +110,7 @@ class Succession:
                 answered(refusal)
 
         for vcpu, version, state in self._states:
-            self.comer.ask(LoadState(vcpu, version, state), StateLoaded, loaded, timeout_ns=timeout_ns)
+            self.successor.ask(LoadState(vcpu, version, state), StateLoaded, loaded, timeout_ns=timeout_ns)
 
     def _take_over(self, timeout_ns: int, answered: Answered) -> None:
         routes, paths = self._interrupts()
@@ -122,11 +122,11 @@ class Succession:
             del left[:MAX_PATHS_AT_ONCE]
             last = not left
             for path in part:
-                self.comer.send_descriptor(IpiPath(path.vcpu, path.vector), path.eventfd)
+                self.successor.send_descriptor(IpiPath(path.vcpu, path.vector), path.eventfd)
             targets = tuple(OpenIpiTarget(path.vcpu, path.vector, path.gsi) for path in part)
             command = TakeOver(routes, targets, self._ghosts if last else (), self._held if last else (), last)
             event = WorkerEvent.LOADED if last else None
-            self.comer.ask(command, TakenOver, taken_over, timeout_ns=timeout_ns, event=event)
+            self.successor.ask(command, TakenOver, taken_over, timeout_ns=timeout_ns, event=event)
 
         def taken_over(reply: Any, refusal: str) -> None:
             if refusal or not left:
@@ -138,7 +138,7 @@ class Succession:
         next_part(tuple(routes))
 
     def _roll_back(self, timeout_ns: int, answered: Answered) -> None:
-        self.leaver.ask(
+        self.predecessor.ask(
             RollBack(),
             RolledBack,
             lambda reply, refusal: answered(refusal),
@@ -146,5 +146,5 @@ class Succession:
             event=WorkerEvent.PAUSED,
         )
 
-    def _bury(self, timeout_ns: int, answered: Answered) -> None:
-        self.waits = lambda: not self.comer.alive
+    def _await_end(self, timeout_ns: int, answered: Answered) -> None:
+        self.waits = lambda: not self.successor.alive

@@ -13,10 +13,10 @@ from vmm.operations.tables import MachineState, Procedure, Step, Verdict, Who
 
 
 class Member(NamedTuple):
-    """A worker that takes part. A seat is the place of one worker; while it is being replaced there are two of it."""
+    """A worker that takes part. While it is being replaced there are two of its index."""
 
-    seat: int
-    comer: bool = False
+    worker: int
+    successor: bool = False
 
 
 #: Carries out the steps of the controller itself.
@@ -32,7 +32,7 @@ class Outcome(Enum):
     ENDED = "ended"  # the machine cannot go on
 
 
-class Tell(NamedTuple):
+class Command(NamedTuple):
     """Have ``member`` carry out a step, and say the turn with its answer."""
 
     member: Member
@@ -48,13 +48,13 @@ class Await(NamedTuple):
 
 
 class Commit(NamedTuple):
-    """The point of no return: the comer runs the vCPUs from now on, the leaver never again."""
+    """No way back: the successor runs the vCPUs from now on, the predecessor never again."""
 
-    seat: int
+    worker: int
 
 
-class Drop(NamedTuple):
-    """End a worker that takes no part any more: a comer that is not needed, or a leaver that was replaced."""
+class Dismiss(NamedTuple):
+    """End a worker that takes no part any more: a successor that is not needed, or a predecessor that was replaced."""
 
     member: Member
 
@@ -66,13 +66,13 @@ class Settle(NamedTuple):
     text: str
 
 
-Action = Tell | Await | Commit | Drop | Settle
+Action = Command | Await | Commit | Dismiss | Settle
 
 
-class Conduct:
+class OperationRun:
     """One run of one procedure. Every method returns what is to be done now, in this order."""
 
-    def __init__(self, procedure: Procedure, seats: Sequence[int], leaver: int = -1, turn: int = 0) -> None:
+    def __init__(self, procedure: Procedure, workers: Sequence[int], predecessor: int = -1, turn: int = 0) -> None:
         self.procedure = procedure
         self.outcome: Outcome | None = None
         self.text = ""
@@ -80,8 +80,8 @@ class Conduct:
         #: Rises with every step, also from one operation to the next: what belongs to an earlier one does not count.
         self.turn = turn
         self.step: Step | None = None
-        self._seats = tuple(seats)
-        self._leaver = leaver
+        self._workers = tuple(workers)
+        self._predecessor = predecessor
         self._undoing = False
         self._late = ""
         self._begun: set[str] = set()
@@ -89,9 +89,9 @@ class Conduct:
         self._waiting: set[Member] = set()
 
     @property
-    def leaver(self) -> int:
-        """The seat whose worker is replaced, or -1."""
-        return self._leaver
+    def predecessor(self) -> int:
+        """The index of the worker that is replaced, or -1."""
+        return self._predecessor
 
     def start(self) -> list[Action]:
         """Begin."""
@@ -117,9 +117,9 @@ class Conduct:
         """``member`` has ended or failed."""
         if self.outcome is not None:
             return []
-        if member == Member(self._leaver) and self.committed:
+        if member == Member(self._predecessor) and self.committed:
             return []
-        if member.comer and not self.committed:
+        if member.successor and not self.committed:
             return [] if self._undoing else self._undo(cause)
         return self._settle(Outcome.ENDED, cause)
 
@@ -130,16 +130,16 @@ class Conduct:
         if waiting == [NOBODY]:
             if self.step.name == "drain":
                 return f"The exits of the paused vCPUs were not executed in time ({seconds})."
-            return f"The worker that was to replace vcpu {self._leaver} did not end within {seconds}."
-        names = ", ".join(f"vcpu {member.seat}{' (new)' if member.comer else ''}" for member in waiting)
+            return f"The worker that was to replace vcpu {self._predecessor} did not end within {seconds}."
+        names = ", ".join(f"vcpu {member.worker}{' (new)' if member.successor else ''}" for member in waiting)
         return f"Worker {names} did not answer within {seconds} ({self.step.name})."
 
     def _members(self, who: Who) -> set[Member]:
         if who is Who.ALL:
-            return {Member(seat, self.committed and seat == self._leaver) for seat in self._seats}
+            return {Member(worker, self.committed and worker == self._predecessor) for worker in self._workers}
         if who is Who.NOBODY:
             return {NOBODY}
-        return {Member(self._leaver, who is Who.COMER)}
+        return {Member(self._predecessor, who is Who.SUCCESSOR)}
 
     def _next(self) -> list[Action]:
         if not self._left:
@@ -153,11 +153,11 @@ class Conduct:
             self._begun.add(step.name)
             if step.name == self.procedure.commit:
                 self.committed = True
-                actions.append(Commit(self._leaver))
+                actions.append(Commit(self._predecessor))
         self._waiting = self._members(step.who)
-        actions += [Tell(member, step, self.turn) for member in sorted(self._waiting)]
+        actions += [Command(member, step, self.turn) for member in sorted(self._waiting)]
         if self.committed and step.name == self.procedure.commit:
-            actions.append(Drop(Member(self._leaver)))
+            actions.append(Dismiss(Member(self._predecessor)))
         actions.append(Await(self.turn, step.deadline_ns))
         return actions
 
@@ -173,8 +173,8 @@ class Conduct:
         self._undoing = True
         self.text = text
         self._left = [undo.step for undo in self.procedure.undo if undo.since in self._begun]
-        drop: list[Action] = [Drop(Member(self._leaver, comer=True))] if self._leaver >= 0 else []
-        return drop + self._next()
+        dismiss: list[Action] = [Dismiss(Member(self._predecessor, successor=True))] if self._predecessor >= 0 else []
+        return dismiss + self._next()
 
     def _settle(self, outcome: Outcome, text: str) -> list[Action]:
         self.outcome = outcome
@@ -184,44 +184,44 @@ class Conduct:
         return [Settle(outcome, text)]
 
 
-class MachineLife:
+class MachineLifecycle:
     """The declared state of a machine, and the one operation that may be going on."""
 
-    def __init__(self, seats: Sequence[int]) -> None:
+    def __init__(self, workers: Sequence[int]) -> None:
         self.state = MachineState.PAUSED
-        self.conduct: Conduct | None = None
-        self.seats = tuple(seats)
+        self.current: OperationRun | None = None
+        self.workers = tuple(workers)
         self._turn = 0
 
-    def begin(self, procedure: Procedure, leaver: int = -1) -> list[Action]:
+    def begin(self, procedure: Procedure, predecessor: int = -1) -> list[Action]:
         """Begin an operation. Raises StateError, and nothing has changed."""
         if self.state is MachineState.ENDED:
             raise StateError("The microVM has ended.")
-        if self.conduct is not None:
-            raise StateError(f"Another operation ({self.conduct.procedure.name}) is going on.")
+        if self.current is not None:
+            raise StateError(f"Another operation ({self.current.procedure.name}) is going on.")
         if procedure.only_in is None:
             if procedure.leads_to is self.state is MachineState.PAUSED:
-                return [Settle(Outcome.DONE, "")]  # else taking it back would let the machine run
-        elif leaver not in self.seats:
-            raise StateError(f"There is no worker {leaver}.")
+                return [Settle(Outcome.DONE, "")]  # else rolling it back would let the machine run
+        elif predecessor not in self.workers:
+            raise StateError(f"There is no worker {predecessor}.")
         elif self.state is not procedure.only_in:
             raise StateError(f"This needs a microVM that is {procedure.only_in.value}; it is {self.state.value}.")
-        self.conduct = Conduct(procedure, self.seats, leaver, self._turn)
-        return self._after(self.conduct.start())
+        self.current = OperationRun(procedure, self.workers, predecessor, self._turn)
+        return self._after(self.current.start())
 
     def answered(self, member: Member, turn: int, refusal: str = "") -> list[Action]:
-        """As :meth:`Conduct.answered`."""
-        return self._after(self.conduct.answered(member, turn, refusal)) if self.conduct else []
+        """As :meth:`OperationRun.answered`."""
+        return self._after(self.current.answered(member, turn, refusal)) if self.current else []
 
     def expired(self, turn: int) -> list[Action]:
-        """As :meth:`Conduct.expired`."""
-        return self._after(self.conduct.expired(turn)) if self.conduct else []
+        """As :meth:`OperationRun.expired`."""
+        return self._after(self.current.expired(turn)) if self.current else []
 
     def lost(self, member: Member, cause: str) -> list[Action]:
         """A worker has ended or failed. One that is not needed any more may; any other takes the machine with it."""
-        if self.conduct is not None:
-            return self._after(self.conduct.lost(member, cause))
-        if member.comer or self.state is MachineState.ENDED:
+        if self.current is not None:
+            return self._after(self.current.lost(member, cause))
+        if member.successor or self.state is MachineState.ENDED:
             return []
         self.state = MachineState.ENDED
         return [Settle(Outcome.ENDED, cause)]
@@ -229,21 +229,21 @@ class MachineLife:
     def end(self) -> None:
         """The machine ends for another reason."""
         self.state = MachineState.ENDED
-        self.conduct = None
+        self.current = None
 
     def must_resume(self, says: str) -> bool:
         """A worker says how it is (Pong): has it missed that it should run?"""
-        return says == "paused" and self.conduct is None and self.state is MachineState.RUNNING
+        return says == "paused" and self.current is None and self.state is MachineState.RUNNING
 
     def _after(self, actions: list[Action]) -> list[Action]:
-        conduct = self.conduct
-        if conduct is None:
+        run = self.current
+        if run is None:
             return actions
-        self._turn = conduct.turn
-        if conduct.outcome is not None:
-            self.conduct = None
-            if conduct.outcome is Outcome.ENDED:
+        self._turn = run.turn
+        if run.outcome is not None:
+            self.current = None
+            if run.outcome is Outcome.ENDED:
                 self.state = MachineState.ENDED
-            elif conduct.outcome is not Outcome.UNDONE:
-                self.state = conduct.procedure.leads_to
+            elif run.outcome is not Outcome.UNDONE:
+                self.state = run.procedure.leads_to
         return actions

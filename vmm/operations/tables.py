@@ -1,7 +1,7 @@
 """Operations that several workers take part in, as tables of steps. Sans-IO: vmm.operations.run goes through them.
 
-Every step has a deadline, and says what it means when it passes and when a worker refuses. Up to the point of no return
-that is, as a rule, to take back what was done; afterwards the machine goes on with what was decided, or ends.
+Every step has a deadline, and says what it means when it passes and when a worker refuses. Up to the commit
+that is, as a rule, to roll back what was done; afterwards the machine goes on with what was decided, or ends.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class MachineState(Enum):
 class Who(Enum):
     """Who has to carry out a step."""
 
-    ALL = "all"  # the workers that run the vCPUs now: after the point of no return the comer instead of the leaver
-    LEAVER = "leaver"  # the worker that is to be replaced
-    COMER = "comer"  # the worker that takes its place
+    ALL = "all"  # the workers that run the vCPUs now: after the commit the successor instead of the predecessor
+    PREDECESSOR = "predecessor"  # the worker that is to be replaced
+    SUCCESSOR = "successor"  # the worker that takes its place
     NOBODY = "nobody"  # the controller itself
 
 
@@ -46,7 +46,7 @@ class Step(NamedTuple):
 
 
 class Undo(NamedTuple):
-    """What is done, if the step ``since`` was begun, to take an operation back."""
+    """What is done, if the step ``since`` was begun, to roll an operation back."""
 
     since: str
     step: Step
@@ -55,7 +55,7 @@ class Undo(NamedTuple):
 class Procedure(NamedTuple):
     """``leads_to`` is the machine's state after it, in which nothing is left to do unless it is for ``only_in``.
 
-    ``commit`` is the step with which the point of no return is passed: it is behind us when the step begins.
+    ``commit`` is the step with which the operation is committed: it is, as soon as the step begins.
     """
 
     name: str
@@ -82,28 +82,28 @@ PAUSE = Procedure("pause", MachineState.PAUSED, (_PARK, DRAIN_STEP, _PARK_GHOSTS
 
 #: The guest stands still meanwhile: nobody gets as long as for a pause that a client asked for.
 _SHORT_NS = 10 * SECOND_NS
-_ROLL_BACK = Step("take back", Who.LEAVER, _SHORT_NS, Verdict.END, Verdict.END)
+_ROLL_BACK = Step("roll back", Who.PREDECESSOR, _SHORT_NS, Verdict.END, Verdict.END)
 REPLACE = Procedure(
     "replace",
     MachineState.RUNNING,
     (
-        Step("fork", Who.COMER, 30 * SECOND_NS),
-        Step("configure", Who.COMER, 30 * SECOND_NS),
+        Step("fork", Who.SUCCESSOR, 30 * SECOND_NS),
+        Step("configure", Who.SUCCESSOR, 30 * SECOND_NS),
         # From here on the guest stands still.
         _PARK._replace(deadline_ns=_SHORT_NS),
         DRAIN_STEP,
         _PARK_GHOSTS._replace(deadline_ns=_SHORT_NS),
         VERIFY_STEP,
         # Its irqfds go first: an interrupt that comes after its LAPICs were read would be lost.
-        Step("hand over", Who.LEAVER, _SHORT_NS),
-        Step("save", Who.LEAVER, _SHORT_NS),
-        Step("load", Who.COMER, _SHORT_NS),
-        Step("take over", Who.COMER, _SHORT_NS),
+        Step("hand over", Who.PREDECESSOR, _SHORT_NS),
+        Step("save", Who.PREDECESSOR, _SHORT_NS),
+        Step("load", Who.SUCCESSOR, _SHORT_NS),
+        Step("take over", Who.SUCCESSOR, _SHORT_NS),
         RESUME_STEP,
     ),
     (
-        # One eventfd serves one VM: the comer's must be gone before the leaver gets its irqfds back.
-        Undo("take over", Step("bury", Who.NOBODY, _SHORT_NS, Verdict.END, Verdict.END)),
+        # One eventfd serves one VM: the successor's must be gone before the predecessor gets its irqfds back.
+        Undo("take over", Step("await end", Who.NOBODY, _SHORT_NS, Verdict.END, Verdict.END)),
         Undo("hand over", _ROLL_BACK),
         _RUN_AGAIN,
     ),
@@ -119,17 +119,17 @@ def check(procedure: Procedure) -> str:
     if len(set(names)) < len(names):
         return "a step occurs twice"
     if any(undo.since not in names for undo in procedure.undo):
-        return "something is taken back that is never done"
+        return "something is rolled back that is never done"
     if procedure.commit and procedure.commit not in names:
-        return "the point of no return is no step"
+        return "the commit is no step"
     committed = False
     for step in procedure.steps:
         committed |= step.name == procedure.commit
         if committed and Verdict.UNDO in (step.on_deadline, step.on_refusal):
-            return f"{step.name} is to be taken back after the point of no return"
-        if committed and step.who is Who.LEAVER:
+            return f"{step.name} is to be rolled back after the commit"
+        if committed and step.who is Who.PREDECESSOR:
             return f"{step.name} asks something of a worker that was replaced"
     for undo in procedure.undo:
-        if Verdict.UNDO in (undo.step.on_deadline, undo.step.on_refusal) or undo.step.who is Who.COMER:
-            return f"{undo.step.name} cannot be part of taking back"
+        if Verdict.UNDO in (undo.step.on_deadline, undo.step.on_refusal) or undo.step.who is Who.SUCCESSOR:
+            return f"{undo.step.name} cannot be part of rolling back"
     return ""

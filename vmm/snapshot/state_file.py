@@ -10,7 +10,7 @@ import struct
 from base.lean_typing import NamedTuple
 from ipc.errors import MessageError
 from ipc.launch_plan import MAX_MEMORY_BYTES, MAX_WORKERS
-from ipc.messages.ghosts import GhostAtRest
+from ipc.messages.ghosts import QuiescentGhost
 from ipc.messages.records import MemoryRegion
 from ipc.messages.worker import SavedState
 from ipc.schema import MAX_FRAME_SIZE, U8, U16, U32, U64, Bytes, Field, Flag, Int, ListOf, RecordOf, Text, pack, unpack
@@ -81,7 +81,7 @@ class DevicesState(NamedTuple):
     interrupts: tuple[InterruptState, ...]
 
 
-class WorkerAtRest(NamedTuple):
+class QuiescentWorker(NamedTuple):
     """What one worker held beside its vCPUs: the proof that nothing else has to be saved (vmm.operations.quiescence).
 
     ``open_events`` between it and the controller, ``open_exits``: its rings that were not executed to the end.
@@ -90,7 +90,7 @@ class WorkerAtRest(NamedTuple):
     worker: int
     open_events: int
     open_exits: int
-    ghosts: tuple[GhostAtRest, ...]
+    ghosts: tuple[QuiescentGhost, ...]
 
 
 class MicrovmState(NamedTuple):
@@ -101,7 +101,7 @@ class MicrovmState(NamedTuple):
     regions: tuple[MemoryRegion, ...]
     groups: tuple[tuple[int, ...], ...]
     devices: DevicesState
-    rest: tuple[WorkerAtRest, ...]
+    quiescence: tuple[QuiescentWorker, ...]
     vcpus: tuple[SavedState, ...]
 
 
@@ -111,7 +111,7 @@ class _Head(NamedTuple):
     regions: tuple[MemoryRegion, ...]
     groups: tuple[tuple[int, ...], ...]
     devices: DevicesState
-    rest: tuple[WorkerAtRest, ...]
+    quiescence: tuple[QuiescentWorker, ...]
     vcpu_count: int
 
 
@@ -159,16 +159,16 @@ _HEAD = RecordOf(
     ),
     groups=ListOf(ListOf(_VCPU, MAX_WORKERS), MAX_WORKERS),
     devices=_DEVICES,
-    rest=ListOf(
+    quiescence=ListOf(
         # What may be held is nothing: an honest state is refused else.
         RecordOf(
-            WorkerAtRest,
+            QuiescentWorker,
             worker=_VCPU,
             open_events=Int(0),
             open_exits=Int(0),
             ghosts=ListOf(
                 RecordOf(
-                    GhostAtRest,
+                    QuiescentGhost,
                     vcpu=_VCPU,
                     stub=Flag(),
                     mp_state=Int(U32),
@@ -214,9 +214,11 @@ def decode(data: bytes) -> MicrovmState:
     indices = [vcpu.vcpu for vcpu in vcpus]
     if indices != list(range(len(vcpus))) or sorted(each for group in head.groups for each in group) != indices:
         raise MicrovmStateError("The vCPUs are not those of the workers.")
-    if [each.worker for each in head.rest] != list(range(len(head.groups))):
+    if [each.worker for each in head.quiescence] != list(range(len(head.groups))):
         raise MicrovmStateError("Not every worker was at rest.")
-    return MicrovmState(head.version, head.microvm_id, head.regions, head.groups, head.devices, head.rest, tuple(vcpus))
+    return MicrovmState(
+        head.version, head.microvm_id, head.regions, head.groups, head.devices, head.quiescence, tuple(vcpus)
+    )
 
 
 def _take(data: bytes) -> tuple[bytes, bytes]:

@@ -88,8 +88,8 @@ KINDS = {
         49: "TakeOver",
         50: "TakenOver",
         61: "InitVcpu",
-        62: "ReadRest",
-        63: "RestRead",
+        62: "ReadQuiescence",
+        63: "QuiescenceRead",
     },
     "supervisor": {
         1: "Failed",

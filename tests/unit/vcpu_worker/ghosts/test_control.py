@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from ipc.messages.ghosts import GhostsParked, ParkGhosts, PlaceStub, ReadRest, RestRead, StubPlaced
+from ipc.messages.ghosts import GhostsParked, ParkGhosts, PlaceStub, QuiescenceRead, ReadQuiescence, StubPlaced
 from vcpu_worker.errors import StateError
 from vcpu_worker.ghosts.control import GhostControl, GhostRunner
 
-REST = (1, False, 0, 0)
+QUIESCENT = (1, False, 0, 0)
 
 
 class Thread:
@@ -46,8 +46,8 @@ class Ghost:
     def run(self) -> str:
         return ""
 
-    def at_rest(self) -> tuple[int, bool, int, int]:
-        return REST
+    def quiescence(self) -> tuple[int, bool, int, int]:
+        return QUIESCENT
 
     def place_stub(self) -> None:
         self.is_stub = True
@@ -80,9 +80,9 @@ def test_a_ghost_that_is_being_placed_is_not_parked(parts):
     assert not parts.answers, "parked, and about to run again"
     parts.thread.step()  # it is the stub
     assert parts.answers == [StubPlaced(), GhostsParked(0)]
-    parts.ask(ReadRest())
+    parts.ask(ReadQuiescence())
     parts.thread.step()
-    assert isinstance(parts.answers[-1], RestRead)
+    assert isinstance(parts.answers[-1], QuiescenceRead)
     assert not parts.thread.jobs
 
 
@@ -94,7 +94,7 @@ def test_a_placed_ghost_runs_on_when_nobody_parks_it(parts):
     assert parts.answers == [StubPlaced()]
     assert parts.runner.running
     with pytest.raises(StateError, match="park them first"):
-        parts.ask(ReadRest())
+        parts.ask(ReadQuiescence())
 
 
 def test_a_parked_ghost_that_was_placed_runs_when_it_may_again(parts):

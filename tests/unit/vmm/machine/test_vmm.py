@@ -38,7 +38,7 @@ from vmm.observe.logger import LOG
 from vmm.operations.tables import PAUSE
 from vmm.placement import Placement
 from vmm.snapshot import state_file
-from vmm.snapshot.state_file import WorkerAtRest
+from vmm.snapshot.state_file import QuiescentWorker
 
 COM1 = 0x3F8
 COMMAND = 0x64
@@ -157,7 +157,7 @@ def test_states_and_operations(make):
     assert [vcpu.state for vcpu in saved.vcpus] == [b"state"]
     assert state_file.decode(state_file.encode(saved)) == saved == vmm.save_state()
     assert (saved.version, saved.microvm_id, saved.groups) == (state_file.VERSION, "standin", ((0,),))
-    assert saved.rest == (WorkerAtRest(0, 0, 0, ()),)
+    assert saved.quiescence == (QuiescentWorker(0, 0, 0, ()),)
     assert [config.vcpu for config in vmm.dump_cpu_config()] == [0]
     assert set(vmm.exit_counters()) == {0}
     assert "vcpu 0: paused" in repr(vmm)
@@ -417,7 +417,7 @@ def test_a_guest_that_resets_before_the_worker_has_said_that_it_runs_has_run(mak
     def resume(worker, answered):
         machine.vmm.guest_reset()  # its exit came first; the answer comes after the end, or never
 
-    monkeypatch.setattr(machine.vmm._conductor, "_resume", resume)
+    monkeypatch.setattr(machine.vmm._driver, "_resume", resume)
     machine.vmm.resume_vm()
     assert machine.vmm.shutdown_exit_code() == 0
     assert machine.vmm.instance_info.state == "Running"
@@ -430,16 +430,16 @@ def test_a_guest_that_restarts_as_soon_as_it_runs_was_not_paused(make, monkeypat
     """What its machine was decides whether the one that starts anew runs."""
     machine = make()
     machine.vmm.restarts = True
-    conductor = machine.vmm._conductor
-    ask = conductor._resume
+    driver = machine.vmm._driver
+    ask = driver._resume
 
     def resume(worker, answered):
         if answers_first:
             ask(worker, answered)
-            machine.controller.serve(lambda: conductor.life.conduct is None)
+            machine.controller.serve(lambda: driver.life.current is None)
         machine.vmm.guest_reset()
 
-    monkeypatch.setattr(conductor, "_resume", resume)
+    monkeypatch.setattr(driver, "_resume", resume)
     machine.vmm.resume_vm()
     assert machine.vmm.restart_wanted
     assert machine.vmm.instance_info.state == "Running"

@@ -1,28 +1,28 @@
-"""What keeps a microVM from being at rest is said, each thing for itself."""
+"""What keeps a microVM from being quiescent is said, each thing for itself."""
 
 from __future__ import annotations
 
 import pytest
 
-from ipc.messages.ghosts import GhostAtRest
-from vmm.operations.quiescence import unrest
-from vmm.snapshot.state_file import WorkerAtRest
+from ipc.messages.ghosts import QuiescentGhost
+from vmm.operations.quiescence import busy_with
+from vmm.snapshot.state_file import QuiescentWorker
 
-QUIET = GhostAtRest(1, True, 0, 0, 0, 0)
+QUIET = QuiescentGhost(1, True, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(
     ("worker", "text"),
     [
-        (WorkerAtRest(0, 0, 0, (QUIET,)), ""),
-        (WorkerAtRest(0, 2, 0, ()), "2 open events"),
-        (WorkerAtRest(0, 0, 1, ()), "1 open exits"),
-        (WorkerAtRest(0, 0, 0, (QUIET._replace(requested=1),)), "1 interrupts in the ghost of vCPU 1"),
+        (QuiescentWorker(0, 0, 0, (QUIET,)), ""),
+        (QuiescentWorker(0, 2, 0, ()), "2 open events"),
+        (QuiescentWorker(0, 0, 1, ()), "1 open exits"),
+        (QuiescentWorker(0, 0, 0, (QUIET._replace(requested=1),)), "1 interrupts in the ghost of vCPU 1"),
         (
-            WorkerAtRest(0, 0, 0, (QUIET, QUIET._replace(vcpu=2, in_service=1, nmis=1))),
+            QuiescentWorker(0, 0, 0, (QUIET, QUIET._replace(vcpu=2, in_service=1, nmis=1))),
             "2 interrupts in the ghost of vCPU 2",
         ),
     ],
 )
-def test_unrest(worker, text):
-    assert unrest(worker) == text
+def test_busy_with(worker, text):
+    assert busy_with(worker) == text

@@ -1,4 +1,4 @@
-"""Live replacement on stand-in workers: what is said to whom, how it is taken back, and how it ends where it cannot."""
+"""Live replacement on stand-in workers: what is said to whom, how it is rolled back, and how it ends otherwise."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vmm.errors import StateError, WorkerError
 from vmm.machine import vmm as vmm_module
 from vmm.machine.post_mortem import Cause
 from vmm.observe.event_log import EVENTS
-from vmm.operations.replacement import Interrupts, Succession
+from vmm.operations.replacement import Interrupts, Replacement
 from vmm.operations.tables import REPLACE
 
 
@@ -30,22 +30,22 @@ class Replaceable(Machine):
 
     def __init__(self, directory: Any, *behaviours: Callable[[StandInWorker], None]) -> None:
         super().__init__(directory, *behaviours)
-        self.recruits: list[Worker] = []
-        self.vmm.recruit = self._recruit
+        self.successors: list[Worker] = []
+        self.vmm.make_successor = self._make_successor
         first = self.controller.supervisor.on_cell_ended
 
         def cell_ended(notice: Any) -> None:
             first(notice)
-            for worker in self.recruits:
+            for worker in self.successors:
                 worker.cell_ended(notice)
 
         self.controller.supervisor.on_cell_ended = cell_ended
         self.vmm.resume_vm()
 
-    def _recruit(self, leaver: Worker) -> Succession:
+    def _make_successor(self, predecessor: Worker) -> Replacement:
         controller = self.controller
-        comer = Worker(0, controller.plan, controller.context, controller.events, controller.supervisor)
-        self.recruits.append(comer)
+        successor = Worker(0, controller.plan, controller.context, controller.events, controller.supervisor)
+        self.successors.append(successor)
         ring = self.executor.descriptor, self.executor.doorbell, self.executor.completion
         descriptors = WorkerDescriptors(
             self.vmm.vm.memory.descriptor,
@@ -54,11 +54,11 @@ class Replaceable(Machine):
             ((0, *ring),),
             tuple((line.gsi, line.eventfd) for line in self.devices.interrupts),
         )
-        return Succession(leaver, comer, configure_message(), descriptors, lambda: Interrupts((), ()))
+        return Replacement(predecessor, successor, configure_message(), descriptors, lambda: Interrupts((), ()))
 
     def close(self) -> None:
         super().close()
-        for worker in self.recruits:
+        for worker in self.successors:
             worker.close()
 
 
@@ -100,7 +100,7 @@ def test_another_process_goes_on(make, log):
     old, number = machine.worker.pid, EVENTS.number
     machine.vmm.replace_vcpu(0)
     (worker,) = machine.vmm.vcpus_handles
-    assert worker is machine.recruits[0]
+    assert worker is machine.successors[0]
     assert worker.pid != old
     assert worker.state is WorkerState.RUNNING
     machine.controller.serve(lambda: machine.worker.state is WorkerState.ENDED)
@@ -117,7 +117,7 @@ def test_another_process_goes_on(make, log):
 
 
 @pytest.mark.parametrize("command", ["Configure", "LoadState", "TakeOver"])
-def test_a_comer_that_refuses_changes_nothing(make, command):
+def test_a_successor_that_refuses_changes_nothing(make, command):
     machine = make(honest, answering(**{command: refuse("not here")}), honest)
     old = machine.worker.pid
     with pytest.raises(WorkerError, match="not here"):
@@ -126,12 +126,12 @@ def test_a_comer_that_refuses_changes_nothing(make, command):
     assert (machine.worker.pid, machine.worker.state) == (old, WorkerState.RUNNING)
     assert machine.vmm.instance_info.state == "Running"
     assert machine.vmm.failure is None
-    machine.controller.serve(lambda: not machine.recruits[0].alive)
+    machine.controller.serve(lambda: not machine.successors[0].alive)
     machine.vmm.replace_vcpu(0)
-    assert machine.vmm.vcpus_handles == [machine.recruits[1]]
+    assert machine.vmm.vcpus_handles == [machine.successors[1]]
 
 
-def test_a_comer_that_does_not_answer_is_given_up(make, monkeypatch):
+def test_a_successor_that_does_not_answer_is_given_up(make, monkeypatch):
     soon(monkeypatch, "load")
     machine = make(honest, answering(LoadState=lambda worker, sequence: None))
     with pytest.raises(WorkerError, match=r"vcpu 0 \(new\) did not answer within 0.2 s \(load\)"):
@@ -140,31 +140,31 @@ def test_a_comer_that_does_not_answer_is_given_up(make, monkeypatch):
     machine.vmm.pause_vm()
 
 
-def test_the_leaver_takes_back_when_the_comer_is_gone(make):
-    """One eventfd serves one VM: the comer's must have ended before."""
+def test_the_predecessor_rolls_back_when_the_successor_is_gone(make):
+    """One eventfd serves one VM: the successor's must have ended before."""
     told: list[int] = []
     reader, writer = os.pipe()
 
     def roll_back(worker: StandInWorker, sequence: int) -> None:
-        os.write(writer, b"taken back")
+        os.write(writer, b"rolled back")
         worker.send(RolledBack(), sequence)
 
     machine = make(answering(RollBack=roll_back), answering(TakeOver=lambda worker, sequence: worker.exit(3)))
-    comer_ended: list[bool] = []
+    successor_ended: list[bool] = []
     original = machine.controller.supervisor.on_cell_ended
 
     def cell_ended(notice: Any) -> None:
         os.set_blocking(reader, False)
         with pytest.raises(BlockingIOError):
             os.read(reader, 100)
-        comer_ended.append(True)
+        successor_ended.append(True)
         original(notice)
 
     machine.controller.supervisor.on_cell_ended = cell_ended
     with pytest.raises(WorkerError, match="exited with status 3"):
         machine.vmm.replace_vcpu(0)
-    assert comer_ended == [True]
-    assert os.read(reader, 100) == b"taken back"
+    assert successor_ended == [True]
+    assert os.read(reader, 100) == b"rolled back"
     assert machine.worker.state is WorkerState.RUNNING
     machine.controller.supervisor.on_cell_ended = original
     os.close(reader)
@@ -172,7 +172,7 @@ def test_the_leaver_takes_back_when_the_comer_is_gone(make):
     assert not told
 
 
-def test_what_cannot_be_taken_back_ends_the_microvm(make, log):
+def test_what_cannot_be_rolled_back_ends_the_microvm(make, log):
     machine = make(answering(RollBack=refuse("lost it")), answering(LoadState=refuse("no")))
     with pytest.raises(WorkerError, match="lost it"):
         machine.vmm.replace_vcpu(0)
@@ -182,7 +182,7 @@ def test_what_cannot_be_taken_back_ends_the_microvm(make, log):
     assert "lost it" in log()
 
 
-def test_after_the_point_of_no_return_a_stall_is_no_end(make, monkeypatch):
+def test_after_the_commit_a_stall_is_no_end(make, monkeypatch):
     soon(monkeypatch, "resume")
 
     def resume(worker: StandInWorker, sequence: int) -> None:
@@ -192,22 +192,22 @@ def test_after_the_point_of_no_return_a_stall_is_no_end(make, monkeypatch):
     machine = make(honest, answering(Resume=resume))
     with pytest.raises(WorkerError, match=r"vcpu 0 \(new\) did not answer within 0.2 s \(resume\)"):
         machine.vmm.replace_vcpu(0)
-    (comer,) = machine.vmm.vcpus_handles
-    assert comer is machine.recruits[0]
-    assert comer.state.value == "paused"
+    (successor,) = machine.vmm.vcpus_handles
+    assert successor is machine.successors[0]
+    assert successor.state.value == "paused"
     assert machine.vmm.instance_info.state == "Running", "it was decided"
-    os.kill(comer.pid, signal.SIGCONT)
-    machine.controller.serve(lambda: comer.state is WorkerState.RUNNING)
+    os.kill(successor.pid, signal.SIGCONT)
+    machine.controller.serve(lambda: successor.state is WorkerState.RUNNING)
 
 
-def test_a_death_after_the_point_of_no_return_ends_the_microvm(make):
+def test_a_death_after_the_commit_ends_the_microvm(make):
     machine = make(honest, answering(Resume=lambda worker, sequence: os.kill(os.getpid(), signal.SIGBUS)))
     with pytest.raises(WorkerError, match="SIGBUS"):
         machine.vmm.replace_vcpu(0)
     assert machine.vmm.shutdown_exit_code() == 149
 
 
-def test_what_a_leaver_does_at_its_end_does_not_count(make):
+def test_what_a_predecessor_does_at_its_end_does_not_count(make):
     """It was replaced: a crash, or a worker that does not end at all, is no failure of the microVM."""
     machine = make(
         answering(Finish=lambda worker, sequence: os.kill(os.getpid(), signal.SIGSEGV)),
@@ -216,9 +216,9 @@ def test_what_a_leaver_does_at_its_end_does_not_count(make):
     )
     machine.vmm.replace_vcpu(0)
     machine.vmm.replace_vcpu(0)
-    machine.controller.serve(lambda: not machine.recruits[0].alive)
-    assert machine.recruits[0].ended is not None
-    assert machine.recruits[0].ended.signal == signal.SIGKILL
+    machine.controller.serve(lambda: not machine.successors[0].alive)
+    assert machine.successors[0].ended is not None
+    assert machine.successors[0].ended.signal == signal.SIGKILL
     assert machine.vmm.shutdown_exit_code() is None
 
 
@@ -248,9 +248,9 @@ def test_only_one_operation_goes_on_at_a_time(make):
     machine = make(honest, honest)
     original = machine.vmm.succeeded
 
-    def succeeded(succession: Succession) -> None:
+    def succeeded(replacement: Replacement) -> None:
         try_another()
-        original(succession)
+        original(replacement)
 
     machine.vmm.succeeded = succeeded
     machine.vmm.replace_vcpu(0)
@@ -277,11 +277,13 @@ def test_the_state_goes_from_one_to_the_other(make):
         os.write(writer, message.state)
         worker.send(StateLoaded(), sequence)
 
-    def comer(worker: StandInWorker) -> None:
+    def successor(worker: StandInWorker) -> None:
         worker.handlers[LoadState] = lambda message, sequence: load(worker, message, sequence)
         honest(worker)
 
-    machine = make(answering(SaveState=lambda worker, sequence: worker.send(SavedState(0, 7, b"all"), sequence)), comer)
+    machine = make(
+        answering(SaveState=lambda worker, sequence: worker.send(SavedState(0, 7, b"all"), sequence)), successor
+    )
     machine.vmm.replace_vcpu(0)
     seen.append(os.read(reader, 100))
     assert seen == [b"all"]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipc.messages.ghosts import GhostAtRest
+from ipc.messages.ghosts import QuiescentGhost
 from ipc.messages.records import MemoryRegion
 from ipc.messages.worker import SavedState
 from vmm.devices.manager import DeviceManager
@@ -19,8 +19,8 @@ from vmm.snapshot.state_file import (
     IoApicState,
     MicrovmState,
     MicrovmStateError,
+    QuiescentWorker,
     SerialState,
-    WorkerAtRest,
     decode,
     encode,
 )
@@ -57,14 +57,14 @@ def states(draw: st.DrawFn) -> MicrovmState:
     count = draw(st.integers(1, 4))
     split = draw(st.booleans())
     groups = tuple((index,) for index in range(count)) if split else (tuple(range(count)),)
-    ghosts = draw(st.lists(st.builds(GhostAtRest, st.integers(0, 3), st.booleans(), st.integers(0, 4), *ZEROS)))
+    ghosts = draw(st.lists(st.builds(QuiescentGhost, st.integers(0, 3), st.booleans(), st.integers(0, 4), *ZEROS)))
     return MicrovmState(
         state_file.VERSION,
         draw(st.text("abc-", min_size=1, max_size=64)),
         (MemoryRegion(0, draw(st.integers(1, 1 << 30)), 0),),
         groups,
         draw(DEVICES),
-        tuple(WorkerAtRest(worker, 0, 0, tuple(ghosts[:31])) for worker in range(len(groups))),
+        tuple(QuiescentWorker(worker, 0, 0, tuple(ghosts[:31])) for worker in range(len(groups))),
         tuple(SavedState(index, 1, draw(st.binary(max_size=100))) for index in range(count)),
     )
 
@@ -136,17 +136,17 @@ def test_arbitrary_bytes(data):
     ("change", "message"),
     [
         ({"version": 1}, "version"),
-        ({"rest": ()}, "at rest"),
-        ({"rest": (WorkerAtRest(0, 1, 0, ()),)}, "open_events"),
-        ({"rest": (WorkerAtRest(0, 0, 0, (GhostAtRest(1, True, 0, 0, 1, 0),)),)}, "in_service"),
+        ({"quiescence": ()}, "at rest"),
+        ({"quiescence": (QuiescentWorker(0, 1, 0, ()),)}, "open_events"),
+        ({"quiescence": (QuiescentWorker(0, 0, 0, (QuiescentGhost(1, True, 0, 0, 1, 0),)),)}, "in_service"),
         ({"groups": ((0,), (1,))}, "not those of the workers"),
         ({"vcpus": ()}, "vcpu_count"),
     ],
 )
 def test_what_is_out_of_bounds_is_refused(change, message):
     devices = fresh_devices()
-    rest = (WorkerAtRest(0, 0, 0, ()),)
-    saved = MicrovmState(2, "a", (MemoryRegion(0, 1, 0),), ((0,),), devices, rest, (SavedState(0, 1, b""),))
+    quiescence = (QuiescentWorker(0, 0, 0, ()),)
+    saved = MicrovmState(2, "a", (MemoryRegion(0, 1, 0),), ((0,),), devices, quiescence, (SavedState(0, 1, b""),))
     assert decode(encode(saved)) == saved
     with pytest.raises(MicrovmStateError, match=message):
         decode(encode(saved._replace(**change)))

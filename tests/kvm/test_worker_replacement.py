@@ -24,7 +24,7 @@ from vcpu_worker.cpu.msr import IA32_TSC, IA32_TSC_DEADLINE
 from vcpu_worker.kvm import abi
 
 
-def comer_configured(worker: Controller) -> None:
+def successor_configured(worker: Controller) -> None:
     """Configure it to go on for another one."""
     configuration = worker.configuration
     worker.configuration = lambda: configuration()._replace(resumes_other=True)  # type: ignore[method-assign]
@@ -48,15 +48,18 @@ def test_the_whole_state_arrives(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     second.mkdir()
-    with Controller(first, ChecksCounts(), number=1 << 30) as leaver, Controller(second, ChecksCounts()) as comer:
-        saved = saved_while_running(leaver)
-        comer_configured(comer)
-        assert says(comer) == "awaiting-state"
-        comer.request(LoadState(0, saved.version, saved.state), StateLoaded)
-        comer.request(TakeOver((), (), (), (), True), TakenOver)
-        assert says(comer) == "paused"
+    with (
+        Controller(first, ChecksCounts(), number=1 << 30) as predecessor,
+        Controller(second, ChecksCounts()) as successor,
+    ):
+        saved = saved_while_running(predecessor)
+        successor_configured(successor)
+        assert says(successor) == "awaiting-state"
+        successor.request(LoadState(0, saved.version, saved.state), StateLoaded)
+        successor.request(TakeOver((), (), (), (), True), TakenOver)
+        assert says(successor) == "paused"
         before = vcpu_state.decode(saved.state)
-        after = vcpu_state.decode(comer.request(SaveState(0), SavedState).state)
+        after = vcpu_state.decode(successor.request(SaveState(0), SavedState).state)
         for name in ("mp_state", "regs", "sregs", "sregs2", "debugregs", "xcrs", "lapic", "cpuid", "tsc_offset"):
             assert getattr(after, name) == getattr(before, name), name
         assert after.xsave[:512] == before.xsave[:512]
@@ -70,7 +73,7 @@ def test_the_whole_state_arrives(tmp_path: Path) -> None:
         assert abs(drift) < 10_000_000, "kvmclock has not gone on with the time of day"
 
 
-def test_a_leaver_that_has_handed_over_does_not_run(tmp_path: Path) -> None:
+def test_a_predecessor_that_has_handed_over_does_not_run(tmp_path: Path) -> None:
     with Controller(tmp_path, ChecksCounts(), number=1 << 30, interrupts=(4,)) as worker:
         saved_while_running(worker)
         worker.collect(worker.submit(SetRoutes((Route(4, 0xFEE0_0000, 0x40, False),))))
@@ -92,14 +95,17 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
     second.mkdir()
-    with Controller(first, ChecksCounts(), number=1 << 30) as leaver, Controller(second, ChecksCounts()) as comer:
-        saved = saved_while_running(leaver)
+    with (
+        Controller(first, ChecksCounts(), number=1 << 30) as predecessor,
+        Controller(second, ChecksCounts()) as successor,
+    ):
+        saved = saved_while_running(predecessor)
         good = vcpu_state.decode(saved.state)
-        assert leaver.refused(LoadState(0, 1, saved.state)).code == "worker.state"
-        assert leaver.refused(TakeOver((), (), (), (), True)).code == "worker.state"
-        comer_configured(comer)
-        assert comer.refused(Resume()).text == "the worker is awaiting-state: it cannot resume"
-        assert "the state of a vCPU is missing" in comer.refused(TakeOver((), (), (), (), True)).text
+        assert predecessor.refused(LoadState(0, 1, saved.state)).code == "worker.state"
+        assert predecessor.refused(TakeOver((), (), (), (), True)).code == "worker.state"
+        successor_configured(successor)
+        assert successor.refused(Resume()).text == "the worker is awaiting-state: it cannot resume"
+        assert "the state of a vCPU is missing" in successor.refused(TakeOver((), (), (), (), True)).text
         for wrong, text in (
             (LoadState(1, 1, saved.state), "does not run vCPU 1"),
             (LoadState(0, 2, saved.state), "has version 2"),
@@ -108,17 +114,17 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
             (LoadState(0, 1, vcpu_state.encode(good._replace(tsc_khz=1))), "the TSC runs at"),
             (LoadState(0, 1, vcpu_state.encode(good._replace(has_tsc_offset=False))), "time stamp counter"),
         ):
-            assert text in comer.refused(wrong).text
-        assert comer.refused(Resume()).code == "worker.state"
+            assert text in successor.refused(wrong).text
+        assert successor.refused(Resume()).code == "worker.state"
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_comer_writes_nothing_into_the_ring_before_it_runs(tmp_path: Path, known: bool) -> None:
-    with Controller(tmp_path, ChecksCounts()) as comer:
-        comer.greet()
-        words = memoryview(comer._ring_map).cast("Q")
+def test_a_successor_writes_nothing_into_the_ring_before_it_runs(tmp_path: Path, known: bool) -> None:
+    with Controller(tmp_path, ChecksCounts()) as successor:
+        successor.greet()
+        words = memoryview(successor._ring_map).cast("Q")
         words[9] = 77  # its predecessor waits for an answer
-        comer.send_descriptors()
-        comer.collect(comer.submit(comer.configuration()._replace(resumes_other=known)))
+        successor.send_descriptors()
+        successor.collect(successor.submit(successor.configuration()._replace(resumes_other=known)))
         assert words[9] == (77 if known else 0)
         words.release()
