@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vmm.actions import Action
     from vmm.config.resources import VmResources
     from vmm.json.text import JsonValue
-    from vmm.machine.device_operations import Microvm
+    from vmm.machine.vmm import Vmm
     from vmm.observe.logger import Logger
 
 NOT_SUPPORTED_PREBOOT = "The requested operation is not supported before starting the microVM."
@@ -70,13 +70,13 @@ class PrebootController:
         self,
         resources: VmResources,
         instance_id: str,
-        builder: Callable[[VmResources], Microvm],
+        builder: Callable[[VmResources], Vmm],
         logger: Logger,
         metrics: Metrics,
     ) -> None:
         self.resources = resources
         #: The microVM, once it was started.
-        self.vmm: Microvm | None = None
+        self.vmm: Vmm | None = None
         self._instance_id = instance_id
         self._builder = builder
         #: Something was configured that a snapshot would bring along: none can be loaded any more.
@@ -159,7 +159,7 @@ class PrebootController:
 class RuntimeController:
     """After the start: the microVM can be operated, its configuration only be read."""
 
-    def __init__(self, resources: VmResources, vmm: Microvm, logger: Logger, metrics: Metrics) -> None:
+    def __init__(self, resources: VmResources, vmm: Vmm, logger: Logger, metrics: Metrics) -> None:
         self.resources = resources
         self.vmm = vmm
         self._logger = logger
@@ -230,7 +230,7 @@ class RuntimeController:
         raise ActionError("Create snapshot error: Snapshots are not yet supported.")
 
 
-def _device_handlers(vmm: Microvm) -> dict[type, Callable[..., JsonValue]]:
+def _device_handlers(vmm: Vmm) -> dict[type, Callable[..., JsonValue]]:
     """Return what executes the operations on devices of a running microVM."""
 
     def under(prefix: str, operation: Callable[..., JsonValue], suffix: str = "") -> Callable[..., JsonValue]:
@@ -277,7 +277,7 @@ def _refuse_hotplug(_action: Action) -> JsonValue:
     raise ActionError(NO_PCI)
 
 
-def _update_drive(vmm: Microvm, action: actions.UpdateDrive) -> None:
+def _update_drive(vmm: Vmm, action: actions.UpdateDrive) -> None:
     drive_id, path, limiter = action.config
     if path is None and limiter is None:
         vmm.update_vhost_user_block_config(drive_id)
@@ -287,12 +287,12 @@ def _update_drive(vmm: Microvm, action: actions.UpdateDrive) -> None:
         vmm.update_block_rate_limiter(drive_id, limiter.bandwidth, limiter.ops)
 
 
-def _update_pmem(vmm: Microvm, action: actions.UpdatePmem) -> None:
+def _update_pmem(vmm: Vmm, action: actions.UpdatePmem) -> None:
     limiter = action.config.rate_limiter or RateLimiterConfig()
     vmm.update_pmem_rate_limiter(action.config.id, limiter.bandwidth, limiter.ops)
 
 
-def _update_network(vmm: Microvm, action: actions.UpdateNetworkInterface) -> None:
+def _update_network(vmm: Vmm, action: actions.UpdateNetworkInterface) -> None:
     rx = action.config.rx_rate_limiter or RateLimiterConfig()
     tx = action.config.tx_rate_limiter or RateLimiterConfig()
     vmm.update_net_rate_limiters(action.config.iface_id, rx.bandwidth, rx.ops, tx.bandwidth, tx.ops)
@@ -305,9 +305,9 @@ class Controller:
         self,
         resources: VmResources,
         instance_id: str,
-        builder: Callable[[VmResources], Microvm],
+        builder: Callable[[VmResources], Vmm],
         logger: Logger,
-        started: Callable[[Microvm], None] = lambda _vmm: None,
+        started: Callable[[Vmm], None] = lambda _vmm: None,
         *,
         metrics: Metrics = METRICS,
     ) -> None:
@@ -319,7 +319,7 @@ class Controller:
         self._current = PrebootController(resources, instance_id, builder, logger, metrics)
 
     @property
-    def vmm(self) -> Microvm | None:
+    def vmm(self) -> Vmm | None:
         """The microVM, or None before the start."""
         return self._current.vmm
 
@@ -328,7 +328,7 @@ class Controller:
         """The configuration."""
         return self._current.resources
 
-    def restarted(self, vmm: Microvm) -> None:
+    def restarted(self, vmm: Vmm) -> None:
         """Another machine has taken the place of the one that ran."""
         self._current = RuntimeController(self.resources, vmm, self._logger, self._metrics)
 

@@ -28,7 +28,6 @@ from vmm.controller import Controller
 from vmm.cpu_config import dump
 from vmm.errors import VmmError
 from vmm.machine.builder import MicrovmBuilder
-from vmm.machine.device_operations import Microvm
 from vmm.machine.post_mortem import as_json
 from vmm.machine.vmm import STATE_PAUSED, Vmm
 from vmm.observe.event_log import EVENTS
@@ -172,7 +171,7 @@ class Program:
         if paused:
             vmm.pause_vm()
 
-    def _started(self, _vmm: Microvm) -> None:
+    def _started(self, _vmm: Vmm) -> None:
         """The microVM runs: write the first line of metrics, and one a minute from now on."""
         assert self._vmm is not None
         METRICS.sources.append(self._vmm.read_metrics)

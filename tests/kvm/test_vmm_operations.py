@@ -246,7 +246,7 @@ def documentation() -> dict[str, str]:
     found: dict[str, str] = {}
     for module in ("device_operations", "vmm"):
         for node in ast.walk(ast.parse((ROOT / "vmm" / "machine" / f"{module}.py").read_text())):
-            if isinstance(node, ast.ClassDef) and node.name in ("Microvm", "Vmm"):
+            if isinstance(node, ast.ClassDef) and node.name in ("DeviceOperations", "Vmm"):
                 methods = [each for each in node.body if isinstance(each, ast.FunctionDef)]
                 found |= {each.name: ast.get_docstring(each) or "" for each in methods}
     return found

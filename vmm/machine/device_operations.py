@@ -1,16 +1,16 @@
-"""The operations of a running microVM that the API reaches, as a base class of ``vmm.machine.vmm.Vmm``.
+"""The operations of a running microVM on its devices, which ``vmm.machine.vmm.Vmm`` inherits.
 
-None of the devices that have operations exists yet, so each of those says that; the devices' own changes fill them in.
+No microVM has a device that can be changed while it runs yet, so each says that there is no such device; the devices'
+own changes fill them in. Sizes in MiB, times in s.
 """
 
 from __future__ import annotations
 
-from base.lean_typing import TYPE_CHECKING, NamedTuple, NoReturn
+from base.lean_typing import TYPE_CHECKING, NoReturn
 from vmm.errors import DeviceError
 
 if TYPE_CHECKING:
     from vmm.config.rate_limiter import TokenBucketConfig
-    from vmm.json.text import JsonValue
 
 NOT_FOUND = "Failed perform action on device: Device not found"
 
@@ -28,57 +28,8 @@ def _not_found() -> NoReturn:
     raise DeviceNotFoundError
 
 
-class InstanceInfo(NamedTuple):
-    """What GET / reports; ``state`` is Not started, Running or Paused.
-
-    Calling it returns it: ``vmm.instance_info`` and ``vmm.instance_info()`` are the same.
-    """
-
-    id: str
-    state: str
-    vmm_version: str
-    app_name: str
-
-    def __call__(self) -> InstanceInfo:
-        """Return it."""
-        return self
-
-
-class Microvm:
-    """Each operation raises VmmError when it fails; those on devices DeviceNotFoundError. Sizes in MiB, times in s."""
-
-    def version(self) -> str:
-        """Return the version that clients of Firecracker expect (GET /version)."""
-        raise NotImplementedError
-
-    @property
-    def instance_info(self) -> InstanceInfo:
-        """Id, state, version and application name (GET /)."""
-        raise NotImplementedError
-
-    def pause_vm(self) -> None:
-        """Park all vCPUs (PATCH /vm Paused). Idempotent."""
-        raise NotImplementedError
-
-    def resume_vm(self) -> None:
-        """Let all vCPUs run (PATCH /vm Resumed). Idempotent."""
-        raise NotImplementedError
-
-    def vcpu_report(self) -> list[JsonValue]:
-        """Return what GET /vcpus shows."""
-        raise NotImplementedError
-
-    def replace_vcpu(self, vcpu: int) -> None:
-        """Let a new worker go on for the one that runs a vCPU (PATCH /vcpus/{index})."""
-        raise NotImplementedError
-
-    def replace_vcpus(self) -> None:
-        """Replace all workers, one after the other (PATCH /vcpus)."""
-        raise NotImplementedError
-
-    def send_ctrl_alt_del(self) -> None:
-        """Type Ctrl-Alt-Del (PUT /actions SendCtrlAltDel)."""
-        raise NotImplementedError
+class DeviceOperations:
+    """Each operation raises DeviceNotFoundError, or another DeviceError when it fails."""
 
     def update_block_device_path(self, drive_id: str, path_on_host: str) -> None:
         """Open another file behind a block device (PATCH /drives/{id} with ``path_on_host``)."""

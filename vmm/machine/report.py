@@ -1,4 +1,4 @@
-"""What GET /vcpus shows of the workers' ghosts.
+"""What clients are told of a microVM: GET /, and what GET /vcpus shows of the workers' ghosts.
 
 ``exits`` of a vCPU are those that were answered until the last heartbeat. ``ghosts`` are those of its worker (the
 worker's other vCPUs show the same); null if the worker does not answer.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 
 from base.event_manager import EventManager
-from base.lean_typing import TYPE_CHECKING, Any, Sequence
+from base.lean_typing import TYPE_CHECKING, Any, NamedTuple, Sequence
 from ipc.messages.ghosts import GhostsReported, ReportGhosts
 from vmm.cells.lifecycle import SECOND_NS
 from vmm.cells.worker import Worker
@@ -20,6 +20,22 @@ if TYPE_CHECKING:
 
 #: How long the client waits for a worker's counters.
 REPORT_TIMEOUT_NS = 1 * SECOND_NS
+
+
+class InstanceInfo(NamedTuple):
+    """What GET / reports; ``state`` is Not started, Running or Paused.
+
+    Calling it returns it: ``vmm.instance_info`` and ``vmm.instance_info()`` are the same.
+    """
+
+    id: str
+    state: str
+    vmm_version: str
+    app_name: str
+
+    def __call__(self) -> InstanceInfo:
+        """Return it."""
+        return self
 
 
 def ghost_counters(workers: Sequence[Worker], events: EventManager) -> dict[int, JsonValue]:

@@ -20,9 +20,9 @@ from vmm.cells.worker import Kvm, Worker
 from vmm.devices.legacy.console import ConsoleInput, ConsoleOutput
 from vmm.devices.manager import DeviceManager, read_devices
 from vmm.errors import DeviceError, MicrovmEndedError, StateError, VmmError, WorkerError
-from vmm.machine.device_operations import InstanceInfo, Microvm
+from vmm.machine.device_operations import DeviceOperations
 from vmm.machine.post_mortem import TAIL_LENGTH, Cause, Failure, of_end, of_vcpu, report
-from vmm.machine.report import ghost_counters
+from vmm.machine.report import InstanceInfo, ghost_counters
 from vmm.machine.vm import Vm
 from vmm.observe.event_log import EVENTS
 from vmm.observe.logger import LOG
@@ -50,7 +50,7 @@ VCPU_SHUTDOWN = "shutdown"
 AWAIT_END_TIMEOUT_NS = 10 * SECOND_NS
 
 
-class Vmm(Microvm, Machine):
+class Vmm(DeviceOperations, Machine):
     """One microVM that was built. Made by ``vmm.machine.builder``; closed once.
 
     ``vcpus_handles`` are the workers, ``device_manager`` the devices, ``vm`` memory and placement. Operations that need
@@ -531,4 +531,4 @@ def end_workers(workers: Sequence[Worker]) -> None:
         worker.wait_ended()
 
 
-__all__ = ["DeviceError", "InstanceInfo", "Vmm", "end_workers"]
+__all__ = ["DeviceError", "Vmm", "end_workers"]
