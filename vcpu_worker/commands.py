@@ -1,16 +1,15 @@
-"""The control thread of a worker: takes commands, hands jobs to the vCPU threads, replies. Never waits for a vCPU."""
+"""The commands of a worker: each hands jobs to the vCPUs' threads, and replies. Never waits for a vCPU."""
 
 from __future__ import annotations
 
-import select
 import time
 
 from base import faults
+from base.exit_codes import GENERIC_ERROR
 from base.lean_typing import Any, Callable
-from ipc.channel import Channel
 from ipc.errors import IpcError
 from ipc.messages.ghosts import VCPU_STARTING
-from ipc.messages.records import Failed
+from ipc.messages.records import MAX_TEXT
 from ipc.messages.worker import (
     Configure,
     Configured,
@@ -37,10 +36,11 @@ from vcpu_worker.descriptor_set import DescriptorSet
 from vcpu_worker.errors import ConfigurationError, StateError, WorkerError
 from vcpu_worker.ghosts.control import GhostControl
 from vcpu_worker.lifecycle import Event, State, next_state
-from vcpu_worker.machine import Machine, Vcpu
+from vcpu_worker.machine import Machine
 from vcpu_worker.replacement import Replacement
+from vcpu_worker.replies import Command, Reply, bind, failed, text_of
 from vcpu_worker.reporting import REASON_RUN_FAILED, STARTING, FinalExit
-from vcpu_worker.run_loop import RunLoop
+from vcpu_worker.runner import Runner
 from vcpu_worker.vcpu_thread import Completions, VcpuThread
 
 #: A vCPU that is asked to stop is kicked at once and again after 1, 2, 4 … ms until it is parked.
@@ -48,63 +48,31 @@ FIRST_KICK_PAUSE_MS = 1
 LAST_KICK_PAUSE_MS = 64
 #: How long Finish waits for the vCPUs to park; a vCPU whose exit nobody answers cannot park.
 FINISH_TIMEOUT_MS = 500
-_MAX_TEXT = 1024
-
-EXIT_OK = 0
-EXIT_ERROR = 1
-
-_Reply = Callable[[Any], None]
 #: In these it has no VM that anything could be asked of.
 _UNCONFIGURED = (State.CREATED, State.CONFIGURING, State.FAILED)
 
 
-class Runner:
-    """A vCPU with its thread and what the control thread knows of it."""
-
-    __slots__ = ("final", "held", "running", "thread", "vcpu")
-
-    def __init__(self, vcpu: Vcpu, thread: VcpuThread) -> None:
-        self.vcpu = vcpu
-        self.thread = thread
-        self.running = False
-        #: It may not start before the other workers are ready for it.
-        self.held = False
-        self.final: FinalExit | None = None
-
-    @property
-    def loop(self) -> RunLoop:
-        """The run loop; there is one after Configure."""
-        loop = self.vcpu.loop
-        assert loop is not None
-        return loop
-
-    def stop(self) -> None:
-        """Ask the vCPU to leave KVM_RUN and interrupt it."""
-        self.loop.ask_to_stop()
-        self.thread.kick()
-
-
 class Control:
-    """Serves one worker. ``machine`` is the VM, or the error that making it ended with (told at Configure)."""
+    """What a worker with a VM can be told (vcpu_worker.serving). ``send`` takes events, which answer no command.
+
+    ``threads`` are those of the machine's vCPUs, then of its ghosts.
+    """
 
     def __init__(
         self,
-        channel: Channel,
+        send: Callable[[Any], object],
         descriptors: DescriptorSet,
         completions: Completions,
-        machine: Machine | WorkerError,
+        machine: Machine,
         threads: list[VcpuThread],
     ) -> None:
         self.state = State.CREATED
-        self._channel = channel
+        self._send = send
         self._descriptors = descriptors
-        self._completions = completions
         self._machine = machine
-        self._runners: list[Runner] = []
-        if isinstance(machine, Machine):
-            own = threads[: len(machine.vcpus)]
-            self._runners = [Runner(vcpu, thread) for vcpu, thread in zip(machine.vcpus, own, strict=True)]
-        self._waiting_for_park: list[_Reply] = []
+        own = threads[: len(machine.vcpus)]
+        self._runners = [Runner(vcpu, thread) for vcpu, thread in zip(machine.vcpus, own, strict=True)]
+        self._waiting_for_park: list[Reply] = []
         #: A Resume waits for the vCPUs to park; what comes after it has to wait, too.
         self._runs_on = False
         self._clock_failures = 0
@@ -112,7 +80,12 @@ class Control:
         self._next_kick_ns = 0
         self._finish_deadline_ns = 0
         self._ended = False
-        self._commands: dict[type[Any], Callable[[Any, _Reply], None]] = {
+        self._ghosts = GhostControl(
+            machine, threads, completions, descriptors, send=send, ghost_failed=self._ghost_failed
+        )
+        self._ghosts.on_own_event_done = self._release
+        replacement = Replacement(machine, self._ghosts, self._runners, descriptors, self._advance)
+        self._commands: dict[type[Any], Command] = {
             ReadHostCpu: self._read_host_cpu,
             Configure: self._configure,
             SetRoutes: self._set_routes,
@@ -122,83 +95,42 @@ class Control:
             DumpCpuConfig: self._dump_cpu_config,
             Ping: self._ping,
             Finish: self._finish,
+            **replacement.commands,
         }
-        self._ghosts: GhostControl | None = None
-        if isinstance(machine, Machine):
-            self._ghosts = GhostControl(
-                machine, threads, completions, descriptors, send=channel.send, failed=self._ghost_failed
-            )
-            self._ghosts.on_own_event_done = self._release
-            replacement = Replacement(machine, self._ghosts, self._runners, descriptors, self._advance)
-            self._commands.update(replacement.commands)
 
-    # ------------------------------------------------------------ loop
+    # ------------------------------------------------------------ what the loop asks
 
-    def serve(self, descriptor_socket: int) -> int:
-        """Serve until the end; return the exit code of the process. Raises IpcError when the channel fails."""
-        poll = select.poll()
-        poll.register(self._channel.fileno(), select.POLLIN)
-        poll.register(descriptor_socket, select.POLLIN)
-        poll.register(self._completions.eventfd, select.POLLIN)
-        while True:
-            # ZeroMQ's descriptor is edge-triggered: read until there is nothing after everything that may have sent.
-            while not self._has_ended() and (self._completions.deliver() or self._receive()):
-                pass
-            if self._has_ended():
-                return EXIT_OK
-            for descriptor, events in poll.poll(self._timeout_ms()):
-                if descriptor == descriptor_socket and (events & ~select.POLLIN or not self._descriptors.receive()):
-                    return EXIT_ERROR  # the controller is gone
-            self._kick_if_due()
-            if self._ghosts is not None:
-                self._ghosts.stop_again_if_due()
+    def find(self, kind: type[Any]) -> Command | None:
+        """Return what carries out a command of this class; None: it is no command now."""
+        command = self._commands.get(kind)
+        if command is None and self.state not in _UNCONFIGURED:
+            command = self._ghosts.commands.get(kind)
+        return command
 
-    def _has_ended(self) -> bool:
+    def due_ns(self) -> int:
+        """Return when vCPUs or ghosts are to be stopped again (CLOCK_MONOTONIC); 0: not at all."""
+        return min((each for each in (self._next_kick_ns, self._ghosts.due_ns) if each), default=0)
+
+    def act_if_due(self) -> None:
+        """Kick what was asked to stop and has not."""
+        self._kick_if_due()
+        self._ghosts.stop_again_if_due()
+
+    def has_ended(self) -> bool:
+        """Tell whether the worker has finished."""
         return self._ended
 
     def _advance(self, event: Event) -> None:
         """Go on to the next state. Raises StateError if the table refuses."""
         self.state = next_state(self.state, event)
 
-    def _receive(self) -> bool:
-        envelope = self._channel.receive(time.monotonic_ns())
-        if envelope is None:
-            return False
-        sequence = envelope.sequence
-
-        def reply(message: Any) -> None:
-            self._channel.send(message, reply_to=sequence)
-
-        kind = type(envelope.message)
-        command = self._commands.get(kind)
-        if command is None and self._ghosts is not None and self.state not in _UNCONFIGURED:
-            command = self._ghosts.commands.get(kind)
-        if command is None:
-            reply(Failed("worker.state", f"{type(envelope.message).__name__} is not a command"))
-            return True
-        try:
-            command(envelope.message, reply)
-        except (WorkerError, IpcError) as error:
-            reply(_failed(error))
-        return True
-
-    def _timeout_ms(self) -> int | None:
-        due = [each for each in (self._next_kick_ns, self._ghosts.due_ns if self._ghosts else 0) if each]
-        if not due:
-            return None
-        return max(0, (min(due) - time.monotonic_ns() + 999_999) // 1_000_000)
-
     # ------------------------------------------------------------ configuration
 
-    def _read_host_cpu(self, command: ReadHostCpu, reply: _Reply) -> None:
-        if isinstance(self._machine, WorkerError):
-            raise self._machine
+    def _read_host_cpu(self, command: ReadHostCpu, reply: Reply) -> None:
         reply(HostCpuRead(tuple(self._machine.supported_cpuid)))
 
-    def _configure(self, command: Configure, reply: _Reply) -> None:
+    def _configure(self, command: Configure, reply: Reply) -> None:
         faults.visit("vcpu.configure")
-        if isinstance(self._machine, WorkerError):
-            raise self._machine
         if command.resumes_other:
             faults.visit("vcpu.resumes_other")
         machine = self._machine
@@ -212,14 +144,13 @@ class Control:
             self._advance(Event.FAIL)  # half a configuration cannot be repeated
             raise
         ghosts = self._ghosts
-        assert ghosts is not None
         results: list[Any] = []
         expected = len(self._runners)
 
         def finished(result: Any) -> None:
             if isinstance(result, Exception):
                 self._advance(Event.FAIL)
-                reply(_failed(result))
+                reply(failed(result))
                 return
             self._advance(Event.CONFIGURED_TO_GO_ON if command.resumes_other else Event.CONFIGURED)
             faults.visit("vcpu.configured")
@@ -235,18 +166,18 @@ class Control:
                 finished(failures[0] if failures else None)
 
         for runner in self._runners:
-            runner.thread.submit(_bind(machine.configure_vcpu, runner.vcpu, command), configured)
+            runner.thread.submit(bind(machine.configure_vcpu, runner.vcpu, command), configured)
         expected += ghosts.configure(lambda kvm: machine.configure_kvm(kvm, command), configured)
 
-    def _set_routes(self, command: SetRoutes, reply: _Reply) -> None:
-        if self.state in _UNCONFIGURED or isinstance(self._machine, WorkerError):
+    def _set_routes(self, command: SetRoutes, reply: Reply) -> None:
+        if self.state in _UNCONFIGURED:
             raise StateError(f"the worker is {self.state.value}: it has no interrupts yet")
         self._machine.set_routes(command.routes)
         reply(RoutesSet())
 
     # ------------------------------------------------------------ run and park
 
-    def _resume(self, command: Resume, reply: _Reply) -> None:
+    def _resume(self, command: Resume, reply: Reply) -> None:
         faults.visit("vcpu.resume")
         before = self.state
         after = next_state(before, Event.RESUME)
@@ -261,8 +192,7 @@ class Control:
         reply(Resumed())
         if before is State.RUNNING:
             return
-        if self._ghosts is not None:
-            self._ghosts.run()
+        self._ghosts.run()
         for runner in self._runners:
             if not runner.held:
                 self._run(runner)
@@ -271,7 +201,7 @@ class Control:
         runner.running = True
         runner.loop.allow_to_run()
         loop = runner.loop
-        runner.thread.submit(loop.run_held if loop.start_held else loop.run, _bind(self._stopped, runner))
+        runner.thread.submit(loop.run_held if loop.start_held else loop.run, bind(self._stopped, runner))
 
     def _release(self, vcpu: int) -> None:
         """Every other worker is ready for this vCPU to start."""
@@ -287,7 +217,7 @@ class Control:
             if runner.running:
                 runner.stop()
 
-    def _pause(self, command: Pause, reply: _Reply) -> None:
+    def _pause(self, command: Pause, reply: Reply) -> None:
         faults.visit("vcpu.pause")
         before = self.state
         self._advance(Event.PAUSE)
@@ -331,23 +261,20 @@ class Control:
         if result is STARTING:
             runner.running = False
             runner.held = True
-            assert self._ghosts is not None
             self._ghosts.add_event(VCPU_STARTING, runner.vcpu.index)
             self._parked()
             return
         if result is None and self.state is State.PAUSING:
             # The guest's watchdogs are told by the vCPU's own thread; it counts as running until that is done.
-            runner.thread.submit(runner.vcpu.kvm.kvmclock_ctrl, _bind(self._clock_noted, runner))
+            runner.thread.submit(runner.vcpu.kvm.kvmclock_ctrl, bind(self._clock_noted, runner))
             return
         runner.running = False
         if result is not None:
             if isinstance(result, Exception):
-                result = FinalExit(REASON_RUN_FAILED, EXIT_ERROR, (), f"internal error: {_text(result)}")
+                result = FinalExit(REASON_RUN_FAILED, GENERIC_ERROR, (), f"internal error: {text_of(result)}")
             runner.final = result
             detail = tuple(value & (1 << 64) - 1 for value in result.detail[:16])
-            self._channel.send(
-                VcpuExited(runner.vcpu.index, result.reason, result.code, detail, result.text[:_MAX_TEXT])
-            )
+            self._send(VcpuExited(runner.vcpu.index, result.reason, result.code, detail, result.text[:MAX_TEXT]))
         self._parked()
 
     def _clock_noted(self, runner: Runner, noted: Any) -> None:
@@ -369,14 +296,14 @@ class Control:
             callback(None)
 
     @staticmethod
-    def _again(method: Callable[[Any, _Reply], None], command: Any, reply: _Reply) -> _Reply:
+    def _again(method: Callable[[Any, Reply], None], command: Any, reply: Reply) -> Reply:
         """Return what carries out a command that had to wait until the vCPUs were parked."""
 
         def carry_out(_: Any) -> None:
             try:
                 method(command, reply)
             except WorkerError as error:
-                reply(_failed(error))
+                reply(failed(error))
 
         return carry_out
 
@@ -392,46 +319,44 @@ class Control:
                 return runner
         raise ConfigurationError(f"this worker does not run vCPU {vcpu}")
 
-    def _save_state(self, command: SaveState, reply: _Reply) -> None:
+    def _save_state(self, command: SaveState, reply: Reply) -> None:
         faults.visit("vcpu.save")
         runner = self._runner(command.vcpu)
         machine = self._machine
-        assert isinstance(machine, Machine)
 
         def save() -> bytes:
             return vcpu_state.encode(vcpu_state.save(machine.vm, runner.vcpu.kvm, machine.state_msrs))
 
         def saved(result: Any) -> None:
             if isinstance(result, Exception):
-                reply(_failed(result))
+                reply(failed(result))
             else:
                 reply(SavedState(command.vcpu, vcpu_state.VERSION, result))
 
         runner.thread.submit(save, saved)
 
-    def _dump_cpu_config(self, command: DumpCpuConfig, reply: _Reply) -> None:
+    def _dump_cpu_config(self, command: DumpCpuConfig, reply: Reply) -> None:
         runner = self._runner(command.vcpu)
         machine = self._machine
-        assert isinstance(machine, Machine)
         kvm = runner.vcpu.kvm
 
         def dump() -> DumpedCpuConfig:
             return DumpedCpuConfig(command.vcpu, tuple(kvm.get_cpuid()), tuple(kvm.get_msrs(machine.state_msrs)))
 
         def dumped(result: Any) -> None:
-            reply(_failed(result) if isinstance(result, Exception) else result)
+            reply(failed(result) if isinstance(result, Exception) else result)
 
         runner.thread.submit(dump, dumped)
 
     # ------------------------------------------------------------ life
 
-    def _ping(self, command: Ping, reply: _Reply) -> None:
+    def _ping(self, command: Ping, reply: Reply) -> None:
         for runner in self._runners:
             if runner.vcpu.loop is not None:
                 runner.vcpu.loop.publish_counters()
         reply(Pong(self.state.value))
 
-    def _finish(self, command: Finish, reply: _Reply) -> None:
+    def _finish(self, command: Finish, reply: Reply) -> None:
         faults.visit("vcpu.finish")
 
         def parked(_: Any) -> None:
@@ -442,17 +367,3 @@ class Control:
         self._finish_deadline_ns = time.monotonic_ns() + FINISH_TIMEOUT_MS * 1_000_000
         self._waiting_for_park.append(parked)
         self._stop_all()
-
-
-def _bind(function: Callable[..., Any], *first: Any) -> Callable[..., Any]:
-    """functools.partial without its import."""
-    return lambda *rest: function(*first, *rest)
-
-
-def _text(error: Exception) -> str:
-    return str(error) or type(error).__name__
-
-
-def _failed(error: Exception) -> Failed:
-    code = error.code if isinstance(error, WorkerError | IpcError) else "worker.internal"
-    return Failed(code, _text(error)[:_MAX_TEXT])

@@ -10,8 +10,9 @@ import time
 import zmq
 
 from base import faults
+from base.exit_codes import GENERIC_ERROR
 from base.lean_std import socket
-from base.lean_typing import Callable
+from base.lean_typing import Any, Callable
 from ipc.channel import Channel, PairChannel
 from ipc.descriptors import receive
 from ipc.errors import ChannelError, IpcError
@@ -20,12 +21,14 @@ from ipc.messages.descriptors import DESCRIPTORS
 from ipc.messages.records import WORKER
 from ipc.messages.worker import Hello, Welcome
 from vcpu_worker import affinity
-from vcpu_worker.commands import EXIT_ERROR, Control
+from vcpu_worker.commands import Control
 from vcpu_worker.descriptor_set import DescriptorSet
 from vcpu_worker.errors import WorkerError
 from vcpu_worker.ghosts import watch
 from vcpu_worker.kvm.system import KvmSystem
 from vcpu_worker.machine import Machine
+from vcpu_worker.refusal import Refusal
+from vcpu_worker.serving import Commands, serve
 from vcpu_worker.vcpu_thread import Completions, Job, VcpuThread, install_kick_handler
 
 #: A controller that does not answer HELLO in this time is dead or hostile.
@@ -56,7 +59,7 @@ def run(
 
 def _complain(worker: int, text: str) -> int:
     os.write(2, f"vcpu {worker}: {text}\n".encode())
-    return EXIT_ERROR
+    return GENERIC_ERROR
 
 
 def _run(
@@ -76,16 +79,8 @@ def _run(
         system.max_vcpus(),
         system.max_memslots(),
     )
-    # While the controller starts: everything that takes time and needs /dev/kvm.
-    machine = _make_machine(system, assignment, plan)
-    if isinstance(machine, Machine):
-        machine = _bind_control_thread(machine, assignment)
     completions = Completions()
-    names = [*(f"fc_vcpu {index}" for index in assignment.vcpus), *(f"ghost {index}" for index in assignment.ghosts)]
-    threads = [VcpuThread(name, completions) for name in names]
-    for thread in threads:
-        thread.start()
-    machine = _touch_vcpus(machine, assignment, threads, completions)
+    made = _prepare(system, plan, assignment, completions)
     os.close(kvm_fd)
     context = zmq.Context(io_threads=1)
     control_channel = Channel(context, WORKER, plan.epoch)
@@ -97,44 +92,51 @@ def _run(
     seal()
     _run_drills(plan)
     descriptors = DescriptorSet(PairChannel(channel, DESCRIPTORS, plan.epoch))
-    code = Control(control_channel, descriptors, completions, machine, threads).serve(channel.fileno())
+    commands = made(control_channel.send, descriptors)
+    code = serve(commands, control_channel, descriptors, completions, channel.fileno())
     control_channel.close(_LINGER_MS)
     context.term()
     return code
 
 
-def _make_machine(system: KvmSystem, assignment: Assignment, plan: LaunchPlan) -> Machine | WorkerError:
-    """Make the VM; what goes wrong is told when the controller asks for it (Configure)."""
+def _prepare(
+    system: KvmSystem, plan: LaunchPlan, assignment: Assignment, completions: Completions
+) -> Callable[[Callable[[Any], object], DescriptorSet], Commands]:
+    """Do what takes time and needs /dev/kvm, while the controller starts; return what makes the worker's commands.
+
+    What goes wrong here is told when the controller asks for the VM.
+    """
     try:
         # Hosts without second-stage paging run the guest's kernel in ways that single-stepping does not survive.
-        return Machine(system, assignment, single_step=plan.placement == PLACEMENT_SPLIT)
-    except WorkerError as error:
-        return error
-
-
-def _bind_control_thread(machine: Machine, assignment: Assignment) -> Machine | WorkerError:
-    """Bind the calling thread, and hence those that it makes, to the host CPUs of all vCPUs."""
-    try:
+        machine = Machine(system, assignment, single_step=plan.placement == PLACEMENT_SPLIT)
+        # The calling thread, and hence those that it makes, may use the host CPUs of all vCPUs.
         if assignment.affinity:
             affinity.bind(sorted({cpu for cpus in assignment.affinity for cpu in cpus}), assignment.vcpus)
+        threads = _start_threads(assignment, completions)
+        _touch_vcpus(machine, assignment, threads, completions)
     except WorkerError as error:
-        return error
-    return machine
+        refusal = Refusal(error)
+        return lambda send, descriptors: refusal
+    return lambda send, descriptors: Control(send, descriptors, completions, machine, threads)
+
+
+def _start_threads(assignment: Assignment, completions: Completions) -> list[VcpuThread]:
+    names = [*(f"fc_vcpu {index}" for index in assignment.vcpus), *(f"ghost {index}" for index in assignment.ghosts)]
+    threads = [VcpuThread(name, completions) for name in names]
+    for thread in threads:
+        thread.start()
+    return threads
 
 
 def _binding(cpus: tuple[int, ...], vcpu: int) -> Job:
     return lambda: affinity.bind(cpus, (vcpu,))
 
 
-def _touch_vcpus(
-    machine: Machine | WorkerError, assignment: Assignment, threads: list[VcpuThread], completions: Completions
-) -> Machine | WorkerError:
+def _touch_vcpus(machine: Machine, assignment: Assignment, threads: list[VcpuThread], completions: Completions) -> None:
     """Let every vCPU enter KVM_RUN once, in its own thread on its own host CPUs, and ghosts be watched.
 
-    Return the machine, or why it is of no use.
+    Raises the first WorkerError of any of them.
     """
-    if not isinstance(machine, Machine):
-        return machine
     results: list[object] = []
     jobs: list[tuple[VcpuThread, Job]] = []
     for thread, cpus, vcpu in zip(threads, assignment.affinity, assignment.vcpus, strict=False):
@@ -151,8 +153,7 @@ def _touch_vcpus(
         completions.deliver()
     for result in results:
         if isinstance(result, WorkerError):
-            return result
-    return machine
+            raise result
 
 
 def _await_endpoint(channel: socket.socket) -> None:

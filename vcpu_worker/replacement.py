@@ -1,11 +1,10 @@
-"""One worker goes on for another: what the one that leaves and the one that comes have to do (docs/smp.md)."""
+"""One worker resumes another's vCPUs: what predecessor and successor have to do (docs/smp.md)."""
 
 from __future__ import annotations
 
 from base import faults
-from base.lean_typing import TYPE_CHECKING, Any, Callable, Sequence
+from base.lean_typing import Any, Callable, Sequence
 from ipc.errors import IpcError
-from ipc.messages.records import Failed
 from ipc.messages.replacement import (
     HandedOver,
     HandOver,
@@ -22,13 +21,8 @@ from vcpu_worker.errors import ConfigurationError, StateError, WorkerError
 from vcpu_worker.ghosts.control import GhostControl
 from vcpu_worker.lifecycle import Event
 from vcpu_worker.machine import Machine
-
-if TYPE_CHECKING:
-    from vcpu_worker.commands import Runner
-
-_MAX_TEXT = 1024
-
-_Reply = Callable[[Any], None]
+from vcpu_worker.replies import Command, Reply, failed
+from vcpu_worker.runner import Runner
 
 
 class Replacement:
@@ -48,16 +42,16 @@ class Replacement:
         self._descriptors = descriptors
         self._advance = advance
         self._loaded: dict[int, vcpu_state.VcpuState] = {}
-        self.commands: dict[type[Any], Callable[[Any, _Reply], None]] = {
+        self.commands: dict[type[Any], Command] = {
             HandOver: self._hand_over,
             RollBack: self._roll_back,
             LoadState: self._load,
             TakeOver: self._take_over,
         }
 
-    # ------------------------------------------------------------ the one that leaves
+    # ------------------------------------------------------------ the predecessor
 
-    def _hand_over(self, command: HandOver, reply: _Reply) -> None:
+    def _hand_over(self, command: HandOver, reply: Reply) -> None:
         faults.visit("vcpu.hand_over")
         self._advance(Event.HAND_OVER)
         self._machine.hand_over()
@@ -65,18 +59,18 @@ class Replacement:
         held = tuple(vcpu for vcpu, runner in self._runners.items() if runner.loop.start_held)
 
         def told(states: Any) -> None:
-            reply(_failed(states) if isinstance(states, Exception) else HandedOver(tuple(states), held))
+            reply(failed(states) if isinstance(states, Exception) else HandedOver(tuple(states), held))
 
         self._ghosts.states(told)
 
-    def _roll_back(self, command: RollBack, reply: _Reply) -> None:
+    def _roll_back(self, command: RollBack, reply: Reply) -> None:
         self._advance(Event.ROLL_BACK)
         self._machine.roll_back()
         reply(RolledBack())
 
-    # ------------------------------------------------------------ the one that comes
+    # ------------------------------------------------------------ the successor
 
-    def _load(self, command: LoadState, reply: _Reply) -> None:
+    def _load(self, command: LoadState, reply: Reply) -> None:
         faults.visit("vcpu.load")
         self._advance(Event.LOAD)
         runner = self._runners.get(command.vcpu)
@@ -88,7 +82,7 @@ class Replacement:
 
         def loaded(result: Any) -> None:
             if isinstance(result, Exception):
-                reply(_failed(result))
+                reply(failed(result))
                 return
             self._loaded[command.vcpu] = state
             reply(StateLoaded())
@@ -100,7 +94,7 @@ class Replacement:
 
         runner.thread.submit(load, loaded)
 
-    def _take_over(self, command: TakeOver, reply: _Reply) -> None:
+    def _take_over(self, command: TakeOver, reply: Reply) -> None:
         faults.visit("vcpu.take_over")
         if self._loaded.keys() != self._runners.keys():
             raise StateError("the state of a vCPU is missing")
@@ -115,7 +109,7 @@ class Replacement:
 
         def finished(result: Any) -> None:
             error = result if isinstance(result, Exception) else self._finish(first, command.held)
-            reply(TakenOver() if error is None else _failed(error))
+            reply(TakenOver() if error is None else failed(error))
 
         self._ghosts.go_on(command.ghosts, first.tsc_offset, finished)
 
@@ -130,8 +124,3 @@ class Replacement:
         except (WorkerError, IpcError) as error:
             return error
         return None
-
-
-def _failed(error: Exception) -> Failed:
-    code = error.code if isinstance(error, WorkerError | IpcError) else "worker.internal"
-    return Failed(code, (str(error) or type(error).__name__)[:_MAX_TEXT])

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 
+from base.exit_codes import GENERIC_ERROR, OK
 from base.lean_typing import NamedTuple
 from vcpu_worker.kvm import abi
 from vcpu_worker.kvm.vcpu import KvmVcpu
-
-# Exit codes of the microVM (compatibility map, section 1).
-_CODE_OK = 0
-_CODE_ERROR = 1
 
 REASON_SHUTDOWN = "shutdown"
 REASON_HLT = "hlt"
@@ -44,7 +41,7 @@ class FinalExit(NamedTuple):
 
 
 #: Not an end: the vCPU got its first INIT and must not start yet (RunLoop.start_held).
-STARTING = FinalExit("starting", _CODE_OK, (), "")
+STARTING = FinalExit("starting", OK, (), "")
 
 
 def describe(vcpu: KvmVcpu) -> FinalExit:
@@ -53,19 +50,19 @@ def describe(vcpu: KvmVcpu) -> FinalExit:
     rip = int.from_bytes(vcpu.get_regs()[abi.REGS_RIP : abi.REGS_RIP + 8], "little")
     where = f"at rip {rip:#x}"
     if reason == abi.EXIT_SHUTDOWN:
-        return FinalExit(REASON_SHUTDOWN, _CODE_ERROR, (rip,), f"the guest shut down (triple fault) {where}")
+        return FinalExit(REASON_SHUTDOWN, GENERIC_ERROR, (rip,), f"the guest shut down (triple fault) {where}")
     if reason == abi.EXIT_HLT:
-        return FinalExit(REASON_HLT, _CODE_ERROR, (rip,), f"the guest halted for good {where}")
+        return FinalExit(REASON_HLT, GENERIC_ERROR, (rip,), f"the guest halted for good {where}")
     if reason == abi.EXIT_SYSTEM_EVENT:
         event = vcpu.run32[abi.RUN_SYSTEM_EVENT_TYPE // 4]
-        code = _CODE_OK if event in (abi.SYSTEM_EVENT_SHUTDOWN, abi.SYSTEM_EVENT_RESET) else _CODE_ERROR
+        code = OK if event in (abi.SYSTEM_EVENT_SHUTDOWN, abi.SYSTEM_EVENT_RESET) else GENERIC_ERROR
         name = _SYSTEM_EVENT_NAMES.get(event, f"number {event}")
         return FinalExit(REASON_SYSTEM_EVENT, code, (event,), f"system event: {name} {where}")
     if reason == abi.EXIT_FAIL_ENTRY:
         hardware = vcpu.run64[abi.RUN_FAIL_ENTRY_REASON // 8]
         cpu = vcpu.run32[abi.RUN_FAIL_ENTRY_CPU // 4]
         text = f"the processor refused to enter the guest: hardware reason {hardware:#x} on host CPU {cpu}, {where}"
-        return FinalExit(REASON_FAIL_ENTRY, _CODE_ERROR, (hardware, cpu), text)
+        return FinalExit(REASON_FAIL_ENTRY, GENERIC_ERROR, (hardware, cpu), text)
     if reason == abi.EXIT_INTERNAL_ERROR:
         suberror = vcpu.run32[abi.RUN_INTERNAL_SUBERROR // 4]
         count = min(vcpu.run32[abi.RUN_INTERNAL_NDATA // 4], _MAX_DATA)
@@ -73,14 +70,14 @@ def describe(vcpu: KvmVcpu) -> FinalExit:
         name = _SUBERROR_NAMES.get(suberror, f"suberror {suberror}")
         return FinalExit(
             REASON_INTERNAL_ERROR,
-            _CODE_ERROR,
+            GENERIC_ERROR,
             (suberror, *vcpu.run64[first : first + count]),
             f"KVM internal error: {name} {where}",
         )
-    return FinalExit(REASON_UNKNOWN, _CODE_ERROR, (reason,), f"KVM exit reason {reason} is not handled, {where}")
+    return FinalExit(REASON_UNKNOWN, GENERIC_ERROR, (reason,), f"KVM exit reason {reason} is not handled, {where}")
 
 
 def describe_failure(errno: int) -> FinalExit:
     """Describe a KVM_RUN that failed."""
     text = f"KVM_RUN: {os.strerror(errno)} (os error {errno})"
-    return FinalExit(REASON_RUN_FAILED, _CODE_ERROR, (errno,), text)
+    return FinalExit(REASON_RUN_FAILED, GENERIC_ERROR, (errno,), text)

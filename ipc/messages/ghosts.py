@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from base.lean_typing import NamedTuple
 from ipc.launch_plan import MAX_WORKERS
-from ipc.messages.records import MAX_GSI, VCPU_FIELD, VECTOR_FIELD, WORKER
-from ipc.schema import U8, U32, U64, Field, Flag, Int, ListOf, RecordOf, Text
+from ipc.messages.records import MAX_GSI, TEXT_FIELD, VCPU_FIELD, VECTOR_FIELD, WORKER
+from ipc.schema import U8, U32, U64, Field, Flag, Int, ListOf, RecordOf
 
 #: What a GhostEvent is about.
 GHOST_INTERRUPT = 1  # an interrupt with this vector reached the ghost
@@ -215,7 +215,7 @@ WORKER.register(36, SetClock, **_CLOCK_FIELDS)
 WORKER.register(37, ClockSet, measured=Flag(), ahead=Flag(), nanoseconds=Int(U64))
 WORKER.register(38, ReportGhosts)
 WORKER.register(39, GhostsReported, ghosts=ListOf(_GHOST, MAX_WORKERS))
-WORKER.register(40, GhostRecovered, vcpu=VCPU_FIELD, fatal=Flag(), text=Text(512))
+WORKER.register(40, GhostRecovered, vcpu=VCPU_FIELD, fatal=Flag(), text=TEXT_FIELD)
 _QUIESCENT_GHOST = RecordOf(
     QuiescentGhost,
     vcpu=VCPU_FIELD,

@@ -117,7 +117,9 @@ CPUID_FIELD: Field = RecordOf(
     edx=Int(U32),
 )
 CODE_FIELD = Text(64)
-TEXT_FIELD = Text(1024)
+#: The most that a text which says why may hold, in characters: cut before it is sent.
+MAX_TEXT = 1024
+TEXT_FIELD = Text(MAX_TEXT)
 VCPU_FIELD = Int(MAX_WORKERS - 1)
 WORKER_FIELD = Int(MAX_WORKERS - 1)
 WORKER.register(1, Failed, code=CODE_FIELD, text=TEXT_FIELD)

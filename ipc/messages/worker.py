@@ -11,6 +11,7 @@ from ipc.messages.records import (
     MAX_GSI,
     MAX_TEMPLATE_ITEMS,
     ROUTE_FIELD,
+    TEXT_FIELD,
     VCPU_FIELD,
     WORKER,
     WORKER_FIELD,
@@ -241,7 +242,7 @@ WORKER.register(17, Pong, state=Text(32))
 WORKER.register(18, Finish)
 WORKER.register(19, Finished)
 WORKER.register(
-    20, VcpuExited, vcpu=VCPU_FIELD, reason=Text(32), code=Int(U8), detail=ListOf(Int(U64), 16), text=Text(1024)
+    20, VcpuExited, vcpu=VCPU_FIELD, reason=Text(32), code=Int(U8), detail=ListOf(Int(U64), 16), text=TEXT_FIELD
 )
 WORKER.register(41, ReadHostCpu)
 WORKER.register(42, HostCpuRead, cpuid=ListOf(CPUID_FIELD, MAX_CPUID_ENTRIES))

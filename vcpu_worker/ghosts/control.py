@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 from base.lean_typing import Any, Callable, Sequence
-from ipc.errors import IpcError
 from ipc.messages.ghosts import (
     VCPU_STARTING,
     ClockRead,
@@ -33,7 +32,7 @@ from ipc.messages.ghosts import (
     StartVcpu,
     StubPlaced,
 )
-from ipc.messages.records import Failed
+from ipc.messages.records import MAX_TEXT
 from ipc.messages.replacement import GhostState
 from vcpu_worker.descriptor_set import DescriptorSet
 from vcpu_worker.errors import ConfigurationError, StateError, WorkerError
@@ -41,15 +40,14 @@ from vcpu_worker.ghosts.ghost import BUSY, Ghost
 from vcpu_worker.kvm import abi
 from vcpu_worker.kvm.vcpu import KvmVcpu
 from vcpu_worker.machine import Machine
+from vcpu_worker.replies import Command, Reply, bind, failed, text_of
 from vcpu_worker.vcpu_thread import Completions, Done, VcpuThread
 
 #: Events that the controller was told of and has not dealt with. More of them wait here: the channel is bounded.
 MAX_OPEN_EVENTS = 16
 FIRST_STOP_PAUSE_NS = 1_000_000
 LAST_STOP_PAUSE_NS = 64_000_000
-_MAX_TEXT = 512
 
-Reply = Callable[[Any], None]
 Key = tuple[int, int, int]
 
 
@@ -111,7 +109,7 @@ class GhostRunner:
 class GhostControl:
     """Serves the commands that concern ghosts. All methods are for the control thread.
 
-    ``threads`` are those of the machine's vCPUs, then of its ghosts. ``failed`` is told when a ghost cannot go on.
+    ``threads`` are those of the machine's vCPUs, then of its ghosts. ``ghost_failed``: one cannot go on.
     """
 
     def __init__(
@@ -122,14 +120,14 @@ class GhostControl:
         descriptors: DescriptorSet,
         *,
         send: Callable[[Any], object],
-        failed: Callable[[int, str], None],
+        ghost_failed: Callable[[int, str], None],
     ) -> None:
         self._machine = machine
         self._threads = threads
         self._completions = completions
         self._descriptors = descriptors
         self._send = send
-        self._failed = failed
+        self._ghost_failed = ghost_failed
         self._forwarder = Forwarder(send)
         #: What ghosts' threads have told and this thread has not taken yet: so that no flood makes the queue long.
         self._told: set[Key] = set()
@@ -145,7 +143,7 @@ class GhostControl:
         self.due_ns = 0
         #: Called when the controller has dealt with an event of one of our own vCPUs.
         self.on_own_event_done: Callable[[int], None] = lambda vcpu: None
-        self.commands: dict[type[Any], Callable[[Any, Reply], None]] = {
+        self.commands: dict[type[Any], Command] = {
             GhostEventDone: self._event_done,
             PlaceStub: self._place_stub,
             StartVcpu: self._start_vcpu,
@@ -178,7 +176,7 @@ class GhostControl:
         self._completions.put(self._tell_recovery, (vcpu, text))
 
     def _tell_recovery(self, told: tuple[int, str]) -> None:
-        self._send(GhostRecovered(told[0], False, told[1][:_MAX_TEXT]))
+        self._send(GhostRecovered(told[0], False, told[1][:MAX_TEXT]))
 
     def add_event(self, event: int, vcpu: int) -> None:
         """Tell the controller of something that happened to a vCPU of our own."""
@@ -196,7 +194,7 @@ class GhostControl:
     def configure(self, configure: Callable[[KvmVcpu], None], done: Done) -> int:
         """Configure every ghost; ``done`` is called once for each. Returns how many there are."""
         for runner in self._runners.values():
-            runner.thread.submit(_bind(runner.ghost.configure, configure), done)
+            runner.thread.submit(bind(runner.ghost.configure, configure), done)
         return len(self._runners)
 
     def place_first(self, done: Done) -> bool:
@@ -217,14 +215,14 @@ class GhostControl:
     def _run(self, runner: GhostRunner) -> None:
         runner.running = True
         runner.ghost.allow_to_run()
-        runner.thread.submit(runner.ghost.run, _bind(self._stopped, runner))
+        runner.thread.submit(runner.ghost.run, bind(self._stopped, runner))
 
     def _stopped(self, runner: GhostRunner, result: Any) -> None:
         runner.running = False
         if isinstance(result, Exception):
-            text = str(result) or type(result).__name__
-            self._send(GhostRecovered(runner.ghost.index, True, text[:_MAX_TEXT]))
-            self._failed(runner.ghost.index, text)
+            text = text_of(result)
+            self._send(GhostRecovered(runner.ghost.index, True, text))
+            self._ghost_failed(runner.ghost.index, text)
             return
         if runner.when_stopped:
             actions, runner.when_stopped = runner.when_stopped, []
@@ -279,7 +277,7 @@ class GhostControl:
 
         def answer() -> None:
             failures = [each for each in found if isinstance(each, Exception)]
-            reply(_failed(failures[0]) if failures else QuiescenceRead(self._forwarder.count, tuple(sorted(found))))
+            reply(failed(failures[0]) if failures else QuiescenceRead(self._forwarder.count, tuple(sorted(found))))
 
         for runner in self._runners.values():
             runner.thread.submit(runner.ghost.quiescence, read)
@@ -310,10 +308,10 @@ class GhostControl:
 
         def placed(result: Any) -> None:
             runner.placing = False
-            failed = isinstance(result, Exception)
-            reply(_failed(result) if failed else StubPlaced())
+            has_failed = isinstance(result, Exception)
+            reply(failed(result) if has_failed else StubPlaced())
             # A pause that came meanwhile keeps it from running; a resume may have let it run already.
-            if was_running and not (failed or self._parking or runner.running):
+            if was_running and not (has_failed or self._parking or runner.running):
                 self._run(runner)
             self._check_parked()
 
@@ -382,7 +380,7 @@ class GhostControl:
         if not left:
             done(results)
         for runner in self._runners.values():
-            runner.thread.submit(_bind(job, runner), one_done)
+            runner.thread.submit(bind(job, runner), one_done)
 
     # ------------------------------------------------------------ clocks
 
@@ -391,9 +389,9 @@ class GhostControl:
 
         def have_offset(offset: Any) -> None:
             if isinstance(offset, Exception):
-                reply(_failed(offset))
+                reply(failed(offset))
                 return
-            self._set_offsets(offset, lambda error: reply(_failed(error) if error else self._clock_now(offset)))
+            self._set_offsets(offset, lambda error: reply(failed(error) if error else self._clock_now(offset)))
 
         self._threads[0].submit(first.get_tsc_offset, have_offset)
 
@@ -402,12 +400,12 @@ class GhostControl:
             self._machine.vm.set_clock(0)  # only afterwards KVM tells the time of day that belongs to it
             clock, flags, _, realtime, _ = abi.CLOCK_DATA.unpack(self._machine.vm.get_clock())
         except WorkerError as error:
-            return _failed(error)
+            return failed(error)
         return ClockRead(offset is not None, offset or 0, clock, realtime, flags)
 
     def _set_clock(self, command: SetClock, reply: Reply) -> None:
         offset = command.tsc_offset if command.has_tsc_offset else None
-        self._set_offsets(offset, lambda error: reply(_failed(error) if error else self._follow(command)))
+        self._set_offsets(offset, lambda error: reply(failed(error) if error else self._follow(command)))
 
     def _follow(self, command: SetClock) -> Any:
         known = bool(command.flags & abi.CLOCK_REALTIME)
@@ -415,7 +413,7 @@ class GhostControl:
             self._machine.vm.set_clock(command.clock, command.realtime if known else 0, abi.CLOCK_REALTIME * known)
             clock, flags, _, realtime, _ = abi.CLOCK_DATA.unpack(self._machine.vm.get_clock())
         except WorkerError as error:
-            return _failed(error)
+            return failed(error)
         ahead = clock - (command.clock + realtime - command.realtime)
         return ClockSet(known and bool(flags & abi.CLOCK_REALTIME), ahead > 0, min(abs(ahead), (1 << 64) - 1))
 
@@ -437,7 +435,7 @@ class GhostControl:
 
         kvms = [*(vcpu.kvm for vcpu in self._machine.vcpus), *self._machine.ghost_vcpus]
         for kvm, thread in zip(kvms, self._threads, strict=True):
-            thread.submit(_bind(kvm.set_tsc_offset, offset), one_done)
+            thread.submit(bind(kvm.set_tsc_offset, offset), one_done)
 
 
 #: MSI data: delivery modes of INIT (level asserted) and of SIPI with a vector; NMI.
@@ -445,12 +443,3 @@ _INIT = 0x4500
 _STARTUP = 0x4600
 _NMI = 0x400
 _NMI_VECTOR = 2
-
-
-def _bind(function: Callable[..., Any], *first: Any) -> Callable[..., Any]:
-    return lambda *rest: function(*first, *rest)
-
-
-def _failed(error: Exception) -> Failed:
-    code = error.code if isinstance(error, WorkerError | IpcError) else "worker.internal"
-    return Failed(code, (str(error) or type(error).__name__)[:_MAX_TEXT])

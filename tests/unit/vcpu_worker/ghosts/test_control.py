@@ -58,7 +58,7 @@ def parts():
     thread = Thread()
     machine: Any = SimpleNamespace(vcpus=[], ghost_vcpus=[])
     nobody: Any = None
-    control = GhostControl(machine, [], nobody, nobody, send=nobody, failed=nobody)
+    control = GhostControl(machine, [], nobody, nobody, send=nobody, ghost_failed=nobody)
     ghost: Any = Ghost()
     runner: Any = GhostRunner(ghost, thread)  # type: ignore[arg-type]
     control._runners[1] = runner
