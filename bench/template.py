@@ -31,10 +31,10 @@ def serve(requests: int, ready: int) -> None:
     lean_zmq.install()
     lean_msgpack.install()
     from ipc.launch_plan import SECCOMP_KILL
-    from jailer import direct, firecracker, launch, main, settings, start, template  # noqa: F401
+    from jailer import direct, filters, firecracker, launch, main, settings, template  # noqa: F401
     from vmm import cli  # noqa: F401
 
-    start.load_filters(SECCOMP_KILL, janitor=True)
+    filters.load_filters(SECCOMP_KILL, janitor=True)
     template.load_roles()
     template.warm()
     os.write(ready, _READY)

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import os
-import time
 
 from base import timeline
 from base.errno_text import errno_text
 from base.lean_typing import Callable
-from ipc.launch_plan import MAX_MEMORY_BYTES, MAX_WORKERS, ROLE_VMM, SECCOMP_KILL, SECCOMP_OFF, LaunchPlan
-from jailer import cleanup, placement, template, verify, walls
+from ipc.launch_plan import ROLE_VMM, SECCOMP_KILL, SECCOMP_OFF
+from jailer import cleanup, plan, template, verify
 from jailer.cell_record import Setup
 from jailer.errors import StepError
+from jailer.filters import JANITOR, load_filters
 from jailer.log import Log
-from jailer.memory import MemoryMaker, host_gives_huge_pages
+from jailer.memory import MemoryMaker
 from jailer.start import (
-    Started,
     close_supervisor,
     fork_controller,
     hold_signals,
-    load_filters,
-    new_epoch,
     open_host,
     signal_descriptor,
     wait_entered,
@@ -53,7 +50,7 @@ def make_ipc_directory() -> str:
 
 
 def launch(
-    arguments: tuple[str, ...], microvm_id: str, started: Started, load_roles: Callable[[], template.Roles]
+    arguments: tuple[str, ...], microvm_id: str, started: plan.Started, load_roles: Callable[[], template.Roles]
 ) -> int:
     """Launch, supervise, return the exit code of the microVM. Raises JailerError."""
     timeline.mark("prepare")
@@ -64,9 +61,9 @@ def launch(
     log = Log(2, microvm_id)
     mode = SECCOMP_OFF if "--no-seccomp" in arguments else SECCOMP_KILL
     timeline.mark("load filters")
-    sealing = load_filters(mode, janitor=True)
+    filters = load_filters(mode, janitor=True)
     timeline.mark("fork janitor")
-    janitor = cleanup.start_janitor(sealing.filters.get("janitor"))
+    janitor = cleanup.start_janitor(filters.by_role.get(JANITOR))
     directory = make_ipc_directory()
     janitor.tree(directory)
     janitor.ready()
@@ -74,7 +71,7 @@ def launch(
     roles = load_roles()
     timeline.mark("open host")
     host = open_host(proc, -1, arguments, log)
-    plan = _launch_plan(arguments, microvm_id, started, mode, directory)._replace(console_fd=host.console)
+    launch_plan = plan.unjailed(plan.Launch(microvm_id, arguments, started, mode, -1, host.console), directory)
     signals = signal_descriptor()
     identity.forbid_core_files()
     if host.facts.privileged:
@@ -88,7 +85,7 @@ def launch(
         return ()
 
     keep = (*inherited, host.console)
-    controller, channel = fork_controller(plan, roles, sealing.filters.get(ROLE_VMM), enter, keep)
+    controller, channel = fork_controller(launch_plan, roles, filters.by_role.get(ROLE_VMM), enter, keep)
     timeline.mark("wait for controller")
     wait_entered(controller)
     for descriptor in inherited:  # the controller has them, for paths like /dev/fd/63
@@ -98,39 +95,11 @@ def launch(
     identity.set_no_new_privileges()
     asked = verify.Asked(host.facts, None, "", False, False, None)
     memory = MemoryMaker(False)
-    setup = Setup(plan, roles, asked, proc, host.kvm_fd, host.kvm_error, sealing.filters, memory, log, WorkerCgroups())
+    setup = Setup(
+        launch_plan, roles, asked, proc, host.kvm_fd, host.kvm_error, filters.by_role, memory, log, WorkerCgroups()
+    )
     close_supervisor(setup, host, "firecracker", dumpable_wall=True)
     os.close(host.null)
-    if sealing.warning:
-        log.warning(sealing.warning)
+    if filters.warning:
+        log.warning(filters.warning)
     return Supervisor(setup, controller, channel, signals).run()
-
-
-def _launch_plan(
-    arguments: tuple[str, ...], microvm_id: str, started: Started, mode: str, directory: str
-) -> LaunchPlan:
-    kind, reason = placement.detect()
-    return LaunchPlan(
-        microvm_id=microvm_id,
-        epoch=new_epoch(),
-        jailed=False,
-        uid=os.getuid(),
-        gid=os.getgid(),
-        arguments=arguments,
-        start_time_us=started.monotonic_us,
-        start_time_cpu_us=started.cpu_us,
-        parent_cpu_time_us=time.process_time_ns() // 1000,
-        max_workers=MAX_WORKERS,
-        max_memory_bytes=MAX_MEMORY_BYTES,
-        placement=kind,
-        placement_reason=reason,
-        seccomp=mode,
-        switched_off=(walls.SECCOMP,) if mode == SECCOMP_OFF else (),
-        faults=(),
-        drills=(),
-        controller_ipc_directory=directory,
-        worker_ipc_directory=directory,
-        huge_pages=host_gives_huge_pages(),
-        kernel_cache_fd=-1,
-        console_fd=-1,
-    )

@@ -43,12 +43,12 @@ def _launch(arguments: list[str], command_line: CommandLine) -> int:
 
         lean_zmq.install()
         lean_msgpack.install()
-        from jailer import direct, start, template
+        from jailer import direct, plan, template
 
         def load_roles() -> template.Roles:
             return template.load_roles(kernel_cache=command_line.kernel_cache is not None)
 
-        return direct.launch(tuple(arguments), command_line.id, start.started_now(), load_roles)
+        return direct.launch(tuple(arguments), command_line.id, plan.started_now(), load_roles)
     except JailerError as error:
         cli.print_error(str(error))
     except OSError as error:

@@ -6,7 +6,6 @@ The order of effects is Firecracker's where a client can observe it (docs/jailer
 from __future__ import annotations
 
 import os
-import time
 
 from base import faults, timeline
 from base.errno_text import errno_text
@@ -14,13 +13,14 @@ from base.errors import FaultSpecError
 from base.lean_std import socket
 from base.lean_typing import Callable
 from ipc.errors import IpcError
-from ipc.launch_plan import MAX_MEMORY_BYTES, MAX_WORKERS, ROLE_VMM, SECCOMP_OFF, LaunchPlan
-from jailer import cleanup, placement, start, syscalls, template, verify, walls
+from ipc.launch_plan import ROLE_VMM, SECCOMP_OFF, LaunchPlan
+from jailer import cleanup, plan, start, syscalls, template, verify, walls
 from jailer.cell_record import Cell, Setup
 from jailer.cli import Options
 from jailer.errors import ArgumentError, StepError
+from jailer.filters import JANITOR, Filters, load_filters
 from jailer.log import Log
-from jailer.memory import MemoryMaker, host_gives_huge_pages
+from jailer.memory import MemoryMaker, ReserveMemory
 from jailer.operations import Operation, Plan
 from jailer.settings import Settings
 from jailer.steps import cgroups, detach, devices, directories, identity, process, roots
@@ -32,7 +32,7 @@ _NO_SECCOMP = "--no-seccomp"
 class JailedLaunch:
     """One run of ``jailer``."""
 
-    def __init__(self, options: Options, settings: Settings, started: start.Started) -> None:
+    def __init__(self, options: Options, settings: Settings, started: plan.Started) -> None:
         self._options = options
         self._settings = settings
         self._started = started
@@ -56,13 +56,13 @@ class JailedLaunch:
         proc = verify.open_proc()
         self._open_wall_log()
         self._arm()
-        sealing = start.load_filters(
+        filters = load_filters(
             self._mode,
             janitor="cleanup" in self._options.switches,
             with_faults=bool(self._options.values_of("arm-fault")),
         )
         if "cleanup" in self._options.switches:
-            self._janitor = cleanup.start_janitor(sealing.filters.get("janitor"))
+            self._janitor = cleanup.start_janitor(filters.by_role.get(JANITOR))
         timeline.mark("import roles")
         roles = load_roles()
         timeline.mark("open host")
@@ -73,7 +73,7 @@ class JailedLaunch:
         try:
             timeline.mark("detach")
             launcher = detach.detach(settings.daemonize, settings.new_pid_ns)
-            setup, channel, controller, signals = self._fork_controller(proc, host, sealing, roles, memory)
+            setup, channel, controller, signals = self._fork_controller(proc, host, filters, roles, memory)
         except (OSError, IpcError) as error:
             self._undo()
             raise StepError(errno_text(error) if isinstance(error, OSError) else str(error)) from None
@@ -87,7 +87,7 @@ class JailedLaunch:
             detach.redirect_standard_descriptors(host.null, (2,))
         os.close(host.null)
         launcher.ready()
-        for warning in (sealing.warning, self._switches_warning()):
+        for warning in (filters.warning, self._switches_warning()):
             if warning:
                 self._log.warning(warning)
         return Supervisor(setup, controller, channel, signals).run()
@@ -154,14 +154,14 @@ class JailedLaunch:
     # ------------------------------------------------------------ controller
 
     def _fork_controller(
-        self, proc: int, host: start.Host, sealing: start.Sealing, roles: template.Roles, memory: MemoryMaker
+        self, proc: int, host: start.Host, filters: Filters, roles: template.Roles, memory: MemoryMaker
     ) -> tuple[Setup, socket.socket, Cell, int]:
         """Fork the controller into its jail and wait until it is in it; then write the pid file."""
         settings = self._settings
         visible_pid = detach.outer_pid()
         timeline.mark("own mounts")
         trees = self._make_trees()
-        plan = self._launch_plan(host, sealing.mode)
+        launch_plan = self._launch_plan(host)
         asked = self._asked(host)
         jailed_proc = self._mount_proc(proc)
         signals = start.signal_descriptor()
@@ -172,9 +172,9 @@ class JailedLaunch:
         timeline.mark("warm")
         template.warm()
         controller, channel = start.fork_controller(
-            plan,
+            launch_plan,
             roles,
-            sealing.filters.get(ROLE_VMM),
+            filters.by_role.get(ROLE_VMM),
             lambda: self._enter_jail(host, trees, visible_pid),
             (host.kernel_cache, host.console),
         )
@@ -193,13 +193,13 @@ class JailedLaunch:
             roots.enter_empty_root(settings.jail_root, trees.others)
             os.close(trees.others)
         setup = Setup(
-            plan,
+            launch_plan,
             roles,
             asked,
             jailed_proc,
             host.kvm_fd,
             host.kvm_error,
-            sealing.filters,
+            filters.by_role,
             memory,
             self._log,
             self._worker_cgroups,
@@ -224,46 +224,22 @@ class JailedLaunch:
         os.close(proc)
         return detached
 
-    def _launch_plan(self, host: start.Host, mode: str) -> LaunchPlan:
-        settings = self._settings
-        inside = self._has(walls.ROOT)
-        supplied = f"{settings.jail_root}{roots.CONTROLLER_IPC_DIRECTORY}"
-        kind, reason = placement.detect()
-        cpu_us = time.process_time_ns() // 1000
-        arguments = (
-            "--id",
-            settings.microvm_id,
-            "--start-time-us",
-            str(self._started.monotonic_us),
-            "--start-time-cpu-us",
-            str(cpu_us),
-            "--parent-cpu-time-us",
-            str(cpu_us),
-            *self._options.arguments,
-        )
-        return LaunchPlan(
-            microvm_id=settings.microvm_id,
-            epoch=start.new_epoch(),
-            jailed=True,
-            uid=self._uid,
-            gid=self._gid,
-            arguments=arguments,
-            start_time_us=self._started.monotonic_us,
-            start_time_cpu_us=self._started.cpu_us,
-            parent_cpu_time_us=cpu_us,
-            max_workers=MAX_WORKERS,
-            max_memory_bytes=MAX_MEMORY_BYTES,
-            placement=kind,
-            placement_reason=reason,
-            seccomp=mode,
-            switched_off=tuple(sorted(self._off)),
-            faults=self._options.values_of("arm-fault"),
-            drills=self._options.values_of("drill"),
-            controller_ipc_directory=roots.CONTROLLER_IPC_DIRECTORY if inside else supplied,
-            worker_ipc_directory=roots.WORKER_IPC_DIRECTORY if inside else supplied,
-            kernel_cache_fd=host.kernel_cache,
-            console_fd=host.console,
-            huge_pages=host_gives_huge_pages(),
+    def _launch_plan(self, host: start.Host) -> LaunchPlan:
+        options = self._options
+        return plan.jailed(
+            plan.Launch(
+                self._settings.microvm_id,
+                options.arguments,
+                self._started,
+                self._mode,
+                host.kernel_cache,
+                host.console,
+            ),
+            self._settings.jail_root,
+            (self._uid, self._gid),
+            self._off,
+            faults=options.values_of("arm-fault"),
+            drills=options.values_of("drill"),
         )
 
     def _asked(self, host: start.Host) -> verify.Asked:
@@ -334,19 +310,3 @@ class JailedLaunch:
 
     def _switches_warning(self) -> str:
         return f"switched off: {', '.join(sorted(self._off))}" if self._off else ""
-
-
-class ReserveMemory(Operation):
-    """Before a limit on file sizes is set: the memfds that guest memory will be made from."""
-
-    __slots__ = ("_needed", "maker")
-
-    def __init__(self, needed: bool) -> None:
-        self._needed = needed
-        self.maker = MemoryMaker(False)
-
-    def describe(self) -> str:
-        return "reserve guest memory before the limit on file sizes"
-
-    def do(self) -> None:
-        self.maker = MemoryMaker(self._needed)

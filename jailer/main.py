@@ -110,8 +110,8 @@ def _launch(options: cli.Options) -> int:
 
     lean_zmq.install()
     lean_msgpack.install()
-    from jailer import launch, start, template
+    from jailer import launch, plan, template
 
-    started = start.started_now()
+    started = plan.started_now()
     kernel_cache = bool(options.value("kernel-cache")) or line.kernel_cache is not None
     return launch.JailedLaunch(options, resolved, started).run(lambda: template.load_roles(kernel_cache=kernel_cache))

@@ -12,6 +12,7 @@ import fcntl
 import os
 
 from ipc.launch_plan import MAX_MEMORY_BYTES
+from jailer.operations import Operation
 
 #: How often guest memory can be made under a limit on file sizes (a failed InstanceStart may be tried again).
 RESERVED = 8
@@ -69,3 +70,19 @@ class MemoryMaker:
             os.close(descriptor)
             raise
         return descriptor
+
+
+class ReserveMemory(Operation):
+    """Before a limit on file sizes is set: the memfds that guest memory will be made from."""
+
+    __slots__ = ("_needed", "maker")
+
+    def __init__(self, needed: bool) -> None:
+        self._needed = needed
+        self.maker = MemoryMaker(False)
+
+    def describe(self) -> str:
+        return "reserve guest memory before the limit on file sizes"
+
+    def do(self) -> None:
+        self.maker = MemoryMaker(self._needed)

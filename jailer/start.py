@@ -1,9 +1,8 @@
-"""What launches with and without a jail share: filters, descriptors, the controller's fork, the last walls."""
+"""What launches with and without a jail share: descriptors, the controller's fork, the last walls."""
 
 from __future__ import annotations
 
 import os
-import time
 from itertools import pairwise
 
 from base import timeline
@@ -11,27 +10,13 @@ from base.errno_text import errno_text
 from base.lean_std import signal, socket
 from base.lean_typing import Callable, NamedTuple
 from ipc import descriptors
-from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VCPU, ROLE_VMM, SECCOMP_OFF, SECCOMP_REPORT, LaunchPlan
+from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VMM, LaunchPlan
 from jailer import cell, syscalls, template, verify
 from jailer.cell_record import BLOCKED_SIGNALS, Cell, Setup
 from jailer.errors import CellError
 from jailer.log import Log
-from jailer.seccomp.install import Filter, install, load
+from jailer.seccomp.install import Filter, install
 from jailer.steps import detach, identity, process
-
-ROLES = (ROLE_SUPERVISOR, ROLE_VMM, ROLE_VCPU)
-
-
-class Started(NamedTuple):
-    """When the program started: CLOCK_MONOTONIC and CPU time, in microseconds."""
-
-    monotonic_us: int
-    cpu_us: int
-
-
-def started_now() -> Started:
-    """Take the time, as early as possible."""
-    return Started(time.monotonic_ns() // 1000, time.process_time_ns() // 1000)
 
 
 class Host(NamedTuple):
@@ -45,25 +30,6 @@ class Host(NamedTuple):
     #: Master and slave of the console's pseudo-terminal, or -1. The slave stays open so that reads do not fail.
     console: int
     console_slave: int
-
-
-class Sealing(NamedTuple):
-    """Which filters the cells get, and how the janitor's filter is called."""
-
-    mode: str
-    filters: dict[str, Filter]
-    warning: str
-
-
-def load_filters(mode: str, *, janitor: bool, with_faults: bool = False) -> Sealing:
-    """Load the filters of every role; with armed faults, those that let a fault act. Raises PolicyError."""
-    if mode == SECCOMP_OFF:
-        return Sealing(mode, {}, "")
-    if mode == SECCOMP_REPORT:
-        import jailer.seccomp.names  # noqa: F401  needed in the jail, where nothing can be imported
-
-    filters, warning = load((*ROLES, "janitor") if janitor else ROLES, mode, "-faults" if with_faults else "")
-    return Sealing(mode, filters, warning)
 
 
 def open_host(proc: int, kernel_cache: int, arguments: tuple[str, ...], log: Log) -> Host:
@@ -91,11 +57,6 @@ def open_console(log: Log) -> tuple[int, int]:
     tty.setraw(slave)
     log.info(f"serial console: {os.ttyname(slave)}")
     return master, slave
-
-
-def new_epoch() -> int:
-    """Return a number that no other launch has had."""
-    return int.from_bytes(os.urandom(8), "little") | 1
 
 
 def hold_signals() -> None:

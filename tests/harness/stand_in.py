@@ -23,7 +23,7 @@ from typing import Any  # noqa: E402
 from ipc.channel import PairChannel  # noqa: E402
 from ipc.launch_plan import ENDPOINT_BOUND, FORKED_AHEAD, Assignment, LaunchPlan  # noqa: E402
 from ipc.messages.supervisor import SUPERVISOR, CellEnded, CreateMemory, Shutdown, SignalCell, Spawn  # noqa: E402
-from jailer import cli, launch, main, settings, start, template  # noqa: E402
+from jailer import cli, launch, main, plan, settings, template  # noqa: E402
 from jailer.errors import JailerError  # noqa: E402
 
 
@@ -283,7 +283,7 @@ def run() -> int:
         resolved = settings.resolve(options)
         ahead = FORKED_AHEAD if "ahead" in options.arguments else None
         roles = template.Roles(vmm, vcpu, ahead)
-        return launch.JailedLaunch(options, resolved, start.started_now()).run(lambda: roles)
+        return launch.JailedLaunch(options, resolved, plan.started_now()).run(lambda: roles)
     except JailerError as error:
         cli.print_error(str(error))
         return 1
