@@ -27,32 +27,33 @@ from vmm.operations.run import (
     Outcome,
     Settle,
 )
-from vmm.operations.tables import PAUSE, REPLACE, RESUME, MachineState, Procedure
+from vmm.operations.tables import PAUSE, REPLACE, RESUME, MachineState, Procedure, StepName
 
 BEAT = 60 * SECOND_NS
+#: The one command that is no step.
+PING = None
 #: No operation may take longer: the deadlines of all of its steps, and of those that roll it back.
 LONGEST = 400 * SECOND_NS
-FORK = "fork"
 _COMMANDS = {
-    "configure": Event.CONFIGURE,
-    "park": Event.PAUSE,
-    "park ghosts": Event.PARK_GHOSTS,
-    "verify": Event.PARK_GHOSTS,
-    "hand over": Event.HAND_OVER,
-    "save": Event.SAVE,
-    "load": Event.LOAD,
-    "take over": Event.TAKE_OVER,
-    "roll back": Event.ROLL_BACK,
-    "resume": Event.RESUME,
+    StepName.CONFIGURE: Event.CONFIGURE,
+    StepName.PARK: Event.PAUSE,
+    StepName.PARK_GHOSTS: Event.PARK_GHOSTS,
+    StepName.VERIFY: Event.PARK_GHOSTS,
+    StepName.HAND_OVER: Event.HAND_OVER,
+    StepName.SAVE: Event.SAVE,
+    StepName.LOAD: Event.LOAD,
+    StepName.TAKE_OVER: Event.TAKE_OVER,
+    StepName.ROLL_BACK: Event.ROLL_BACK,
+    StepName.RESUME: Event.RESUME,
 }
 #: What the controller notes when a step was confirmed, and when it is told.
 _CONFIRMED = {
-    "configure": WorkerEvent.CONFIGURED,
-    "park": WorkerEvent.PAUSED,
-    "save": WorkerEvent.SAVED,
-    "roll back": WorkerEvent.PAUSED,
-    "take over": WorkerEvent.LOADED,
-    "resume": WorkerEvent.RESUMED,
+    StepName.CONFIGURE: WorkerEvent.CONFIGURED,
+    StepName.PARK: WorkerEvent.PAUSED,
+    StepName.SAVE: WorkerEvent.SAVED,
+    StepName.ROLL_BACK: WorkerEvent.PAUSED,
+    StepName.TAKE_OVER: WorkerEvent.LOADED,
+    StepName.RESUME: WorkerEvent.RESUMED,
 }
 RUNS = (State.RUNNING, State.PAUSING)
 
@@ -70,7 +71,7 @@ class Worker:
         self.note = note
         self.state = state
         self.alive = True
-        self.dropped = False
+        self.dismissed = False
         self.has_irqfds = state is State.PAUSED
         self.stopped_until = 0
         self.last_sent = self.last_received = 0
@@ -83,7 +84,7 @@ class Worker:
         """The controller notes something."""
         self.note = next_state(self.note, event)
 
-    def obey(self, command: str, reply: Callable[[str], None]) -> None:
+    def obey(self, command: StepName, reply: Callable[[str], None]) -> None:
         """A command arrives."""
         event = _COMMANDS[command]
         try:
@@ -191,7 +192,7 @@ class World:
         if not self.healed and self.random.random() < self.doubles:
             self.later(self.pause(), deliver)
 
-    def send(self, worker: Worker, command: str, deadline: int, answered: Callable[[str], None]) -> None:
+    def send(self, worker: Worker, command: StepName | None, deadline: int, answered: Callable[[str], None]) -> None:
         """Controller → worker; the channel refuses what is double or was overtaken, the worker what is too late."""
         worker.last_sent += 1
         number = worker.last_sent
@@ -207,9 +208,9 @@ class World:
             worker.last_received = number
             if deadline and self.now > deadline:
                 return
-            if command == "ping":
+            if command is None:
                 reply(worker.state.value)
-            elif not self.healed and command != "resume" and self.random.random() < self.refusals:
+            elif not self.healed and command is not StepName.RESUME and self.random.random() < self.refusals:
                 reply("cannot")
             else:
                 worker.obey(command, reply)
@@ -232,7 +233,7 @@ class World:
     def act(self, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, Command):
-                self.tell(action)
+                self.command(action)
             elif isinstance(action, Await):
                 turn = action.turn
                 self.later(action.nanoseconds, lambda turn=turn: self.act(self.machine.expired(turn)))  # type: ignore[misc]
@@ -245,21 +246,21 @@ class World:
                     None,
                 )
             elif isinstance(action, Dismiss):
-                self.drop(action.member)
+                self.dismiss(action.member)
             else:
                 assert isinstance(action, Settle)
                 self.outcomes.append(action.outcome)
                 self.settled = True
 
-    def tell(self, action: Command) -> None:
+    def command(self, action: Command) -> None:
         member, step, turn = action
-        if step.name == "await end":
+        if step.name is StepName.AWAIT_END:
             self.await_end(member, turn)
             return
         if member == NOBODY:
             self.later(self.pause(), lambda: self.act(self.machine.answered(member, turn)))
             return
-        if step.name == FORK:
+        if step.name is StepName.FORK:
             worker = self.successor = Worker(self, member.worker, WorkerState.SPAWNED, State.CREATED)
             self.everyone.append(worker)
 
@@ -271,13 +272,13 @@ class World:
             self.later(self.pause(), greets)
             return
         found = self._find(member)
-        if step.name == "resume" and found in self.workers:
+        if step.name is StepName.RESUME and found in self.workers:
             found.move(WorkerEvent.START)
-        deadline = 0 if step.name == "resume" else self.now + step.deadline_ns
+        deadline = 0 if step.name is StepName.RESUME else self.now + step.deadline_ns
 
         def answered(refusal: str) -> None:
             event = _CONFIRMED.get(step.name)
-            if found.note not in ALIVE or found.dropped:
+            if found.note not in ALIVE or found.dismissed:
                 return
             if not refusal and event is not None:
                 found.move(event)
@@ -292,18 +293,18 @@ class World:
         return self.successor if member.successor and self.successor is not None else self.workers[member.worker]
 
     def await_end(self, member: Member, turn: int) -> None:
-        """Wait until the successor, which was dropped, is gone."""
+        """Wait until the successor, which was dismissed, is gone."""
         if self.everyone[-1].alive:
             self.later(10_000_000, lambda: self.await_end(member, turn))
         else:
             self.act(self.machine.answered(member, turn))
 
-    def drop(self, member: Member) -> None:
+    def dismiss(self, member: Member) -> None:
         worker = self.successor if member.successor else self.predecessor
         if member.successor:
             self.successor = None
         if worker is not None:
-            worker.dropped = True
+            worker.dismissed = True
             self.later(self.random.randrange(400_000_000), worker.end)  # asked to finish, then killed
 
     def beat(self, worker: Worker) -> None:
@@ -314,9 +315,9 @@ class World:
         def pong(text: str) -> None:
             worker.ping_pause = BEAT
             if worker in self.workers and self.machine.must_resume(text):
-                self.send(worker, "resume", 0, lambda refusal: None)
+                self.send(worker, StepName.RESUME, 0, lambda refusal: None)
 
-        self.send(worker, "ping", 0, pong)
+        self.send(worker, PING, 0, pong)
         self.later(worker.ping_pause, lambda: self.beat(worker))
         worker.ping_pause = min(2 * worker.ping_pause, 4 * BEAT)
 

@@ -138,13 +138,20 @@ class Worker(WorkerProcess):
         pair.setblocking(False)  # a worker that does not read must not stop us
         self._descriptors = PairChannel(pair, DESCRIPTORS, self._plan.epoch)
 
-    def is_greeted(self) -> bool:
-        """Look whether the worker has said HELLO by now. Raises WorkerError or SupervisorError if it never will."""
+    def handshake_is_over(self) -> bool:
+        """Look whether the worker has said HELLO by now, or never will (:meth:`handshake_refusal`)."""
         if self._spawn_request and self._spawn_answered():
-            self._collect_spawn()
-        if self.state not in (WorkerState.SPAWNED, WorkerState.GREETED):
-            raise self.error()
-        return self.state is WorkerState.GREETED and not self._spawn_request
+            try:
+                self._collect_spawn()
+            except SupervisorError:
+                return True
+        if self.state is WorkerState.GREETED:
+            return not self._spawn_request
+        return self.state is not WorkerState.SPAWNED
+
+    def handshake_refusal(self) -> str:
+        """Say why the worker never will say HELLO, or nothing."""
+        return "" if self.state is WorkerState.GREETED else str(self.error())
 
     def wait_greeted(self) -> None:
         """Wait until the worker has said HELLO. Raises WorkerError or SupervisorError."""

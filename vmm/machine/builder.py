@@ -33,7 +33,7 @@ from vmm.errors import WorkerError
 from vmm.layout import ram_regions
 from vmm.machine.vmm import Vmm, end_workers
 from vmm.observe.logger import DEBUG, LOG
-from vmm.operations.replacement import Interrupts, Replacement
+from vmm.operations.replacement import Interrupts, Successor
 from vmm.placement import Placement, PlacementError, decide, warning
 
 MIB = 1 << 20
@@ -119,7 +119,7 @@ class MicrovmBuilder:
             raise
         vmm = assembly.vmm
         vmm.restarts = machine.restarts
-        vmm.make_successor = lambda predecessor: assembly.replacement(
+        vmm.replacements.make_successor = lambda predecessor: assembly.successor(
             predecessor, self.make_successor(predecessor.index)
         )
         if machine.vcpu_count > 1:
@@ -301,7 +301,7 @@ class _Assembly:
         self._ghosts = GhostForwarder(self.placement, self.vmm.vcpus_handles, self.vmm.forwarding_failed)
         self.vmm.attach_ghosts(self._ghosts)
 
-    def replacement(self, predecessor: Worker, successor: Worker) -> Replacement:
+    def successor(self, predecessor: Worker, worker: Worker) -> Successor:
         """Return what is needed to let a worker go on for another one."""
         vcpus = predecessor.assignment.vcpus
 
@@ -310,7 +310,7 @@ class _Assembly:
             routes = [route for route in self.devices.ioapic.routes() if route.gsi in placed]
             return Interrupts(routes, self._ghosts.paths_to(vcpus) if self._ghosts is not None else ())
 
-        return Replacement(predecessor, successor, self.configuration(vcpus), self.descriptors(predecessor), interrupts)
+        return Successor(worker, self.configuration(vcpus), self.descriptors(predecessor), interrupts)
 
     def attach_devices(self, options: StartOptions, plan: LaunchPlan) -> None:
         """Attach what the command line asks for beside the standard devices."""

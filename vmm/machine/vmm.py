@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 from base import exit_codes
 from base.event_manager import EventManager, EventOps, Events
-from base.lean_typing import TYPE_CHECKING, Callable, Sequence
+from base.lean_typing import TYPE_CHECKING, Sequence
 from ipc.exit_ring import COUNTER_EXITS
 from ipc.guest_memory import GuestMemory
 from ipc.messages.ghosts import GhostRecovered
@@ -15,7 +13,6 @@ from ipc.messages.worker import DumpCpuConfig, DumpedCpuConfig, SavedState, Save
 from vmm.cells.exits import ExitExecutor, read_exits
 from vmm.cells.ghosts import GhostForwarder
 from vmm.cells.heartbeat import Heartbeat
-from vmm.cells.lifecycle import DEADLINES, SECOND_NS, WorkerState
 from vmm.cells.worker import Kvm, Worker
 from vmm.devices.legacy.console import ConsoleInput, ConsoleOutput
 from vmm.devices.manager import DeviceManager, read_devices
@@ -27,10 +24,10 @@ from vmm.machine.vm import Vm
 from vmm.observe.event_log import EVENTS
 from vmm.observe.logger import LOG
 from vmm.observe.metrics import METRICS, SIGNAL_KEYS
-from vmm.operations.driver import Machine, OperationDriver
+from vmm.operations import pause
+from vmm.operations.driver import Operation, OperationDriver
 from vmm.operations.quiescence import read_quiescence
-from vmm.operations.replacement import Replacement
-from vmm.operations.tables import PAUSE, REPLACE, RESUME, Procedure
+from vmm.operations.replacement import Replacements, Successor
 from vmm.placement import Placement
 from vmm.snapshot.state_file import VERSION as STATE_VERSION
 from vmm.snapshot.state_file import MicrovmState, QuiescentWorker
@@ -46,11 +43,8 @@ STATE_PAUSED = "Paused"
 #: VcpuExited.reason of a triple fault, by which guests reset their machine, too.
 VCPU_SHUTDOWN = "shutdown"
 
-#: How long a replacement waits for the end of the worker that was replaced before.
-AWAIT_END_TIMEOUT_NS = 10 * SECOND_NS
 
-
-class Vmm(DeviceOperations, Machine):
+class Vmm(DeviceOperations):
     """One microVM that was built. Made by ``vmm.machine.builder``; closed once.
 
     ``vcpus_handles`` are the workers, ``device_manager`` the devices, ``vm`` memory and placement. Operations that need
@@ -81,13 +75,9 @@ class Vmm(DeviceOperations, Machine):
         self.restarts = False
         self.restart_wanted = False
         self._closed = False
-        #: Makes what a replacement needs; set by the builder.
-        self.make_successor: Callable[[Worker], Replacement] = _cannot_make_successor
         self._driver = OperationDriver(self, events)
-        self._heartbeat = Heartbeat(self.vcpus_handles, self.has_ended, self._driver.pong)
-        self._retired: list[Worker] = []
-        self._ops: EventOps | None = None
-        self._replacements: dict[int, int] = {}
+        self.replacements = Replacements(self, self._driver, events, _cannot_make_successor)
+        self._heartbeat = Heartbeat(self.vcpus_handles, self.has_ended, self._pong)
         #: Why the microVM failed, if it did.
         self.failure: Failure | None = None
 
@@ -187,7 +177,7 @@ class Vmm(DeviceOperations, Machine):
                 "affinity": list(self.vm.placement.affinity[vcpu]) if self.vm.placement.affinity else None,
                 "clock_ahead_ns": worker.clock_ahead_ns,
                 "ghosts": ghosts.get(worker.index),
-                "replacements": self._replacements.get(worker.index, 0),
+                "replacements": self.replacements.count(worker.index),
             }
             for vcpu, worker in self._by_vcpu()
         ]
@@ -212,7 +202,7 @@ class Vmm(DeviceOperations, Machine):
         """Begin with every vCPU parked, as InstanceStart does before it resumes. The state becomes Paused."""
         self._driver.begin()
         self._set_state(STATE_PAUSED)
-        self._subscriptions += [self._events.add_subscriber(self), self._events.add_subscriber(self._heartbeat)]
+        self._subscriptions += [self._events.add_subscriber(each) for each in (self, self._heartbeat)]
 
     def resume_vm(self) -> None:
         """Let all vCPUs run (PATCH /vm Resumed). Idempotent. Raises WorkerError, StateError after the end.
@@ -220,7 +210,7 @@ class Vmm(DeviceOperations, Machine):
         If a worker does not answer, all run all the same: that one as soon as it can.
         """
         try:
-            self._perform(RESUME)
+            self.perform(pause.resuming(self))
         except MicrovmEndedError as error:
             LOG.debug(str(error))  # the guest has run, and has ended before the last worker could say so
         self._set_state(STATE_RUNNING)  # also if it has ended: one that starts anew goes on as what it was
@@ -230,16 +220,22 @@ class Vmm(DeviceOperations, Machine):
 
         If a worker does not answer, all go on running. Raises WorkerError, StateError.
         """
-        self._perform(PAUSE)
-        self._require_alive()
+        self.perform(pause.pausing(self))
+        self.require_alive()
 
-    def _perform(self, procedure: Procedure, replacement: Replacement | None = None) -> None:
-        self._require_alive()
+    def perform(self, operation: Operation) -> None:
+        """Carry an operation over all workers out. Raises as ``OperationDriver.perform`` does."""
+        self.require_alive()
         try:
-            self._driver.perform(procedure, replacement)
+            self._driver.perform(operation)
         finally:
             if not self.has_ended():
                 self._set_state(self._driver.life.state.value)
+
+    def _pong(self, worker: Worker, says: str) -> None:
+        """A worker says how it is: one that has missed that it should run is told again."""
+        if worker in self.vcpus_handles and self._driver.life.must_resume(says):
+            pause.resume(worker, lambda refusal: None)
 
     def replace_vcpu(self, vcpu: int) -> None:
         """Let a freshly forked worker go on for the one that runs this vCPU (PATCH /vcpus/{i} Replace).
@@ -247,54 +243,25 @@ class Vmm(DeviceOperations, Machine):
         Raises StateError (nothing has changed) or WorkerError (the old worker goes on, or, with a new one, all run as
         soon as those that stand still can).
         """
-        self._require_alive()
+        self.require_alive()
         owner = next((worker for index, worker in self._by_vcpu() if index == vcpu), None)
         if owner is None:
             raise StateError(f"There is no vCPU {vcpu}.")
-        self._replace(owner)
+        self.replacements.replace(owner)
 
     def replace_vcpus(self) -> None:
         """Replace all workers, one after the other (PATCH /vcpus Replace). Raises as :meth:`replace_vcpu`."""
-        self._require_alive()
+        self.require_alive()
         count = len(self.vcpus_handles)
         for index in range(count):
             try:
-                self._replace(self.vcpus_handles[index])
+                self.replacements.replace(self.vcpus_handles[index])
             except VmmError as error:
                 if not index:
                     raise
                 raise WorkerError(f"After {index} of {count} workers: {error}") from error
 
-    def _replace(self, predecessor: Worker) -> None:
-        # The supervisor allows one worker beyond the plan: the one that was replaced last must be gone.
-        self._events.run_until(
-            lambda: not self._retired or self.has_ended(), time.monotonic_ns() + AWAIT_END_TIMEOUT_NS
-        )
-        self._require_alive()
-        if self._retired:
-            raise StateError("The worker that was replaced last has not ended yet.")
-        pid = predecessor.pid
-        replacement = self.make_successor(predecessor)
-        replacement.on_successor_lost = self._successor_lost
-        successor = replacement.successor
-        try:
-            self._perform(REPLACE, replacement)
-        finally:
-            if successor.alive and successor not in self.vcpus_handles and successor not in self._retired:
-                self.retire(successor)  # the microVM has ended meanwhile
-        microseconds = (self._driver.resumed_at - self._driver.parked_at) // 1000
-        EVENTS.emit("worker-replaced", worker=successor.index, pid=successor.pid, old_pid=pid, pause_us=microseconds)
-        LOG.info(
-            f"Worker vcpu {successor.index}: pid {successor.pid} goes on for pid {pid}; the guest stood still for "
-            f"{microseconds} us."
-        )
-
-    def _successor_lost(self, worker: Worker, how: object) -> None:
-        text = worker.failure or f"{worker.name} {worker.ended_how()}."
-        LOG.warn(f"A worker that was to replace another one failed: {text}")
-        self._driver.lost(worker, text)
-
-    # ------------------------------------------------------------ what operations need (vmm.operations.driver.Machine)
+    # ------------------------------------------------------------ what operations need (vmm.operations)
 
     def drained(self) -> bool:
         """Have all exits of the parked vCPUs been executed?"""
@@ -319,37 +286,13 @@ class Vmm(DeviceOperations, Machine):
         """So many vCPUs could not be told that they were stopped."""
         METRICS["vcpu"].add("kvmclock_ctrl_fails", count)
 
-    def succeeded(self, replacement: Replacement) -> None:
+    def exchange_worker(self, predecessor: Worker, successor: Worker) -> None:
         """The successor runs the predecessor's vCPUs from now on."""
-        predecessor, successor = replacement.predecessor, replacement.successor
-        index = predecessor.index
         self.vcpus_handles[self.vcpus_handles.index(predecessor)] = successor
         predecessor.replaced()
         self._own(successor)
         if self._ghosts is not None:
-            self._ghosts.forget_sources(index)
-        self._replacements[index] = self._replacements.get(index, 0) + 1
-
-    def retire(self, worker: Worker) -> None:
-        """End a worker that is no part of the microVM any more."""
-        worker.on_failed = lambda worker, text: None
-        worker.on_ended = self._retired_ended
-        self._retired.append(worker)
-        if not worker.alive:
-            self._retired_ended(worker)
-            return
-        if worker.state is WorkerState.REPLACED:
-            worker.finish()
-        else:
-            worker.kill()
-        if worker.state in DEADLINES and self._ops is not None:
-            deadline = time.monotonic_ns() + DEADLINES[worker.state].nanoseconds
-            self._ops.add_timer(deadline, lambda: worker.expire() if worker.alive else None)
-
-    def _retired_ended(self, worker: Worker, notice: CellEnded | None = None) -> None:
-        if worker in self._retired:
-            self._retired.remove(worker)
-            worker.close()
+            self._ghosts.forget_sources(predecessor.index)
 
     def _read_quiescence(self) -> tuple[QuiescentWorker, ...]:
         open_exits = [
@@ -380,7 +323,7 @@ class Vmm(DeviceOperations, Machine):
 
         Raises DeviceError when the guest has not read what was typed before: the buffer has 16 bytes, this takes 4.
         """
-        self._require_alive()
+        self.require_alive()
         try:
             self.device_manager.i8042.send_ctrl_alt_del()
         except DeviceError as error:
@@ -404,12 +347,13 @@ class Vmm(DeviceOperations, Machine):
     def _by_vcpu(self) -> list[tuple[int, Worker]]:
         return sorted((vcpu, worker) for worker in self.vcpus_handles for vcpu in worker.assignment.vcpus)
 
-    def _require_alive(self) -> None:
+    def require_alive(self) -> None:
+        """Raise StateError after the end."""
         if self._shutdown_exit_code is not None:
             raise StateError("The microVM has ended.")
 
     def _require_paused(self, operation: str) -> None:
-        self._require_alive()
+        self.require_alive()
         if self._state != STATE_PAUSED:
             raise StateError(f"{operation} needs a paused microVM: save/restore unavailable while running.")
 
@@ -472,7 +416,7 @@ class Vmm(DeviceOperations, Machine):
 
     def init(self, ops: EventOps) -> None:
         """Subscriber: there are deadlines to be armed."""
-        self._ops = ops
+        self.replacements.ops = ops
 
     def process(self, events: Events, ops: EventOps) -> None:
         """Subscriber: workers have subscriptions of their own, here only time is watched; anything else is logged."""
@@ -488,7 +432,7 @@ class Vmm(DeviceOperations, Machine):
         if self.restart_wanted and self._shutdown_exit_code is None:
             self._shutdown_exit_code = exit_codes.OK  # that its workers end now is no news
         try:
-            end_workers([*self.vcpus_handles, *self._retired])
+            end_workers([*self.vcpus_handles, *self.replacements.retired])
             for executor in self._executors.values():
                 executor.drain()
             self.flush_console()
@@ -499,7 +443,7 @@ class Vmm(DeviceOperations, Machine):
     def _release(self) -> None:
         for subscription in self._subscriptions:
             self._events.remove_subscriber(subscription)
-        for worker in [*self.vcpus_handles, *self._retired]:
+        for worker in [*self.vcpus_handles, *self.replacements.retired]:
             worker.close()
         for executor in self._executors.values():
             executor.close()
@@ -519,7 +463,7 @@ class Vmm(DeviceOperations, Machine):
         self.close()
 
 
-def _cannot_make_successor(worker: Worker) -> Replacement:
+def _cannot_make_successor(worker: Worker) -> Successor:
     raise StateError(f"Worker {worker.index} cannot be replaced.")
 
 

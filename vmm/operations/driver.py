@@ -6,61 +6,68 @@ import time
 
 from base.event_manager import EventManager
 from base.lean_std import deque
-from base.lean_typing import Any, Callable
-from ipc.messages.ghosts import GhostsParked, ParkGhosts, QuiescenceRead, ReadQuiescence
-from ipc.messages.worker import Pause, Paused, Resume, Resumed
-from vmm.cells.lifecycle import WorkerEvent
+from base.lean_typing import Callable, NamedTuple, Protocol, Sequence, TypeAlias
 from vmm.cells.worker import Worker
 from vmm.errors import MicrovmEndedError, VmmError, WorkerError
-from vmm.operations.quiescence import not_quiescent, quiescence_of
-from vmm.operations.replacement import Replacement
-from vmm.operations.run import (
-    NOBODY,
-    Action,
-    Await,
-    Command,
-    Commit,
-    Dismiss,
-    MachineLifecycle,
-    Member,
-    Outcome,
-    Settle,
-)
-from vmm.operations.tables import DRAIN_STEP, RESUME_STEP, VERIFY_STEP, Procedure
+from vmm.operations.run import Action, Await, Command, Commit, Dismiss, MachineLifecycle, Member, Outcome, Settle
+from vmm.operations.tables import Procedure, StepName
+
+#: Called with why a step was refused, or nothing.
+Answered: TypeAlias = Callable[[str], None]
 
 
-class Machine:
-    """What the driver asks of the microVM; a base class of ``vmm.machine.vmm.Vmm``."""
+def _no_refusal() -> str:
+    return ""
+
+
+def _nothing() -> None:
+    pass
+
+
+class Wait(NamedTuple):
+    """What has to become true before a step that nobody answers is over."""
+
+    #: Asked at every turn of the event loop.
+    is_over: Callable[[], bool]
+    #: Asked once it is over: why the step has failed, or nothing.
+    refusal: Callable[[], str] = _no_refusal
+    #: Called if the step's deadline passes first.
+    on_late: Callable[[], None] = _nothing
+
+
+class Operation(Protocol):
+    """One run: a procedure and what each of its steps does. Who carries it out knows none of them."""
+
+    procedure: Procedure
+    #: The index of the worker that is replaced, or -1.
+    predecessor_index: int
+
+    def step(self, name: StepName, member: Member, timeout_ns: int, answered: Answered) -> Wait | None:
+        """Have ``member`` carry a step out, then call ``answered``; or return what is to be waited for.
+
+        Raises VmmError, which is a refusal.
+        """
+
+    def commit(self) -> None:
+        """There is no way back any more: the successor runs the predecessor's vCPUs from now on."""
+
+    def dismiss(self, member: Member) -> None:
+        """End a worker that takes no part any more, without waiting for its end."""
+
+    def is_successor(self, worker: Worker) -> bool:
+        """Is this the worker that is to replace another one?"""
+
+
+class Machine(Protocol):
+    """What the driver asks of the microVM."""
 
     vcpus_handles: list[Worker]
 
-    def drained(self) -> bool:
-        """Have all exits of the parked vCPUs been executed?"""
-        raise NotImplementedError
-
-    def not_drained(self) -> None:
-        """They were not in time: whoever has one open broke the protocol."""
-        raise NotImplementedError
-
     def has_ended(self) -> bool:
         """Is the microVM on its way out, for whatever reason?"""
-        raise NotImplementedError
 
     def cannot_go_on(self, text: str) -> None:
         """An operation could be neither completed nor rolled back."""
-        raise NotImplementedError
-
-    def succeeded(self, replacement: Replacement) -> None:
-        """The commit: the successor runs the predecessor's vCPUs from now on."""
-        raise NotImplementedError
-
-    def retire(self, worker: Worker) -> None:
-        """End a worker that is not part of the machine any more, without waiting."""
-        raise NotImplementedError
-
-    def clock_failed(self, count: int) -> None:
-        """So many vCPUs could not be told that they were stopped."""
-        raise NotImplementedError
 
 
 class OperationDriver:
@@ -68,12 +75,11 @@ class OperationDriver:
 
     def __init__(self, machine: Machine, events: EventManager) -> None:
         self.life = MachineLifecycle(())
-        #: CLOCK_MONOTONIC in ns: when the guest began to stand still, and when it ran again.
-        self.parked_at = self.resumed_at = 0
         self._machine = machine
         self._events = events
-        self._replacement: Replacement | None = None
-        self._waits: Callable[[], bool] | None = None
+        self._operation: Operation | None = None
+        #: With the turn and the member that they belong to.
+        self._waits: list[tuple[int, Member, Wait]] = []
         self._deadline = 0
         self._error: VmmError | None = None
         self._settled: Settle | None = None
@@ -84,14 +90,14 @@ class OperationDriver:
         """All workers are there: their vCPUs are parked."""
         self.life = MachineLifecycle([worker.index for worker in self._machine.vcpus_handles])
 
-    def perform(self, procedure: Procedure, replacement: Replacement | None = None) -> None:
+    def perform(self, operation: Operation) -> None:
         """Carry an operation out. Raises StateError (nothing has changed), WorkerError or MicrovmEndedError."""
-        actions = self.life.begin(procedure, replacement.predecessor.index if replacement is not None else -1)
-        self._reset(replacement)
+        actions = self.life.begin(operation.procedure, operation.predecessor_index)
+        self._reset(operation)
         self._act(actions)
         while self.life.current is not None and not self._machine.has_ended():
             self._wait()
-        self._replacement = None
+        self._operation = None
         settled = self._settled
         if settled is not None and settled.outcome is Outcome.DONE:
             return
@@ -102,24 +108,19 @@ class OperationDriver:
             raise MicrovmEndedError("The microVM has ended.") if settled is None else WorkerError(settled.text)
         raise WorkerError(settled.text)
 
-    def _reset(self, replacement: Replacement | None) -> None:
-        self._replacement = replacement
+    def _reset(self, operation: Operation) -> None:
+        self._operation = operation
         self._error = None
         self._settled = None
-        self._waits = None
+        self._waits = []
 
     def lost(self, worker: Worker, text: str) -> None:
         """A worker has ended or failed."""
-        successor = self._replacement is not None and worker is self._replacement.successor
+        successor = self._operation is not None and self._operation.is_successor(worker)
         if successor or worker in self._machine.vcpus_handles:
             if not successor and self._error is None:
                 self._error = worker.error()
             self._act(self.life.lost(Member(worker.index, successor), text))
-
-    def pong(self, worker: Worker, says: str) -> None:
-        """A worker says how it is."""
-        if worker in self._machine.vcpus_handles and self.life.must_resume(says):
-            self._resume(worker, lambda refusal: None)
 
     # ------------------------------------------------------------ waiting
 
@@ -127,35 +128,27 @@ class OperationDriver:
         run = self.life.current
         assert run is not None
         turn = run.turn
-        refusal = ""
-        ready = False
+        over: tuple[int, Member, Wait] | None = None
 
         def moved() -> bool:
-            nonlocal refusal, ready
+            nonlocal over
             if self.life.current is not run or run.turn != turn or self._machine.has_ended():
                 return True
-            if self._waits is None:
-                return False
-            try:
-                ready = self._waits()
-            except VmmError as error:
-                refusal = str(error)
-            return ready or bool(refusal)
+            over = next((each for each in self._waits if each[0] == turn and each[2].is_over()), None)
+            return over is not None
 
         if not self._events.run_until(moved, self._deadline):
-            if run.step is not None and run.step.name == DRAIN_STEP.name:
-                self._machine.not_drained()  # that is a failure of its own, and says more
+            for _, _, wait in self._waits:
+                wait.on_late()
             self._act(self.life.expired(turn))
-        elif (ready or refusal) and self.life.current is run and run.turn == turn:
-            self._waits = None
-            member = NOBODY
-            if run.step is not None and run.step.name == "fork":
-                member = Member(run.predecessor, successor=True)
-            self._act(self.life.answered(member, turn, refusal))
+        elif over is not None and self.life.current is run and run.turn == turn:
+            self._waits.remove(over)
+            _, member, wait = over
+            self._act(self.life.answered(member, turn, wait.refusal()))
 
     # ------------------------------------------------------------ acting
 
-    def _act(self, actions: list[Action]) -> None:
+    def _act(self, actions: Sequence[Action]) -> None:
         """Do what the table says. An answer that comes at once has its turn after what was said before it."""
         self._actions.extend(actions)
         if self._acting:
@@ -168,85 +161,34 @@ class OperationDriver:
             self._acting = False
 
     def _do(self, action: Action) -> None:
-        run = self.life.current
-        if isinstance(action, Command):
-            if run is not None and run.turn == action.turn:
-                self._tell(action)
-        elif isinstance(action, Await):
-            if run is not None and run.turn == action.turn:
-                self._deadline = time.monotonic_ns() + action.nanoseconds
-        elif isinstance(action, Commit):
-            assert self._replacement is not None
-            self._machine.succeeded(self._replacement)
-        elif isinstance(action, Dismiss):
-            assert self._replacement is not None
-            self._machine.retire(
-                self._replacement.successor if action.member.successor else self._replacement.predecessor
-            )
-        else:
+        if isinstance(action, Settle):
             self._settled = action
             if action.outcome is Outcome.ENDED:
                 self._machine.cannot_go_on(action.text)
+            return
+        operation = self._operation
+        assert operation is not None
+        if isinstance(action, Commit):
+            operation.commit()
+        elif isinstance(action, Dismiss):
+            operation.dismiss(action.member)
+        elif self.life.current is not None and self.life.current.turn == action.turn:
+            if isinstance(action, Await):
+                self._deadline = time.monotonic_ns() + action.nanoseconds
+            else:
+                self._command(operation, action)
 
-    def _tell(self, action: Command) -> None:
+    def _command(self, operation: Operation, action: Command) -> None:
         member, step, turn = action
-        self._waits = None
+        self._waits = [each for each in self._waits if each[0] == turn]
 
         def answered(refusal: str) -> None:
             self._act(self.life.answered(member, turn, refusal))
 
-        replacement = self._replacement
-        if replacement is not None and step.name in replacement.steps:
-            try:
-                replacement.steps[step.name](step.deadline_ns, answered)
-            except VmmError as error:
-                answered(str(error))
-            self._waits = replacement.waits
-            replacement.waits = None
+        try:
+            wait = operation.step(step.name, member, step.deadline_ns, answered)
+        except VmmError as error:
+            answered(str(error))
             return
-        if step.name == DRAIN_STEP.name:
-            self._waits = self._machine.drained
-            return
-        worker = self._worker(member.worker)
-        if step.name == RESUME_STEP.name:
-            self._resume(worker, answered)
-        elif step.name == "park":
-            self._park(worker, step.deadline_ns, answered)
-        elif step.name == VERIFY_STEP.name:
-            self._verify(worker, step.deadline_ns, answered)
-        else:
-            worker.ask(
-                ParkGhosts(), GhostsParked, lambda reply, refusal: answered(refusal), timeout_ns=step.deadline_ns
-            )
-
-    def _worker(self, index: int) -> Worker:
-        return next(worker for worker in self._machine.vcpus_handles if worker.index == index)
-
-    def _resume(self, worker: Worker, answered: Callable[[str], None]) -> None:
-        def resumed(reply: Any, refusal: str) -> None:
-            self.resumed_at = time.monotonic_ns()
-            answered(refusal)
-
-        worker.note(WorkerEvent.START)
-        worker.ask(Resume(), Resumed, resumed, timeout_ns=0, event=WorkerEvent.RESUMED)
-
-    @staticmethod
-    def _verify(worker: Worker, timeout_ns: int, answered: Callable[[str], None]) -> None:
-        if not worker.assignment.ghosts:
-            answered("")  # it has nothing that could hold anything
-            return
-
-        def read(reply: Any, refusal: str) -> None:
-            answered(refusal or not_quiescent(quiescence_of(worker, reply, 0)))
-
-        worker.ask(ReadQuiescence(), QuiescenceRead, read, timeout_ns=timeout_ns)
-
-    def _park(self, worker: Worker, timeout_ns: int, answered: Callable[[str], None]) -> None:
-        def parked(reply: Any, refusal: str) -> None:
-            if reply is not None:
-                self._machine.clock_failed(reply.kvmclock_ctrl_failures)
-            answered(refusal)
-
-        if worker is self._machine.vcpus_handles[0]:
-            self.parked_at = time.monotonic_ns()
-        worker.ask(Pause(), Paused, parked, timeout_ns=timeout_ns, event=WorkerEvent.PAUSED)
+        if wait is not None:
+            self._waits.append((turn, member, wait))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from base.lean_typing import Enum, NamedTuple, Sequence
 from vmm.cells.lifecycle import SECOND_NS
 from vmm.errors import StateError
-from vmm.operations.tables import MachineState, Procedure, Step, Verdict, Who
+from vmm.operations.tables import MachineState, Procedure, Step, StepName, Verdict, Who
 
 
 class Member(NamedTuple):
@@ -84,7 +84,7 @@ class OperationRun:
         self._predecessor = predecessor
         self._undoing = False
         self._late = ""
-        self._begun: set[str] = set()
+        self._begun: set[StepName] = set()
         self._left: list[Step] = list(procedure.steps)
         self._waiting: set[Member] = set()
 
@@ -126,13 +126,12 @@ class OperationRun:
     def _who_is_late(self) -> str:
         assert self.step is not None
         seconds = f"{self.step.deadline_ns / SECOND_NS:g} s"
-        waiting = sorted(self._waiting)
-        if waiting == [NOBODY]:
-            if self.step.name == "drain":
-                return f"The exits of the paused vCPUs were not executed in time ({seconds})."
-            return f"The worker that was to replace vcpu {self._predecessor} did not end within {seconds}."
-        names = ", ".join(f"vcpu {member.worker}{' (new)' if member.successor else ''}" for member in waiting)
-        return f"Worker {names} did not answer within {seconds} ({self.step.name})."
+        if self.step.late:
+            return self.step.late.format(time=seconds, worker=self._predecessor)
+        names = ", ".join(
+            f"vcpu {member.worker}{' (new)' if member.successor else ''}" for member in sorted(self._waiting)
+        )
+        return f"Worker {names} did not answer within {seconds} ({self.step.name.value})."
 
     def _members(self, who: Who) -> set[Member]:
         if who is Who.ALL:
@@ -173,7 +172,8 @@ class OperationRun:
         self._undoing = True
         self.text = text
         self._left = [undo.step for undo in self.procedure.undo if undo.since in self._begun]
-        dismiss: list[Action] = [Dismiss(Member(self._predecessor, successor=True))] if self._predecessor >= 0 else []
+        unneeded = Member(self._predecessor, successor=True)
+        dismiss: list[Action] = [Dismiss(unneeded)] if self._predecessor >= 0 else []
         return dismiss + self._next()
 
     def _settle(self, outcome: Outcome, text: str) -> list[Action]:

@@ -32,10 +32,11 @@ from vmm.devices.legacy.console import ConsoleOutput
 from vmm.devices.manager import DeviceManager
 from vmm.errors import DeviceError, MicrovmEndedError, StateError, VmmError, WorkerError
 from vmm.layout import IOAPIC_ADDRESS
-from vmm.machine import vmm as vmm_module
 from vmm.machine.vmm import Vmm
 from vmm.observe.logger import LOG
-from vmm.operations.tables import PAUSE
+from vmm.operations import pause as pause_module
+from vmm.operations import tables
+from vmm.operations.tables import PAUSE, StepName
 from vmm.placement import Placement
 from vmm.snapshot import state_file
 from vmm.snapshot.state_file import QuiescentWorker
@@ -198,8 +199,8 @@ def test_a_pause_drains_what_was_posted(make):
 
 
 def test_a_worker_that_says_paused_with_an_exit_open_is_ended(make, monkeypatch, log):
-    soon = tuple(step._replace(deadline_ns=50_000_000) if step.name == "drain" else step for step in PAUSE.steps)
-    monkeypatch.setattr(vmm_module, "PAUSE", PAUSE._replace(steps=soon))
+    soon = [step._replace(deadline_ns=50_000_000) if step.name is StepName.DRAIN else step for step in PAUSE.steps]
+    monkeypatch.setattr(tables, "PAUSE", PAUSE._replace(steps=tuple(soon)))
 
     def pause(worker: StandInWorker, sequence: int) -> None:
         # The controller asks for a route before it executes the write; the answer never comes.
@@ -417,7 +418,7 @@ def test_a_guest_that_resets_before_the_worker_has_said_that_it_runs_has_run(mak
     def resume(worker, answered):
         machine.vmm.guest_reset()  # its exit came first; the answer comes after the end, or never
 
-    monkeypatch.setattr(machine.vmm._driver, "_resume", resume)
+    monkeypatch.setattr(pause_module, "resume", resume)
     machine.vmm.resume_vm()
     assert machine.vmm.shutdown_exit_code() == 0
     assert machine.vmm.instance_info.state == "Running"
@@ -431,7 +432,7 @@ def test_a_guest_that_restarts_as_soon_as_it_runs_was_not_paused(make, monkeypat
     machine = make()
     machine.vmm.restarts = True
     driver = machine.vmm._driver
-    ask = driver._resume
+    ask = pause_module.resume
 
     def resume(worker, answered):
         if answers_first:
@@ -439,7 +440,7 @@ def test_a_guest_that_restarts_as_soon_as_it_runs_was_not_paused(make, monkeypat
             machine.controller.serve(lambda: driver.life.current is None)
         machine.vmm.guest_reset()
 
-    monkeypatch.setattr(driver, "_resume", resume)
+    monkeypatch.setattr(pause_module, "resume", resume)
     machine.vmm.resume_vm()
     assert machine.vmm.restart_wanted
     assert machine.vmm.instance_info.state == "Running"

@@ -18,10 +18,10 @@ from vmm.cells.descriptors import WorkerDescriptors
 from vmm.cells.lifecycle import WorkerState
 from vmm.cells.worker import Worker
 from vmm.errors import StateError, WorkerError
-from vmm.machine import vmm as vmm_module
 from vmm.machine.post_mortem import Cause
 from vmm.observe.event_log import EVENTS
-from vmm.operations.replacement import Interrupts, Replacement
+from vmm.operations import tables
+from vmm.operations.replacement import Interrupts, Successor
 from vmm.operations.tables import REPLACE
 
 
@@ -31,7 +31,7 @@ class Replaceable(Machine):
     def __init__(self, directory: Any, *behaviours: Callable[[StandInWorker], None]) -> None:
         super().__init__(directory, *behaviours)
         self.successors: list[Worker] = []
-        self.vmm.make_successor = self._make_successor
+        self.vmm.replacements.make_successor = self._make_successor
         first = self.controller.supervisor.on_cell_ended
 
         def cell_ended(notice: Any) -> None:
@@ -42,7 +42,7 @@ class Replaceable(Machine):
         self.controller.supervisor.on_cell_ended = cell_ended
         self.vmm.resume_vm()
 
-    def _make_successor(self, predecessor: Worker) -> Replacement:
+    def _make_successor(self, predecessor: Worker) -> Successor:
         controller = self.controller
         successor = Worker(0, controller.plan, controller.context, controller.events, controller.supervisor)
         self.successors.append(successor)
@@ -54,7 +54,7 @@ class Replaceable(Machine):
             ((0, *ring),),
             tuple((line.gsi, line.eventfd) for line in self.devices.interrupts),
         )
-        return Replacement(predecessor, successor, configure_message(), descriptors, lambda: Interrupts((), ()))
+        return Successor(successor, configure_message(), descriptors, lambda: Interrupts((), ()))
 
     def close(self) -> None:
         super().close()
@@ -79,8 +79,8 @@ def make(tmp_path, log):
 
 def soon(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Give these steps little time."""
-    steps = tuple(step._replace(deadline_ns=200_000_000) if step.name in names else step for step in REPLACE.steps)
-    monkeypatch.setattr(vmm_module, "REPLACE", REPLACE._replace(steps=steps))
+    steps = [step._replace(deadline_ns=200_000_000) if step.name.value in names else step for step in REPLACE.steps]
+    monkeypatch.setattr(tables, "REPLACE", REPLACE._replace(steps=tuple(steps)))
 
 
 def refuse(text: str) -> Callable[[StandInWorker, int], object]:
@@ -246,13 +246,13 @@ def test_only_one_operation_goes_on_at_a_time(make):
         refused.append(str(error.value))
 
     machine = make(honest, honest)
-    original = machine.vmm.succeeded
+    original = machine.vmm.exchange_worker
 
-    def succeeded(replacement: Replacement) -> None:
+    def exchange_worker(predecessor: Worker, successor: Worker) -> None:
         try_another()
-        original(replacement)
+        original(predecessor, successor)
 
-    machine.vmm.succeeded = succeeded
+    machine.vmm.exchange_worker = exchange_worker
     machine.vmm.replace_vcpu(0)
     assert refused == ["Another operation (replace) is going on."]
 
@@ -261,11 +261,11 @@ def test_replacements_leak_no_descriptors(make):
     machine = make(honest)
     for _ in range(2):
         machine.vmm.replace_vcpus()
-    machine.controller.serve(lambda: not machine.vmm._retired)
+    machine.controller.serve(lambda: not machine.vmm.replacements.retired)
     before = open_descriptors()
     for _ in range(5):
         machine.vmm.replace_vcpus()
-    machine.controller.serve(lambda: not machine.vmm._retired)
+    machine.controller.serve(lambda: not machine.vmm.replacements.retired)
     settle(before)
 
 

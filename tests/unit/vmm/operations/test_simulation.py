@@ -12,7 +12,7 @@ from vcpu_worker.lifecycle import Event, State
 from vmm.errors import StateError
 from vmm.operations import run as run_module
 from vmm.operations.run import Action, Command, Dismiss, MachineLifecycle, OperationRun, Outcome, Settle
-from vmm.operations.tables import PAUSE, PROCEDURES, REPLACE, RESUME, Step, Undo, Verdict, Who, check
+from vmm.operations.tables import PAUSE, PROCEDURES, REPLACE, RESUME, Step, StepName, Undo, Verdict, Who, check
 
 
 @pytest.mark.soak("smp")
@@ -47,12 +47,12 @@ def _broken(monkeypatch, **changes):
 
 def test_without_rolling_back_it_goes_red(monkeypatch):
     """The others resume, the worker that has handed over never does."""
-    _broken(monkeypatch, undo=tuple(undo for undo in REPLACE.undo if undo.since != "hand over"))
+    _broken(monkeypatch, undo=tuple(undo for undo in REPLACE.undo if undo.since is not StepName.HAND_OVER))
     assert _goes_red()
 
 
 def test_a_successor_that_is_not_waited_for_goes_red(monkeypatch):
-    _broken(monkeypatch, undo=tuple(undo for undo in REPLACE.undo if undo.step.name != "await end"))
+    _broken(monkeypatch, undo=tuple(undo for undo in REPLACE.undo if undo.step.name is not StepName.AWAIT_END))
     assert _goes_red(loss=0.03, deaths=0, stops=0, slow=0.0, slow_parks=0.0)
 
 
@@ -102,15 +102,22 @@ def test_the_tables_are_sound(procedure):
     assert check(procedure) == ""
 
 
+#: Asks something of the worker that was replaced.
+LAST = Step(StepName.ROLL_BACK, Who.PREDECESSOR, 1, Verdict.END, Verdict.END)
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
         ({"steps": (REPLACE.steps[0], REPLACE.steps[0])}, "occurs twice"),
-        ({"undo": (Undo("dance", REPLACE.steps[-1]),)}, "never done"),
-        ({"commit": "dance"}, "is no step"),
-        ({"commit": "load"}, "after the commit"),
-        ({"steps": (*REPLACE.steps, Step("ask", Who.PREDECESSOR, 1, Verdict.END, Verdict.END))}, "that was replaced"),
-        ({"undo": (Undo("park", REPLACE.steps[2]),)}, "cannot be part of rolling back"),
+        ({"undo": (Undo(StepName.ROLL_BACK, REPLACE.steps[-1]),)}, "never done"),
+        ({"commit": StepName.ROLL_BACK}, "is no step"),
+        ({"commit": StepName.LOAD}, "after the commit"),
+        (
+            {"steps": (*REPLACE.steps, Step(StepName.ROLL_BACK, Who.PREDECESSOR, 1, Verdict.END, Verdict.END))},
+            "that was replaced",
+        ),
+        ({"undo": (Undo(StepName.PARK, REPLACE.steps[2]),)}, "cannot be part of rolling back"),
     ],
 )
 def test_unsound_tables_are_told(changes, text):
@@ -123,7 +130,7 @@ def _walk(operation: OperationRun) -> list[str]:
     actions: list[Action] = operation.start()
     while operation.outcome is None:
         commands = [action for action in actions if isinstance(action, Command)]
-        told.append(f"{commands[0].step.name} {len(commands)}")
+        told.append(f"{commands[0].step.name.value} {len(commands)}")
         actions = []
         for member, _, turn in commands:
             actions += operation.answered(member, turn)
@@ -163,7 +170,7 @@ def test_every_failure_of_a_replacement_has_one_outcome(position, how):
             assert not operation.committed
         actions = [more for action in actions if isinstance(action, Command)
                    for more in operation.answered(action.member, action.turn)]  # fmt: skip
-    drained = commands[0].step.name == "drain"
+    drained = commands[0].step.name is StepName.DRAIN
     expected = {
         "refused": Outcome.ENDED if committed or drained else Outcome.UNDONE,
         "late": Outcome.LATE if committed else Outcome.ENDED if drained else Outcome.UNDONE,
