@@ -1,13 +1,15 @@
-"""The loop that drives the controller: one thread, epoll, subscribers with ``init`` and ``process``.
+"""The loop that drives a cell: one thread, epoll, subscribers with their descriptors, timers and calls.
 
 Rules that subscribers rely on:
 
-- Registrations belong to a subscriber; removing it removes its descriptors and timers, and nothing of it is
+- Registrations belong to a subscriber; removing it removes its descriptors, timers and calls, and nothing of it is
   delivered afterwards, not even events that were already fetched from the kernel.
 - A descriptor is removed before it is closed. Its number may be registered again at once.
-- ``run_until`` may be called from inside ``process``. Both loops share one queue of fetched events, so that an
-  event is neither lost (edge-triggered ones would be) nor delivered twice.
-- Subscribers that are paused keep their registrations; what happens meanwhile is delivered when they go on.
+- A turn is: look at the kernel, then the timers that are due, what was ready, and the calls (``soon``) that waited
+  when the kernel was looked at. A handler does a bounded amount of work and calls ``soon`` to go on: whatever renews
+  itself, call or timer, waits for the next turn, and keeps nobody from theirs.
+- ``run_until`` may be called from inside a handler. Both loops share what was fetched, so that an event is neither lost
+  (edge-triggered ones would be) nor delivered twice.
 - An event may be out of date when it is delivered (another subscriber read the descriptor): reads must not block.
 - Timers cost no system call: the loop waits no longer than until the next one.
 - A signal does not end a wait; who wants to be woken by one registers a signalfd or a wake-up descriptor.
@@ -25,7 +27,7 @@ from base.lean_std import deque
 from base.lean_typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Set
+    from collections.abc import Callable
 
 IN = select.EPOLLIN
 OUT = select.EPOLLOUT
@@ -36,11 +38,13 @@ EDGE_TRIGGERED = select.EPOLLET
 
 #: Events fetched from the kernel at a time.
 MAX_EVENTS = 64
-#: Descriptors and timers that one controller may register: a bound against leaks, far above what devices need.
+#: Descriptors that one loop may watch: a bound against leaks, far above what devices need.
 MAX_REGISTRATIONS = 4096
-MAX_TIMERS = 1024
+#: Fewer cancelled timers than this are left where they are: they go when their time comes.
+MIN_REBUILD = 64
 
 _NS_PER_SECOND = 1_000_000_000
+_REMOVED = "The subscriber was removed"
 
 
 class EventManagerError(CellblockError):
@@ -66,21 +70,91 @@ class Events:
 class Timer:
     """A call in the future; made by ``EventOps.add_timer``."""
 
-    __slots__ = ("deadline_ns", "callback", "owner", "cancelled", "order")
+    __slots__ = ("_callback", "_heap", "owner")
 
-    def __init__(self, deadline_ns: int, callback: Callable[[], None], owner: _Subscription, order: int) -> None:
-        self.deadline_ns = deadline_ns
-        self.callback = callback
+    def __init__(self, callback: Callable[[], None], owner: _Subscription, heap: _TimerHeap) -> None:
         self.owner = owner
-        self.cancelled = False
-        self.order = order
+        self._callback: Callable[[], None] | None = callback
+        #: Where it waits; None once it has come up.
+        self._heap: _TimerHeap | None = heap
 
-    def __lt__(self, other: Timer) -> bool:
-        return (self.deadline_ns, self.order) < (other.deadline_ns, other.order)
+    @property
+    def pending(self) -> bool:
+        """Whether the call is still to come."""
+        return self._callback is not None
 
     def cancel(self) -> None:
         """Forget the call. Harmless when it was made already."""
-        self.cancelled = True
+        if self._callback is None:
+            return
+        self._callback = None
+        if self._heap is not None:
+            self._heap.one_cancelled()
+            self._heap = None
+
+    def fire(self) -> bool:
+        """Make the call, unless it was cancelled; tells whether it was made."""
+        callback, self._callback = self._callback, None
+        if callback is None:
+            return False
+        callback()
+        return True
+
+
+class _TimerHeap:
+    """Timers in the order of their deadlines. Cancelled ones stay until they come up, or are more than half."""
+
+    __slots__ = ("_cancelled", "_entries", "_order")
+
+    def __init__(self) -> None:
+        #: Deadline, and the order of setting among equal ones: a comparison never gets to the timer.
+        self._entries: list[tuple[int, int, Timer]] = []
+        self._order = 0
+        self._cancelled = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, deadline_ns: int, callback: Callable[[], None], owner: _Subscription) -> Timer:
+        self._order = order = self._order + 1
+        timer = Timer(callback, owner, self)
+        heappush(self._entries, (deadline_ns, order, timer))
+        return timer
+
+    def one_cancelled(self) -> None:
+        """Count it. Rebuilding costs each cancelled timer a constant in the mean: more than half of them leave."""
+        self._cancelled = cancelled = self._cancelled + 1
+        if cancelled > MIN_REBUILD and cancelled * 2 > len(self._entries):
+            # In place: somebody further up on the stack may be at work with the list.
+            self._entries[:] = [entry for entry in self._entries if entry[2].pending]
+            heapify(self._entries)
+            self._cancelled = 0
+
+    def next_ns(self) -> int | None:
+        """Return the deadline of the next timer; None if none is set."""
+        entries = self._entries
+        while entries:
+            if entries[0][2].pending:
+                return entries[0][0]
+            heappop(entries)
+            self._cancelled -= 1
+        return None
+
+    def take_due(self, now_ns: int, due: deque[Timer]) -> None:
+        """Move what is due by now to the end of ``due``, in order."""
+        entries = self._entries
+        while entries and entries[0][0] <= now_ns:
+            timer = heappop(entries)[2]
+            if timer.pending:
+                timer._heap = None  # cancelling it is nothing to us any more
+                due.append(timer)
+            else:
+                self._cancelled -= 1
+
+    def cancel_all(self, owner: _Subscription) -> None:
+        """Cancel what belongs to ``owner``."""
+        for timer in [entry[2] for entry in self._entries if entry[2].owner is owner]:
+            timer.cancel()
 
 
 class EventSubscriber(Protocol):
@@ -90,47 +164,52 @@ class EventSubscriber(Protocol):
         """Register what is to be watched; called once, by ``add_subscriber``."""
 
     def process(self, events: Events, ops: EventOps) -> None:
-        """Handle one event. ``events`` is only valid during the call."""
-
-
-class _Registration:
-    __slots__ = ("fd", "data", "event_set", "owner", "active", "parked", "events")
-
-    def __init__(self, fd: int, data: int, event_set: int, owner: _Subscription) -> None:
-        self.fd = fd
-        self.data = data
-        self.event_set = event_set
-        self.owner = owner
-        self.active = True
-        #: Taken out of epoll while the owner is paused.
-        self.parked = False
-        #: Reused for every delivery, so that an event costs no allocation.
-        self.events = Events(fd, data, 0)
+        """Handle an event of a descriptor that was added by ``EventOps.add``. ``events`` is valid during the call."""
 
 
 class _Subscription:
-    __slots__ = ("number", "subscriber", "ops", "registrations", "active")
+    __slots__ = ("number", "subscriber", "ops", "descriptors", "active")
 
     def __init__(self, number: int, subscriber: EventSubscriber, manager: EventManager) -> None:
         self.number = number
         self.subscriber = subscriber
-        self.registrations: dict[int, _Registration] = {}
+        self.descriptors: set[int] = set()
         self.active = True
         self.ops = EventOps(manager, self)
+
+    def processing(self, fd: int, data: int) -> Callable[[int], None]:
+        """Return a handler that calls ``process``, always with the same object: an event costs no allocation."""
+        subscriber, ops = self.subscriber, self.ops
+        events = Events(fd, data, 0)
+
+        def handler(event_set: int) -> None:
+            events.event_set = event_set
+            subscriber.process(events, ops)
+
+        return handler
 
 
 class EventOps:
     """What a subscriber may do with its registrations; valid as long as the subscriber is."""
 
-    __slots__ = ("_manager", "_subscription")
+    __slots__ = ("_calls", "_manager", "_subscription", "_timers")
 
     def __init__(self, manager: EventManager, subscription: _Subscription) -> None:
         self._manager = manager
         self._subscription = subscription
+        self._timers = manager._timers
+        self._calls = manager._calls
 
     def add(self, fd: int, event_set: int, data: int = 0) -> None:
-        """Watch a descriptor. Raises EventManagerError if it is watched already or cannot be watched."""
-        self._manager._add(self._subscription, fd, event_set, data)
+        """Watch a descriptor; its events go to ``process``.
+
+        Raises EventManagerError if it is watched already or cannot be watched.
+        """
+        self._manager._watch(self._subscription, fd, event_set, self._subscription.processing(fd, data))
+
+    def watch(self, fd: int, event_set: int, handler: Callable[[int], None]) -> None:
+        """Watch a descriptor; its events go straight to ``handler(event_set)``. Raises as :meth:`add`."""
+        self._manager._watch(self._subscription, fd, event_set, handler)
 
     def modify(self, fd: int, event_set: int) -> None:
         """Watch for something else; ``event_set`` 0 leaves only hang-up and error."""
@@ -141,8 +220,16 @@ class EventOps:
         self._manager._remove(self._subscription, fd)
 
     def add_timer(self, deadline_ns: int, callback: Callable[[], None]) -> Timer:
-        """Call ``callback`` once when ``time.monotonic_ns()`` has reached ``deadline_ns``; 0 means in the next turn."""
-        return self._manager._add_timer(self._subscription, deadline_ns, callback)
+        """Call ``callback`` once when ``time.monotonic_ns()`` has reached ``deadline_ns``. Cancelling it is cheap."""
+        if not self._subscription.active:
+            raise EventManagerError(_REMOVED)
+        return self._timers.add(deadline_ns, callback, self._subscription)
+
+    def soon(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` once in the next turn, after what is ready by then."""
+        if not self._subscription.active:
+            raise EventManagerError(_REMOVED)
+        self._calls.append((self._subscription, callback))
 
 
 class EventManager:
@@ -151,17 +238,18 @@ class EventManager:
     def __init__(self) -> None:
         self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
         self._subscriptions: dict[int, _Subscription] = {}
-        self._registrations: dict[int, _Registration] = {}
-        self._fetched: deque[tuple[_Registration, int]] = deque()
-        self._timers: list[Timer] = []
-        self._timer_order = 0
+        self._handlers: dict[int, Callable[[int], None]] = {}
+        self._timers = _TimerHeap()
         self._next_number = 1
-        #: How often each subscriber is paused by nested ``run_until`` calls.
-        self._paused: dict[int, int] = {}
-        self._parked: list[_Registration] = []
+        # What this turn still has to deliver, in this order; all loops on the stack share it.
+        self._due: deque[Timer] = deque()
+        self._fetched: deque[tuple[int, int]] = deque()
+        self._calls_due = 0
+        #: The first ``_calls_due`` are this turn's.
+        self._calls: deque[tuple[_Subscription, Callable[[], None]]] = deque()
 
     def __repr__(self) -> str:
-        return f"EventManager({len(self._subscriptions)} subscribers, {len(self._registrations)} descriptors)"
+        return f"EventManager({len(self._subscriptions)} subscribers, {len(self._handlers)} descriptors)"
 
     def fileno(self) -> int:
         """Return the epoll descriptor."""
@@ -191,86 +279,86 @@ class EventManager:
         subscription = self._subscriptions.pop(number, None)
         if subscription is None:
             raise EventManagerError(f"No subscriber {number} is registered")
-        subscription.active = False
-        for fd in list(subscription.registrations):
+        subscription.active = False  # its calls are dropped when their turn comes
+        for fd in list(subscription.descriptors):
             self._remove(subscription, fd)
-        for timer in self._timers:
+        for timer in self._due:
             if timer.owner is subscription:
-                timer.cancelled = True
+                timer.cancel()
+        self._timers.cancel_all(subscription)
 
     def run(self, timeout_ms: int = -1) -> int:
         """Wait at most ``timeout_ms`` (-1: forever), deliver what happened, and return how much was delivered."""
-        if not self._fetched:
+        if not (self._fetched or self._due or self._calls_due):
             deadline_ns = None if timeout_ms < 0 else time.monotonic_ns() + timeout_ms * 1_000_000
             self._fetch(deadline_ns)
-        delivered = self._fire_timers()
-        while self._fetched:
-            delivered += self._deliver_next()
+        delivered = 0
+        while self._due:
+            delivered += self._due.popleft().fire()
+        fetched, handlers = self._fetched, self._handlers
+        while fetched:
+            fd, event_set = fetched.popleft()
+            handler = handlers.get(fd)
+            if handler is not None:
+                handler(event_set)
+                delivered += 1
+        while self._calls_due:
+            delivered += self._make_call()
         return delivered
 
-    def run_until(self, done: Callable[[], bool], deadline_ns: int | None, paused: Set[int] = frozenset()) -> bool:
+    def run_until(self, done: Callable[[], bool], deadline_ns: int | None) -> bool:
         """Run the loop until ``done()`` or until the monotonic deadline (None: without one); returns ``done()``.
 
-        Subscribers in ``paused`` are not called meanwhile. May be nested. Nothing is delivered after ``done()`` has
-        turned true: what was fetched by then waits for the next turn.
+        May be nested. Nothing is delivered after ``done()`` has turned true: what was fetched by then waits for the
+        next turn.
         """
-        for number in paused:
-            self._paused[number] = self._paused.get(number, 0) + 1
-        try:
-            while True:
-                while self._fetched:
-                    if done():
-                        return True
-                    self._deliver_next()
-                if done():
-                    return True
-                if deadline_ns is not None and time.monotonic_ns() >= deadline_ns:
-                    return False
+        while True:
+            if done():
+                return True
+            if self._due:
+                self._due.popleft().fire()
+            elif self._fetched:
+                fd, event_set = self._fetched.popleft()
+                handler = self._handlers.get(fd)
+                if handler is not None:
+                    handler(event_set)
+            elif self._calls_due:
+                self._make_call()
+            elif deadline_ns is not None and time.monotonic_ns() >= deadline_ns:
+                return False
+            else:
                 self._fetch(deadline_ns)
-                self._fire_timers()
-        finally:
-            for number in paused:
-                count = self._paused[number] - 1
-                if count:
-                    self._paused[number] = count
-                else:
-                    del self._paused[number]
-            self._unpark()
 
     # -- registrations ------------------------------------------------------------------------------------------------
 
-    def _add(self, subscription: _Subscription, fd: int, event_set: int, data: int) -> None:
+    def _watch(self, subscription: _Subscription, fd: int, event_set: int, handler: Callable[[int], None]) -> None:
         if not subscription.active:
-            raise EventManagerError("The subscriber was removed")
-        if fd in self._registrations:
+            raise EventManagerError(_REMOVED)
+        if fd in self._handlers:
             raise EventManagerError(f"Descriptor {fd} is watched already; remove it before it is closed or given away")
-        if len(self._registrations) >= MAX_REGISTRATIONS:
+        if len(self._handlers) >= MAX_REGISTRATIONS:
             raise EventManagerError(f"More than {MAX_REGISTRATIONS} descriptors are watched")
         try:
             self._epoll.register(fd, event_set)
         except (OSError, ValueError) as error:
             raise EventManagerError(f"Descriptor {fd} cannot be watched: {error}") from error
-        registration = _Registration(fd, data, event_set, subscription)
-        self._registrations[fd] = registration
-        subscription.registrations[fd] = registration
+        self._handlers[fd] = handler
+        subscription.descriptors.add(fd)
 
     def _modify(self, subscription: _Subscription, fd: int, event_set: int) -> None:
-        registration = subscription.registrations.get(fd)
-        if registration is None:
+        if fd not in subscription.descriptors:
             raise EventManagerError(f"Descriptor {fd} is not watched by this subscriber")
-        if not registration.parked:
-            self._epoll.modify(fd, event_set)
-        registration.event_set = event_set
+        self._epoll.modify(fd, event_set)
 
     def _remove(self, subscription: _Subscription, fd: int) -> None:
-        registration = subscription.registrations.pop(fd, None)
-        if registration is None:
+        if fd not in subscription.descriptors:
             raise EventManagerError(f"Descriptor {fd} is not watched by this subscriber")
-        registration.active = False
-        del self._registrations[fd]
-        if registration.parked:
-            self._parked.remove(registration)
-            return
+        subscription.descriptors.remove(fd)
+        del self._handlers[fd]
+        for number, event in enumerate(self._fetched):
+            if event[0] == fd:  # the number may be another descriptor's by the time this event's turn comes
+                del self._fetched[number]
+                break
         try:
             self._epoll.unregister(fd)
         except OSError as error:
@@ -278,105 +366,27 @@ class EventManager:
             if error.errno not in (errno.EBADF, errno.ENOENT):
                 raise
 
-    def _add_timer(self, subscription: _Subscription, deadline_ns: int, callback: Callable[[], None]) -> Timer:
-        if not subscription.active:
-            raise EventManagerError("The subscriber was removed")
-        if len(self._timers) >= MAX_TIMERS:
-            # Cancelled timers stay in the heap until their time; they do not count.
-            self._timers = [timer for timer in self._timers if not timer.cancelled]
-            heapify(self._timers)
-            if len(self._timers) >= MAX_TIMERS:
-                raise EventManagerError(f"More than {MAX_TIMERS} timers are set")
-        self._timer_order += 1
-        timer = Timer(deadline_ns, callback, subscription, self._timer_order)
-        heappush(self._timers, timer)
-        return timer
-
     # -- one turn -----------------------------------------------------------------------------------------------------
 
     def _fetch(self, deadline_ns: int | None) -> None:
-        """Wait for events until the deadline or the next timer, and queue them."""
-        next_ns = self._next_timer_ns()
+        """Begin a turn: wait for events until the deadline or the next timer (not at all if calls wait)."""
+        next_ns = self._timers.next_ns()
         if deadline_ns is None or (next_ns is not None and next_ns < deadline_ns):
             deadline_ns = next_ns
-        if deadline_ns is None:
+        if self._calls:
+            timeout = 0.0
+        elif deadline_ns is None:
             timeout = -1.0
         else:
             timeout = max(0.0, (deadline_ns - time.monotonic_ns()) / _NS_PER_SECOND)
-        for fd, event_set in self._epoll.poll(timeout, MAX_EVENTS):
-            registration = self._registrations.get(fd)
-            if registration is not None:
-                self._fetched.append((registration, event_set))
+        self._fetched.extend(self._epoll.poll(timeout, MAX_EVENTS))
+        self._calls_due = len(self._calls)
+        if next_ns is not None:
+            self._timers.take_due(time.monotonic_ns(), self._due)
 
-    def _deliver_next(self) -> int:
-        registration, event_set = self._fetched.popleft()
-        if not registration.active:
-            return 0
-        if registration.owner.number in self._paused:
-            self._park(registration)
-            return 0
-        if registration.parked:  # fetched, then parked by a nested loop that has not ended
-            return 0
-        events = registration.events
-        events.event_set = event_set
-        registration.owner.subscriber.process(events, registration.owner.ops)
-        return 1
-
-    def _park(self, registration: _Registration) -> None:
-        """Take a descriptor of a paused subscriber out of epoll, where it would keep the loop awake."""
-        if registration.parked:
-            return
-        self._epoll.unregister(registration.fd)
-        registration.parked = True
-        self._parked.append(registration)
-
-    def _unpark(self) -> None:
-        """Watch again what belongs to subscribers that are not paused any more. Registering reports what is pending."""
-        still: list[_Registration] = []
-        for registration in self._parked:
-            if registration.owner.number in self._paused:
-                still.append(registration)
-            else:
-                registration.parked = False
-                try:
-                    self._epoll.register(registration.fd, registration.event_set)
-                except OSError:  # closed meanwhile without being removed
-                    self._remove(registration.owner, registration.fd)
-        self._parked = still
-
-    def _next_timer_ns(self) -> int | None:
-        """Return when the next timer of a subscriber that is not paused is due."""
-        while self._timers and self._timers[0].cancelled:
-            heappop(self._timers)
-        if not self._paused:
-            return self._timers[0].deadline_ns if self._timers else None
-        running = [t.deadline_ns for t in self._timers if not t.cancelled and t.owner.number not in self._paused]
-        return min(running, default=None)
-
-    def _fire_timers(self) -> int:
-        now = time.monotonic_ns()
-        if not self._timers or self._timers[0].deadline_ns > now:
-            return 0
-        # A callback may set new timers, cancel others, or run a nested loop: look again after each. What is set
-        # from now on waits for the next turn, or a timer that renews itself would never let the loop go on.
-        newest = self._timer_order
-        fired = 0
-        while (timer := self._take_due(now, newest)) is not None:
-            timer.callback()
-            fired += 1
-        return fired
-
-    def _take_due(self, now: int, newest: int) -> Timer | None:
-        due = [
-            timer
-            for timer in self._timers
-            if timer.deadline_ns <= now
-            and not timer.cancelled
-            and timer.order <= newest
-            and timer.owner.number not in self._paused
-        ]
-        if not due:
-            return None
-        timer = min(due)
-        timer.cancelled = True  # leaves the heap when it comes to the top
-        return timer
+    def _make_call(self) -> bool:
+        self._calls_due -= 1
+        subscription, callback = self._calls.popleft()
+        if subscription.active:
+            callback()
+        return subscription.active

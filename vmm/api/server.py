@@ -104,7 +104,7 @@ class ApiServer:
         self._connections: dict[int, _Connection] = {}
         #: Connections that may have a request in their buffer, in the order in which they are served.
         self._ready: deque[_Connection] = deque()
-        self._turn: Timer | None = None
+        self._scheduled = False
         #: Connections left alone while a request is executed.
         self._held: list[_Connection] = []
         self._executing = False
@@ -292,11 +292,12 @@ class ApiServer:
 
     def _schedule(self) -> None:
         """Serve the next ready connection in the next turn of the loop, after what else has happened."""
-        if self._turn is None and self._ready and not self._executing:
-            self._turn = self._ops.add_timer(0, self._serve_next)
+        if not self._scheduled and self._ready and not self._executing:
+            self._scheduled = True
+            self._ops.soon(self._serve_next)
 
     def _serve_next(self) -> None:
-        self._turn = None
+        self._scheduled = False
         if self._executing:  # scheduled again when the request has been executed
             return
         connection = self._ready.popleft()

@@ -81,6 +81,8 @@ class ExitExecutor:
         self._rings.append(self)
         self._ops: EventOps | None = None
         self._nap: Timer | None = None
+        #: A call is under way that goes on where a batch has ended.
+        self._going_on = False
         self._parked = False
         self._broken = False
         self.descriptor = create_shared("exit-ring", RING_SIZE)
@@ -102,10 +104,12 @@ class ExitExecutor:
     def init(self, ops: EventOps) -> None:
         """Subscriber: watch the doorbell."""
         self._ops = ops
-        ops.add(self.doorbell, select.EPOLLIN)
+        ops.watch(self.doorbell, select.EPOLLIN, self._rang)
 
     def process(self, events: Events, ops: EventOps) -> None:
-        """Subscriber: the doorbell rang."""
+        """Subscriber: nothing is watched this way."""
+
+    def _rang(self, event_set: int) -> None:
         try:
             os.eventfd_read(self.doorbell)
         except BlockingIOError:
@@ -144,7 +148,7 @@ class ExitExecutor:
                 budget -= self._older_first(entry.time)
             if not self._execute(entry):
                 return
-        self._ring_own_doorbell()  # come back after the other subscribers
+        self._go_on_soon()  # after the other subscribers
 
     def _execute(self, entry: Entry) -> bool:
         """Execute the entry that was taken; False if it was deferred."""
@@ -215,11 +219,14 @@ class ExitExecutor:
         self._nap = None
         self.drain()
 
-    def _ring_own_doorbell(self) -> None:
-        try:
-            os.eventfd_write(self.doorbell, 1)
-        except BlockingIOError:
-            pass  # the worker has filled the counter; it is signalled
+    def _go_on_soon(self) -> None:
+        if self._ops is not None and not self._going_on:
+            self._going_on = True
+            self._ops.soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self._going_on = False
+        self.drain()
 
     def _unpark(self) -> None:
         self._parked = False

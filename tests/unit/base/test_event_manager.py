@@ -1,11 +1,10 @@
-"""The event loop: delivery, removal while events are under way, nesting, pausing, timers."""
+"""The event loop: delivery, removal while events are under way, nesting."""
 
 from __future__ import annotations
 
 import os
 import select
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -37,21 +36,6 @@ class Recorder:
         self.seen.append((events.fd, events.data, events.event_set))
         if self.action is not None:
             self.action(events, ops)
-
-
-class CountingEpoll:
-    """Counts how often a loop waits."""
-
-    def __init__(self, epoll):
-        self.epoll = epoll
-        self.polls = 0
-
-    def __getattr__(self, name):
-        return getattr(self.epoll, name)
-
-    def poll(self, *arguments):
-        self.polls += 1
-        return self.epoll.poll(*arguments)
 
 
 def take(events, _ops):
@@ -138,19 +122,36 @@ def test_a_subscriber_whose_init_fails_leaves_nothing(manager, make_eventfd):
     assert manager.run(0) == 1
 
 
-def test_bounds(manager, make_eventfd, monkeypatch):
+def test_the_number_of_descriptors_is_bounded(manager, make_eventfd, monkeypatch):
     monkeypatch.setattr(event_manager, "MAX_REGISTRATIONS", 1)
-    monkeypatch.setattr(event_manager, "MAX_TIMERS", 2)
     recorder = Recorder(make_eventfd())
     manager.add_subscriber(recorder)
     with pytest.raises(EventManagerError):
         recorder.ops.add(make_eventfd(), IN)
-    later = time.monotonic_ns() + 100 * SECOND
-    timers = [recorder.ops.add_timer(later, lambda: None) for _ in range(2)]
+
+
+def test_a_descriptor_may_have_a_handler_of_its_own(manager, make_eventfd):
+    fd, added = make_eventfd(1), make_eventfd(1)
+    recorder = Recorder(added, action=take)
+    number = manager.add_subscriber(recorder)
+    seen: list[int] = []
+
+    def handler(event_set):
+        os.eventfd_read(fd)
+        seen.append(event_set)
+
+    recorder.ops.watch(fd, IN, handler)
     with pytest.raises(EventManagerError):
-        recorder.ops.add_timer(later, lambda: None)
-    timers[0].cancel()
-    recorder.ops.add_timer(later, lambda: None)
+        recorder.ops.watch(fd, IN, handler)
+    assert manager.run(0) == 2
+    assert (seen, len(recorder.seen)) == ([IN], 1)
+    recorder.ops.modify(fd, OUT)
+    recorder.ops.remove(fd)
+    os.eventfd_write(fd, 1)
+    assert manager.run(0) == 0
+    recorder.ops.watch(fd, IN, handler)
+    manager.remove_subscriber(number)
+    assert manager.run(0) == 0
 
 
 def test_a_subscriber_removed_during_dispatch_gets_nothing_more(manager, make_eventfd):
@@ -258,73 +259,6 @@ def test_a_nested_loop_neither_loses_nor_doubles_events(manager, make_eventfd, f
     assert sorted(fd for fd, _, _ in recorder.seen) == sorted([*fds, late])
 
 
-@pytest.mark.parametrize("flags", [IN, IN | EDGE_TRIGGERED])
-def test_paused_subscribers_wait_and_lose_nothing(manager, make_eventfd, flags):
-    paused_fd, other_fd = make_eventfd(1), make_eventfd()
-    paused = Recorder(paused_fd, event_set=flags, action=take)
-    other = Recorder(other_fd, action=take)
-    number = manager.add_subscriber(paused)
-    manager.add_subscriber(other)
-    writer = threading.Timer(0.05, os.eventfd_write, (other_fd, 1))
-    writer.start()
-    counting = manager._epoll = CountingEpoll(manager._epoll)
-    assert manager.run_until(lambda: bool(other.seen), None, paused={number})
-    assert counting.polls <= 3  # a paused descriptor that is ready does not keep the loop awake
-    writer.join()
-    assert paused.seen == []
-    assert manager.run(0) == 1
-    assert paused.seen == [(paused_fd, 0, IN)]
-
-
-def test_a_paused_descriptor_may_be_changed_and_removed(manager, make_eventfd):
-    fds = [make_eventfd(1) for _ in range(3)]
-    paused = Recorder(*fds)
-    number = manager.add_subscriber(paused)
-    assert not manager.run_until(lambda: False, time.monotonic_ns() + SECOND // 100, paused={number})
-
-    def change():
-        paused.ops.modify(fds[0], OUT)
-        paused.ops.remove(fds[1])
-        return True
-
-    assert manager.run_until(change, None, paused={number})
-    manager.run(0)
-    assert sorted(paused.seen) == sorted([(fds[0], 0, OUT), (fds[2], 2, IN)])
-
-
-def test_pauses_nest(manager, make_eventfd):
-    inner_fd, paused_fd = make_eventfd(1), make_eventfd(1)
-    paused = Recorder(paused_fd, action=take)
-    number = manager.add_subscriber(paused)
-    deadline = time.monotonic_ns() + SECOND
-
-    def nest(events, _ops):
-        os.eventfd_read(events.fd)
-        assert not manager.run_until(lambda: False, time.monotonic_ns() + SECOND // 100, paused={number})
-        assert paused.seen == []
-
-    inner = Recorder(inner_fd, action=nest)
-    manager.add_subscriber(inner)
-    assert manager.run_until(lambda: bool(inner.seen), deadline, paused={number})
-    assert paused.seen == []
-    manager.run(0)
-    assert len(paused.seen) == 1
-
-
-def test_a_paused_subscriber_may_be_removed(manager, make_eventfd):
-    fd = make_eventfd(1)
-    paused = Recorder(fd)
-    number = manager.add_subscriber(paused)
-
-    def remove():
-        manager.remove_subscriber(number)
-        return True
-
-    assert not manager.run_until(lambda: False, time.monotonic_ns() + SECOND // 100, paused={number})
-    assert manager.run_until(remove, None, paused={number})
-    assert manager.run(0) == 0
-
-
 def test_an_exception_leaves_the_loop_usable(manager, make_eventfd):
     fds = [make_eventfd(1) for _ in range(3)]
 
@@ -338,76 +272,6 @@ def test_an_exception_leaves_the_loop_usable(manager, make_eventfd):
     with pytest.raises(ValueError):
         manager.run(0)
     assert manager.run(0) == 2
-
-
-# -- timers -----------------------------------------------------------------------------------------------------------
-
-
-def test_timers_fire_in_order_and_once(manager):
-    recorder = Recorder()
-    manager.add_subscriber(recorder)
-    fired: list[Any] = []
-    now = time.monotonic_ns()
-    for delay in (30, 10, 20):
-        recorder.ops.add_timer(now + delay * 1_000_000, lambda delay=delay: fired.append(delay))
-    cancelled = recorder.ops.add_timer(now, lambda: fired.append("cancelled"))
-    cancelled.cancel()
-    assert manager.run_until(lambda: len(fired) == 3, now + SECOND)
-    assert fired == [10, 20, 30]
-    assert time.monotonic_ns() >= now + 30 * 1_000_000
-    assert manager.run(0) == 0
-
-
-def test_a_timer_wakes_run(manager):
-    recorder = Recorder()
-    manager.add_subscriber(recorder)
-    fired: list[Any] = []
-    recorder.ops.add_timer(time.monotonic_ns() + SECOND // 100, lambda: fired.append(1))
-    while not fired:
-        manager.run(-1)
-
-
-def test_a_timer_that_renews_itself_does_not_hold_the_loop(manager, make_eventfd):
-    fd = make_eventfd(1)
-    recorder = Recorder(fd, action=take)
-    manager.add_subscriber(recorder)
-    turns: list[int] = []
-
-    def renew():
-        turns.append(1)
-        recorder.ops.add_timer(0, renew)
-
-    renew()
-    assert manager.run_until(lambda: len(turns) > 3, time.monotonic_ns() + SECOND)
-    assert len(recorder.seen) == 1
-
-
-def test_timers_of_removed_and_of_paused_subscribers(manager):
-    removed, paused = Recorder(), Recorder()
-    removed_number, paused_number = manager.add_subscriber(removed), manager.add_subscriber(paused)
-    fired: list[Any] = []
-    removed.ops.add_timer(0, lambda: fired.append("removed"))
-    paused.ops.add_timer(0, lambda: fired.append("paused"))
-    manager.remove_subscriber(removed_number)
-    assert not manager.run_until(lambda: False, time.monotonic_ns() + SECOND // 100, paused={paused_number})
-    assert fired == []
-    manager.run(0)
-    assert fired == ["paused"]
-
-
-def test_a_timer_callback_may_run_a_nested_loop_that_needs_another_due_timer(manager):
-    recorder = Recorder()
-    manager.add_subscriber(recorder)
-    fired: list[Any] = []
-
-    def nest():
-        fired.append("first")
-        assert manager.run_until(lambda: "second" in fired, time.monotonic_ns() + SECOND)
-
-    recorder.ops.add_timer(0, nest)
-    recorder.ops.add_timer(1, lambda: fired.append("second"))
-    manager.run(0)
-    assert fired == ["first", "second"]
 
 
 def test_the_epoll_descriptor_is_closed(make_eventfd):

@@ -133,7 +133,7 @@ def test_what_a_listener_sends_is_ignored(host):
     client.close()
     host.pump()
     assert len(host.streams) == 0
-    assert host.manager._registrations.keys() <= {host.server._listener.fileno()}
+    assert host.manager._handlers.keys() <= {host.server._listener.fileno()}
 
 
 def test_pipelined_requests_after_events_are_dropped(host):
