@@ -1,4 +1,9 @@
-"""Guest memory as the controller sees it: one memfd, mapped once, addressed by guest physical address."""
+"""Guest memory as a cell sees it: one memfd, mapped once and for life, addressed by guest physical address.
+
+Fast paths translate an address once (:meth:`GuestMemory.translate`), which checks it, and work in ``view`` with what
+they got; nobody keeps a mapping of their own. What backs a part of the mapping may change under it; its addresses do
+not.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +13,11 @@ import os
 from base.errno_text import errno_text
 from base.lean_typing import Sequence
 from ipc.errors import GuestMemoryError
-from ipc.guest_mapping import HUGE_PAGE_SIZE, GuestMapping
+from ipc.guest_mapping import GuestMapping
 from ipc.messages.records import MemoryRegion
 
-_PAGE_SIZE = 4096
-#: write_sparse looks for zeros in steps of this size. A kernel is a third zeros; smaller steps find hardly more.
-_SPARSE_BLOCK = 64 * 1024
-_ZEROS = bytes(_SPARSE_BLOCK)
+PAGE_SHIFT = 12
+PAGE_SIZE = 1 << PAGE_SHIFT
 
 
 class GuestMemory:
@@ -22,15 +25,15 @@ class GuestMemory:
 
     The descriptor stays the caller's; this keeps one of its own. Every access must lie within one region. Fresh
     memory reads as zeros; the loaders rely on that and never clear anything.
+
+    ``view`` is the whole mapping, in the order of the file; its ``address`` is for the kernel (iovecs). ``size`` is
+    that of the mapping, in bytes.
     """
 
-    __slots__ = ("_fd", "_huge", "_huge_pages", "_map", "_regions", "_view", "size")
+    __slots__ = ("_dirty", "_fd", "_map", "_regions", "_spans", "address", "size", "view")
 
-    def __init__(self, fd: int, size: int, regions: Sequence[MemoryRegion], *, huge_pages: bool = False) -> None:
-        """Map ``size`` bytes of the memfd ``fd``. With ``huge_pages`` :meth:`prepare_huge` may take some.
-
-        Raises GuestMemoryError.
-        """
+    def __init__(self, fd: int, size: int, regions: Sequence[MemoryRegion]) -> None:
+        """Map ``size`` bytes of the memfd ``fd``. Raises GuestMemoryError."""
         _check_regions(size, regions)
         try:
             if os.fstat(fd).st_size < size:
@@ -42,12 +45,24 @@ class GuestMemory:
                 f"Invalid Memory Configuration: Cannot create mmap region: {errno_text(error)}", error.errno or 0
             ) from error
         self._map = mapping
-        self._view = mapping.view
-        #: Parts of the file, (start, end), that huge pages back.
-        self._huge: list[tuple[int, int]] = []
-        self._regions = tuple(regions)
-        self._huge_pages = huge_pages
+        self.view = mapping.view
+        self.address = mapping.address
         self.size = size
+        #: A bit per page of the mapping, from the lowest bit of each byte on; None while nothing is tracked.
+        self._dirty: bytearray | None = None
+        self._regions: tuple[MemoryRegion, ...]
+        #: (first guest address, the one behind the last, what leads from an address to its offset) of each region.
+        self._spans: tuple[tuple[int, int, int], ...]
+        self._take_regions(regions)
+
+    def _take_regions(self, regions: Sequence[MemoryRegion]) -> None:
+        self._regions = tuple(regions)
+        self._spans = tuple([(start, start + size, offset - start) for start, size, offset in regions])
+
+    def set_regions(self, regions: Sequence[MemoryRegion]) -> None:
+        """RAM comes or goes, within the mapping. Raises GuestMemoryError, and then nothing has changed."""
+        _check_regions(self.size, regions)
+        self._take_regions(regions)
 
     @property
     def descriptor(self) -> int:
@@ -59,129 +74,99 @@ class GuestMemory:
         """The RAM regions, in ascending order."""
         return self._regions
 
-    def _offset(self, address: int, length: int) -> int:
-        if length >= 0:
-            for start, size, offset in self._regions:
-                if start <= address and address + length <= start + size:
-                    return offset + address - start
+    def translate(self, address: int, length: int) -> int:
+        """Return the offset into ``view`` of ``length`` bytes of RAM; it holds until the regions change.
+
+        Raises GuestMemoryError unless all of them are in one region.
+        """
+        for start, end, shift in self._spans:
+            if start <= address <= address + length <= end:
+                return address + shift
         raise GuestMemoryError(f"{length} bytes at guest address {address:#x} are not RAM of this guest")
 
-    def contains(self, address: int, length: int) -> bool:
-        """Tell whether ``length`` bytes at ``address`` are RAM within one region."""
-        return length >= 0 and any(
-            start <= address and address + length <= start + size for start, size, _ in self._regions
-        )
+    def window(self, address: int, length: int) -> memoryview:
+        """Return a writable view of ``length`` bytes, valid until it is released. Raises GuestMemoryError.
+
+        The guest changes these bytes at any time: copy what must not change between two looks. Who writes says so
+        (:meth:`mark_dirty`).
+        """
+        offset = self.translate(address, length)
+        return self.view[offset : offset + length]
 
     def read(self, address: int, length: int) -> bytes:
         """Copy ``length`` bytes out of guest memory. Raises GuestMemoryError."""
-        offset = self._offset(address, length)
-        return bytes(self._view[offset : offset + length])
+        offset = self.translate(address, length)
+        return bytes(self.view[offset : offset + length])
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Copy ``data`` (bytes, or a contiguous view of bytes) into guest memory. Raises GuestMemoryError."""
         length = len(data)
-        offset = self._offset(address, length)
-        self._view[offset : offset + length] = data
-
-    def prepare_huge(self, address: int, length: int) -> bool:
-        """Back the blocks of 2 MiB that ``length`` bytes touch by huge pages; tell whether all of them are.
-
-        For what is about to be filled: the pages take their memory at once. Does nothing for less than a huge page, or
-        where the host has none to give. Raises GuestMemoryError.
-        """
-        offset = self._offset(address, length)
-        if not self._huge_pages or length < HUGE_PAGE_SIZE:
-            return False
-        region = next(each for each in self._regions if each.offset <= offset < each.offset + each.size)
-        start = offset // HUGE_PAGE_SIZE * HUGE_PAGE_SIZE
-        end = -(-(offset + length) // HUGE_PAGE_SIZE) * HUGE_PAGE_SIZE
-        # KVM maps a huge page of the host as one only where guest addresses are aligned alike.
-        congruent = (region.guest_address - region.offset) % HUGE_PAGE_SIZE == 0
-        whole = region.offset <= start and end <= region.offset + region.size
-        if not congruent or not whole or not self._map.collapse(start, end - start):
-            return False
-        self._huge.append((start, end))
-        return True
-
-    def write_sparse(self, address: int, data: bytes | bytearray | memoryview) -> None:
-        """Copy ``data`` into fresh guest memory, leaving out blocks of zeros: they take no page of the host.
-
-        Raises GuestMemoryError.
-        """
-        length = len(data)
-        offset = self._offset(address, length)
-        start = position = 0
-        with memoryview(data) as source:
-            while position < length:
-                end = min(position + _SPARSE_BLOCK, length)
-                # A look at one byte spares the comparison for nearly every block that has content.
-                if source[position] == 0 and source[position:end].tobytes() == _ZEROS[: end - position]:
-                    self._write_pages(offset + start, source[start:position])
-                    start = end
-                position = end
-            self._write_pages(offset + start, source[start:length])
-
-    def _write_pages(self, offset: int, data: memoryview) -> None:
-        """Write to pages that do not exist yet: by the file, which neither faults nor zeroes them first.
-
-        That takes half the time of copying into the mapping. Where the file cannot be written (RLIMIT_FSIZE, huge
-        pages) the mapping can.
-        """
-        if any(start <= offset and offset + len(data) <= end for start, end in self._huge):
-            self._view[offset : offset + len(data)] = data
-            return
-        done = 0
-        try:
-            while done < len(data):
-                done += os.pwrite(self._fd, data[done:], offset + done)
-        except OSError:
-            self._view[offset + done : offset + len(data)] = data[done:]
-
-    def view(self, address: int, length: int) -> memoryview:
-        """Return a writable view of ``length`` bytes, valid until it is released. Raises GuestMemoryError.
-
-        The guest changes these bytes at any time: copy what must not change between two looks.
-        """
-        offset = self._offset(address, length)
-        return self._view[offset : offset + length]
-
-    def read_from_file(self, fd: int, file_offset: int, address: int, length: int) -> int:
-        """Fill guest memory straight from a file and return the number of bytes read, less than ``length`` at its end.
-
-        Raises GuestMemoryError for a bad address, OSError where the file cannot be read.
-        """
-        offset = self._offset(address, length)
-        done = 0
-        while done < length:
-            count = os.preadv(fd, [self._view[offset + done : offset + length]], file_offset + done)
-            if count == 0:
-                break
-            done += count
-        return done
+        offset = self.translate(address, length)
+        self.view[offset : offset + length] = data
+        if self._dirty is not None:
+            self.mark_dirty(offset, length)
 
     def discard(self, address: int, length: int) -> None:
         """Give pages back to the host (a hole in the memfd); they read as zeros afterwards. Raises GuestMemoryError."""
-        offset = self._offset(address, length)
-        if offset % _PAGE_SIZE or length % _PAGE_SIZE:
+        offset = self.translate(address, length)
+        if offset % PAGE_SIZE or length % PAGE_SIZE:
             raise GuestMemoryError(f"{length} bytes at guest address {address:#x} are not whole pages")
         if length:
             try:
                 self._map.advise(mmap.MADV_REMOVE, offset, length)
             except OSError as error:
                 raise GuestMemoryError(f"Cannot discard guest memory: {errno_text(error)}", error.errno or 0) from error
+            self.mark_dirty(offset, length)
 
-    def clear(self) -> None:
-        """Discard all of it: what a failed start leaves must not reach the next one. Raises GuestMemoryError."""
-        self._huge.clear()
-        for region in self._regions:
-            self.discard(region.guest_address, region.size)
+    def collapse(self, offset: int, length: int) -> bool:
+        """Back whole blocks of 2 MiB of the mapping by huge pages; False if the kernel does not (ipc.guest_mapping)."""
+        return self._map.collapse(offset, length)
+
+    # -- what was written ---------------------------------------------------------------------------------------------
+
+    def track_dirty(self, on: bool) -> None:
+        """Begin to remember which pages this cell writes to, none at first; or stop, and forget."""
+        self._dirty = bytearray(-(-self.size // (8 * PAGE_SIZE))) if on else None
+
+    def mark_dirty(self, offset: int, length: int) -> None:
+        """Remember that ``length`` bytes at ``offset`` of ``view`` were written; nothing unless that is tracked.
+
+        Raises GuestMemoryError for what is not in the mapping.
+        """
+        dirty = self._dirty
+        if dirty is None:
+            return
+        if not 0 <= offset <= offset + length <= self.size:
+            raise GuestMemoryError(f"{length} bytes at offset {offset:#x} are not in this guest's memory")
+        page = offset >> PAGE_SHIFT
+        end = (offset + length + PAGE_SIZE - 1) >> PAGE_SHIFT if length else page
+        first_whole, last_whole = (page + 7) >> 3, end >> 3
+        if first_whole < last_whole:
+            dirty[first_whole:last_whole] = b"\xff" * (last_whole - first_whole)
+            _set_bits(dirty, page, first_whole << 3)
+            _set_bits(dirty, last_whole << 3, end)
+        else:
+            _set_bits(dirty, page, end)
+
+    def take_dirty(self) -> bytes:
+        """Return a bit per page, as KVM's dirty log has them, and begin anew. Empty while nothing is tracked."""
+        if self._dirty is None:
+            return b""
+        taken = bytes(self._dirty)
+        self.track_dirty(True)
+        return taken
 
     def close(self) -> None:
         """Unmap. Views that are still held keep the mapping alive until they go. May be called twice."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        self._view.release()
+        self.view.release()
+
+
+def _set_bits(bitmap: bytearray, first: int, end: int) -> None:
+    for number in range(first, end):
+        bitmap[number >> 3] |= 1 << (number & 7)
 
 
 def _check_regions(size: int, regions: Sequence[MemoryRegion]) -> None:
@@ -190,7 +175,7 @@ def _check_regions(size: int, regions: Sequence[MemoryRegion]) -> None:
     total = 0
     for region in regions:
         misplaced = region.guest_address < end or region.offset < total or region.size <= 0
-        unaligned = (region.guest_address | region.offset | region.size) % _PAGE_SIZE
+        unaligned = (region.guest_address | region.offset | region.size) % PAGE_SIZE
         if misplaced or unaligned or region.offset + region.size > size:
             raise GuestMemoryError(f"the RAM region {tuple(region)} does not fit into {size} bytes of guest memory")
         end = region.guest_address + region.size

@@ -29,6 +29,7 @@ from vmm import layout
 from vmm.boot import elf, kernel_cache, loader
 from vmm.boot.cmdline import Cmdline
 from vmm.boot.errors import BootError
+from vmm.boot.image_memory import ImageMemory
 
 MIB = 1 << 20
 ADDRESS_SPACE = 512 * MIB
@@ -93,7 +94,7 @@ class Machine:
                 assert os.fstat(self.fd).st_blocks == 0
                 raise
             finally:
-                self.memory.clear()
+                ImageMemory(self.memory).clear()
 
 
 # ---------------------------------------------------------------- mutation
@@ -333,14 +334,14 @@ def search_elf(source: random.Random, count: int, _: str | None) -> None:
     def use(data: bytes) -> None:
         machine.set_kernel(data)
         machine.load()
-        stream = elf.ElfStreamLoader(machine.memory, len(data))
+        stream = elf.ElfStreamLoader(ImageMemory(machine.memory), len(data))
         with example():
             try:
                 for start in range(0, len(data), 1000):
                     stream.feed(data[start : start + 1000])
                 stream.finish()
             finally:
-                machine.memory.clear()
+                ImageMemory(machine.memory).clear()
 
     search(count, source.getrandbits(32), ELF_FILES, use)
 

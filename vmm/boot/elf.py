@@ -12,6 +12,7 @@ from base.lean_typing import NamedTuple
 from ipc.guest_memory import GuestMemory
 from vmm import layout
 from vmm.boot.errors import elf_error, memory_error
+from vmm.boot.image_memory import ImageMemory
 
 MAGIC = b"\x7fELF"
 HEADER_SIZE = 64
@@ -210,7 +211,7 @@ class ElfStreamLoader:
 
     PREFIX_SIZE = 64 * 1024
 
-    def __init__(self, memory: GuestMemory, file_size: int) -> None:
+    def __init__(self, memory: ImageMemory, file_size: int) -> None:
         self._memory = memory
         self._file_size = file_size
         self._prefix_size = min(self.PREFIX_SIZE, file_size)
@@ -239,7 +240,7 @@ class ElfStreamLoader:
             raise elf_error("kernel.elf.table", "Invalid program header offset", "too far from the start of the file")
         table = prefix[header.table_offset : header.table_offset + header.table_size]
         image = parse_program_headers(header, table, self._file_size)
-        check_placement(image, self._memory)
+        check_placement(image, self._memory.guest)
         for segment in image.segments:
             self._memory.prepare_huge(segment.address, segment.file_size)
         return image

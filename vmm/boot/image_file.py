@@ -6,9 +6,9 @@ import os
 import stat
 
 from base.lean_typing import Iterator, NamedTuple, Protocol
-from ipc.guest_memory import GuestMemory
 from vmm.boot import elf
 from vmm.boot.errors import elf_error, read_error
+from vmm.boot.image_memory import ImageMemory
 
 _PIECE = 1 << 20
 
@@ -107,7 +107,7 @@ def digest_of_file(fd: int, size: int, hasher: Hasher) -> bytes:
     return hasher.digest()
 
 
-def load_elf(memory: GuestMemory, fd: int, size: int) -> tuple[elf.ElfImage, int | None]:
+def load_elf(memory: ImageMemory, fd: int, size: int) -> tuple[elf.ElfImage, int | None]:
     """Load the ELF image that an open file of ``size`` bytes holds; return it with its PVH entry.
 
     Only what the program headers name is read. Raises KernelError; guest memory may hold a part of the kernel then.
@@ -115,7 +115,7 @@ def load_elf(memory: GuestMemory, fd: int, size: int) -> tuple[elf.ElfImage, int
     header = elf.parse_header(read_at(fd, 0, elf.HEADER_SIZE), size)
     table = read_at(fd, header.table_offset, header.table_size)
     image = elf.parse_program_headers(header, table, size)
-    elf.check_placement(image, memory)
+    elf.check_placement(image, memory.guest)
     entry = elf.pvh_entry(image, [read_at(fd, note.file_offset, note.size) for note in image.notes])
     for segment in image.segments:
         if memory.prepare_huge(segment.address, segment.file_size):
@@ -128,7 +128,7 @@ def load_elf(memory: GuestMemory, fd: int, size: int) -> tuple[elf.ElfImage, int
     return image, entry
 
 
-def _copy_sparse(memory: GuestMemory, fd: int, segment: elf.Segment) -> int:
+def _copy_sparse(memory: ImageMemory, fd: int, segment: elf.Segment) -> int:
     """Copy a segment, leaving out blocks of zeros; return how many bytes the file had."""
     copied = 0
     for piece in pieces(fd, segment.file_offset, segment.file_offset + segment.file_size):

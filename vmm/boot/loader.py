@@ -22,6 +22,7 @@ from vmm.boot.errors import (
     read_error,
 )
 from vmm.boot.image_file import KernelFile, load_elf, new_hasher
+from vmm.boot.image_memory import ImageMemory
 from vmm.boot.timings import Timings
 from vmm.boot.unpack import PayloadDetails, load_unpacked
 
@@ -101,24 +102,27 @@ def load_kernel(
     cache_fd: int = -1,
     unpack: bool = True,
     entry: str = ENTRY_AUTO,
+    huge_pages: bool = False,
 ) -> BootedImage:
     """Load kernel, initrd, command line and all boot structures into fresh (zero) guest memory.
 
     ``cache_fd`` is the directory of unpacked kernels, or -1. With ``unpack`` a compressed bzImage is unpacked here
-    and its vmlinux entered, else it unpacks itself. Raises LayoutError or a BootError (KernelError, CmdlineError, …)
-    and leaves guest memory empty then, so that another attempt starts afresh.
+    and its vmlinux entered, else it unpacks itself. ``huge_pages``: the host has some to give. Raises LayoutError or
+    a BootError (KernelError, CmdlineError, …) and leaves guest memory empty then, so that another attempt starts
+    afresh.
     """
-    with _CleanedOnFailure(memory):
+    content = ImageMemory(memory, huge_pages=huge_pages)
+    with _CleanedOnFailure(content):
         timings = Timings()
         memory_map = layout.memory_map(memory.regions)
         command_line = cmdline.to_bytes()
-        kernel = _load_kernel_file(memory, kernel_fd, cache_fd, unpack, timings)
+        kernel = _load_kernel_file(content, kernel_fd, cache_fd, unpack, timings)
         use_pvh = _choose_pvh(kernel, entry)
         initrd = None
         if initrd_fd is not None:
-            initrd = _load_initrd(memory, initrd_fd, kernel)
+            initrd = _load_initrd(content, initrd_fd, kernel)
             timings.done("initrd")
-        if _prepare_first_used(memory, kernel.end, initrd):
+        if _prepare_first_used(content, kernel.end, initrd):
             timings.done("huge pages")
         memory.write(layout.COMMAND_LINE_ADDRESS, command_line)
         system_memory = layout.SystemMemory()
@@ -153,7 +157,7 @@ class _CleanedOnFailure:
 
     __slots__ = ("_memory",)
 
-    def __init__(self, memory: GuestMemory) -> None:
+    def __init__(self, memory: ImageMemory) -> None:
         self._memory = memory
 
     def __enter__(self) -> None:
@@ -183,7 +187,7 @@ def _choose_pvh(kernel: _Kernel, entry: str) -> bool:
     return use_pvh
 
 
-def _load_kernel_file(memory: GuestMemory, fd: int, cache_fd: int, unpack: bool, timings: Timings) -> _Kernel:
+def _load_kernel_file(memory: ImageMemory, fd: int, cache_fd: int, unpack: bool, timings: Timings) -> _Kernel:
     file = KernelFile.look(fd, bzimage.HEADER_READ_SIZE)
     if elf.is_elf(file.start):
         image, pvh_entry = load_elf(memory, fd, file.size)
@@ -201,7 +205,7 @@ def _load_kernel_file(memory: GuestMemory, fd: int, cache_fd: int, unpack: bool,
             )
         except UnsupportedPayloadError as error:
             note = str(error)
-    bzimage.check_placement(image_header, memory)
+    bzimage.check_placement(image_header, memory.guest)
     length = image_header.protected_mode_size
     if memory.read_from_file(fd, image_header.protected_mode_offset, layout.BZIMAGE_ADDRESS, length) != length:
         raise bzimage_error("kernel.bzimage.truncated", "Unable to read bzImage compressed kernel")
@@ -223,13 +227,13 @@ def _elf_kernel(kind: str, image: elf.ElfImage, pvh_entry: int | None) -> _Kerne
     return _Kernel(kind, image.entry, pvh_entry, image.start, image.end, (1 << 32) - 1, None, None, "")
 
 
-def _prepare_first_used(memory: GuestMemory, kernel_end: int, initrd: tuple[int, int] | None) -> bool:
+def _prepare_first_used(memory: ImageMemory, kernel_end: int, initrd: tuple[int, int] | None) -> bool:
     """Back by huge pages what a Linux guest takes first; tell whether any were taken.
 
     Its page allocator hands out the lowest addresses behind the kernel first, its early allocator (memory map, hash
     tables) the highest below the initrd. Little enough that no guest leaves it unused: 5/32 of RAM, 40 MiB at most.
     """
-    ram = memory.regions[0].size
+    ram = memory.guest.regions[0].size
     behind = min(_BEHIND_KERNEL, ram // 8)
     below = min(_BELOW_INITRD, ram // 32)
     top = initrd[0] if initrd is not None else ram
@@ -242,7 +246,7 @@ def _prepare_first_used(memory: GuestMemory, kernel_end: int, initrd: tuple[int,
 # ---------------------------------------------------------------- initrd
 
 
-def _load_initrd(memory: GuestMemory, fd: int, kernel: _Kernel) -> tuple[int, int]:
+def _load_initrd(memory: ImageMemory, fd: int, kernel: _Kernel) -> tuple[int, int]:
     """Load the initrd at the top of the first RAM region, page aligned; return (address, size)."""
     try:
         status = os.fstat(fd)
@@ -252,7 +256,7 @@ def _load_initrd(memory: GuestMemory, fd: int, kernel: _Kernel) -> tuple[int, in
                 f"{INITRD_PREFIX}Cannot load initrd due to an invalid image: it is empty or not a regular file",
             )
         size = status.st_size
-        top = min(memory.regions[0].size, kernel.initrd_address_max + 1)
+        top = min(memory.guest.regions[0].size, kernel.initrd_address_max + 1)
         address = (top - size) // layout.PAGE_SIZE * layout.PAGE_SIZE
         if address < kernel.end:
             raise InitrdError(

@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 
 from base.lean_typing import NamedTuple
-from ipc.guest_memory import GuestMemory
 from vmm.boot import bzimage, elf, heap, kernel_cache, payload
 from vmm.boot.errors import BootError, KernelCacheError, PayloadError, UnsupportedPayloadError, bzimage_error
 from vmm.boot.image_file import FileReader, Hasher, KernelFile, digest_of_file, new_hasher, pieces, read_at
+from vmm.boot.image_memory import ImageMemory
 from vmm.boot.timings import Timings
 
 #: The values of PayloadDetails.cache; a reason in parentheses may follow.
@@ -52,14 +52,14 @@ class Unpacked(NamedTuple):
 
 
 def load_unpacked(
-    memory: GuestMemory, file: KernelFile, header: bzimage.BzImage, cache_fd: int, timings: Timings
+    memory: ImageMemory, file: KernelFile, header: bzimage.BzImage, cache_fd: int, timings: Timings
 ) -> Unpacked:
     """Load the vmlinux of a bzImage; ``cache_fd`` is the cache's directory, or -1.
 
     Raises UnsupportedPayloadError, before anything was written, when it cannot be unpacked here, else KernelError.
     """
     try:
-        packed = _look(file, header, memory.regions[0].size)
+        packed = _look(file, header, memory.guest.regions[0].size)
         cache = _Cache(cache_fd)
         if packed.kind in _NOT_CACHED:
             cache.switch_off(f"{packed.kind} is not worth it")
@@ -92,7 +92,7 @@ def _look(file: KernelFile, header: bzimage.BzImage, limit: int) -> _Payload:
     return _Payload(kind, offset, size, payload.announced_size(trailer, limit))
 
 
-def _unpack(memory: GuestMemory, file: KernelFile, packed: _Payload, cache: _Cache) -> tuple[elf.ElfImage, int | None]:
+def _unpack(memory: ImageMemory, file: KernelFile, packed: _Payload, cache: _Cache) -> tuple[elf.ElfImage, int | None]:
     """Unpack straight into guest memory, and into the cache beside it."""
     target = elf.ElfStreamLoader(memory, packed.unpacked_size)
     recorder = cache.recorder()
@@ -155,7 +155,7 @@ class _Cache:
         self.state = f"{CACHE_OFF} ({reason})"
         self._fd = -1
 
-    def load(self, memory: GuestMemory) -> tuple[elf.ElfImage, int | None] | None:
+    def load(self, memory: ImageMemory) -> tuple[elf.ElfImage, int | None] | None:
         """Load the vmlinux from the cache; None, and clean guest memory, when there is no good entry."""
         if self._fd < 0:
             return None

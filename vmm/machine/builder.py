@@ -109,7 +109,7 @@ class MicrovmBuilder:
             os.close(descriptor)  # the mappings keep it alive
 
     def _build(self, resources: VmResources, size: int, descriptor: int, *, run: bool) -> Vmm:
-        memory = GuestMemory(descriptor, size, ram_regions(size), huge_pages=self._plan.huge_pages)
+        memory = GuestMemory(descriptor, size, ram_regions(size))
         try:
             machine = resources.machine_config
             placement = decide(machine.vcpu_placement, machine.vcpu_count, self._plan, machine.affinity)
@@ -213,6 +213,7 @@ def load_boot_source(resources: VmResources, memory: GuestMemory, plan: LaunchPl
         cache_fd=cache,
         unpack=options.unpack_kernel,
         entry=options.kernel_entry,
+        huge_pages=plan.huge_pages,
     )
     mark = " (bzImage)" if image.kind == KIND_BZIMAGE else ""
     LOG.info(f"Kernel loaded using {image.protocol} boot protocol{mark}")

@@ -1,10 +1,10 @@
-"""Guest memory: bounds, files, sparse writing, discarding."""
+"""Guest memory: translation and bounds, views, regions that change, discarding, what was written."""
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
-import resource
 
 import pytest
 from hypothesis import given
@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from ipc.errors import GuestMemoryError, IpcError
 from ipc.guest_memory import GuestMemory
 from ipc.messages.records import MemoryRegion
-from tests.harness.memory_fixtures import FileFactory, MemoryFactory
 from vmm import layout
 
 MIB = 1 << 20
@@ -36,8 +35,10 @@ def test_regions_lie_where_they_say_in_the_file() -> None:
     assert memory.read(0x1234, 3) == b"low"
     assert os.pread(fd, 3, 0x1234) == b"low"
     assert os.pread(fd, 4, MIB + 0x10) == b"high"
-    assert memory.contains(MIB - 1, 1)
-    assert not memory.contains(MIB - 1, 2)
+    assert memory.translate(MIB - 1, 1) == MIB - 1
+    assert memory.translate(4 << 30, MIB) == MIB
+    assert bytes(memory.view[MIB + 0x10 : MIB + 0x14]) == b"high"
+    assert ctypes.string_at(memory.address + 0x1234, 3) == b"low"
     memory.close()
     memory.close()
     os.close(fd)
@@ -47,13 +48,12 @@ def test_regions_lie_where_they_say_in_the_file() -> None:
     ("address", "length"),
     [(MIB, 1), (MIB - 1, 2), (-1, 1), (0, -1), (3 << 30, 1), ((4 << 30) - 1, 2), ((4 << 30) + MIB, 1), (1 << 70, 1)],
 )
-def test_addresses_outside_ram_are_refused(address: int, length: int, open_file: FileFactory) -> None:
+def test_addresses_outside_ram_are_refused(address: int, length: int) -> None:
     memory, fd = two_regions()
-    source = open_file(b"x" * 100)
     for access in (
+        lambda: memory.translate(address, length),
         lambda: memory.read(address, length),
-        lambda: memory.view(address, length),
-        lambda: memory.read_from_file(source, 0, address, length),
+        lambda: memory.window(address, length),
         lambda: memory.discard(address, length),
     ):
         with pytest.raises(GuestMemoryError) as caught:
@@ -62,84 +62,61 @@ def test_addresses_outside_ram_are_refused(address: int, length: int, open_file:
     if length > 0:
         with pytest.raises(GuestMemoryError):
             memory.write(address, bytes(length))
-        with pytest.raises(GuestMemoryError):
-            memory.write_sparse(address, bytes(length))
     assert allocated(fd) == 0
     memory.close()
     os.close(fd)
 
 
-@given(st.integers(-(1 << 40), 1 << 40), st.integers(-10, 1 << 40))
+@given(
+    st.one_of(st.integers(-(1 << 40), 1 << 40), st.sampled_from((0, MIB, 4 << 30, (4 << 30) + MIB))),
+    st.integers(-10, 2 * MIB),
+)
 def test_any_address_is_ram_or_an_error(address: int, length: int) -> None:
     memory, fd = two_regions()
+    inside = length >= 0 and any(start <= address and address + length <= start + MIB for start in (0, 4 << 30))
     try:
-        view = memory.view(address, length)
-    except GuestMemoryError:
-        assert not memory.contains(address, length)
-    else:
-        assert memory.contains(address, length)
+        offset = memory.translate(address, length)
+        assert inside
+        assert 0 <= offset <= offset + length <= memory.size
+        view = memory.window(address, length)
         assert len(view) == length
         view.release()
+    except GuestMemoryError:
+        assert not inside
     finally:
         memory.close()
         os.close(fd)
 
 
-def test_reading_from_a_file_stops_at_its_end(guest_memory: MemoryFactory, open_file: FileFactory) -> None:
-    memory = guest_memory(MIB)
-    source = open_file(bytes(range(256)) * 16)
-    assert memory.read_from_file(source, 100, 0x2000, 1000) == 1000
-    assert memory.read(0x2000, 1000) == (bytes(range(256)) * 16)[100:1100]
-    assert memory.read_from_file(source, 4000, 0x4000, 1000) == 96
+def test_regions_come_and_go_within_the_mapping() -> None:
+    memory, fd = two_regions()
+    low, high = memory.regions
+    memory.write(4 << 30, b"high")
+    mapped = memory.address
+    memory.set_regions((low,))
+    with pytest.raises(GuestMemoryError):
+        memory.translate(4 << 30, 1)
+    for impossible in ((), (high, low), (low, MemoryRegion(4 << 30, 2 * MIB, MIB))):
+        with pytest.raises(GuestMemoryError):
+            memory.set_regions(impossible)
+        assert memory.regions == (low,)
+        assert memory.translate(0, MIB) == 0
+    memory.set_regions((low, MemoryRegion(8 << 30, MIB, MIB)))
+    assert memory.read(8 << 30, 4) == b"high"
+    assert memory.address == mapped
+    memory.close()
+    os.close(fd)
 
 
 def test_views_write_through_and_survive_closing() -> None:
     memory, fd = two_regions()
-    view = memory.view(0x3000, 4)
+    view = memory.window(0x3000, 4)
     view[:] = b"abcd"
     assert memory.read(0x3000, 4) == b"abcd"
     memory.close()
     view[0:1] = b"z"
     assert os.pread(fd, 4, 0x3000) == b"zbcd"
     view.release()
-    os.close(fd)
-
-
-@given(st.lists(st.tuples(st.integers(0, 700_000), st.integers(1, 70_000)), max_size=6), st.integers(0, 5000))
-def test_sparse_writing_is_writing(runs: list[tuple[int, int]], start: int) -> None:
-    data = bytearray(800_000)
-    for offset, length in runs:
-        data[offset : offset + length] = b"\xa5" * min(length, len(data) - offset)
-    memory, fd = two_regions()
-    memory.write_sparse(start, data)
-    assert memory.read(start, len(data)) == data
-    assert memory.read(start + len(data), 100) == bytes(100)
-    memory.close()
-    os.close(fd)
-
-
-def test_sparse_writing_leaves_zeros_out(guest_memory: MemoryFactory) -> None:
-    fd = os.memfd_create("guest")
-    os.ftruncate(fd, 8 * MIB)
-    memory = GuestMemory(fd, 8 * MIB, (MemoryRegion(0, 8 * MIB, 0),))
-    memory.write_sparse(0, b"x" + bytes(4 * MIB) + b"y")
-    assert allocated(fd) <= 3 * 64 * 1024
-    assert memory.read(4 * MIB + 1, 1) == b"y"
-    memory.close()
-    os.close(fd)
-
-
-@pytest.mark.parametrize("limit", [0, 4096, 300_000])
-def test_a_file_size_limit_does_not_matter(limit: int) -> None:
-    memory, fd = two_regions()
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        memory.write_sparse(0x123, b"abc" * 200_000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert memory.read(0x123, 600_000) == b"abc" * 200_000
-    memory.close()
     os.close(fd)
 
 
@@ -162,8 +139,6 @@ def test_discarding_gives_pages_back_and_zeros() -> None:
     assert memory.read(0x5000, 4) == bytes(4)
     with pytest.raises(GuestMemoryError):
         memory.discard(1, 4096)
-    memory.clear()
-    assert allocated(fd) == 0
     memory.close()
     os.close(fd)
 
@@ -218,66 +193,68 @@ def test_what_cannot_be_mapped_is_an_error_of_ours() -> None:
     assert mmap.PAGESIZE == layout.PAGE_SIZE
 
 
-# ---------------------------------------------------------------- huge pages
+# ---------------------------------------------------------------- what was written
 
 
-def huge_memory() -> tuple[GuestMemory, int]:
-    """16 MiB of RAM, in two regions whose second is not aligned as its guest addresses are."""
-    fd = os.memfd_create("guest")
-    os.ftruncate(fd, 16 * MIB)
-    regions = (MemoryRegion(0, 9 * MIB, 0), MemoryRegion(4 << 30, 7 * MIB, 9 * MIB))
-    return GuestMemory(fd, 16 * MIB, regions, huge_pages=True), fd
+def pages_of(bitmap: bytes) -> set[int]:
+    return {8 * index + bit for index, byte in enumerate(bitmap) for bit in range(8) if byte >> bit & 1}
 
 
-def test_nothing_is_prepared_unless_the_host_gives_huge_pages() -> None:
-    fd = os.memfd_create("guest")
-    os.ftruncate(fd, 16 * MIB)
-    memory = GuestMemory(fd, 16 * MIB, layout.ram_regions(16 * MIB))
-    assert not memory.prepare_huge(2 * MIB, 4 * MIB)
-    assert allocated(fd) == 0
+def test_nothing_is_tracked_unless_somebody_wants_it() -> None:
+    memory, fd = two_regions()
+    memory.write(0, b"x")
+    memory.mark_dirty(0, 4096)
+    memory.mark_dirty(-1, 1 << 60)  # not even looked at: no fast path pays for it
+    assert memory.take_dirty() == b""
+    memory.track_dirty(True)
+    assert pages_of(memory.take_dirty()) == set()
+    memory.write(0, b"x")
+    memory.track_dirty(False)
+    assert memory.take_dirty() == b""
+    memory.close()
+    os.close(fd)
+
+
+def test_every_way_of_writing_marks_its_pages() -> None:
+    memory, fd = two_regions()
+    memory.track_dirty(True)
+    memory.write(0x1FFF, b"ab")
+    memory.write((4 << 30) + 0x3000, b"x")
+    memory.discard(0x8000, 0x2000)
+    memory.write(0x5000, b"")
+    assert len(memory.take_dirty()) == 2 * MIB // 4096 // 8
+    memory.write(0x1FFF, b"ab")
+    memory.write((4 << 30) + 0x3000, b"x")
+    memory.discard(0x8000, 0x2000)
+    assert pages_of(memory.take_dirty()) == {1, 2, 256 + 3, 8, 9}
+    assert pages_of(memory.take_dirty()) == set()
+    memory.close()
+    os.close(fd)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2 * MIB), st.integers(0, 2 * MIB)), max_size=8))
+def test_marks_are_those_of_a_set_of_pages(marks: list[tuple[int, int]]) -> None:
+    memory, fd = two_regions()
+    memory.track_dirty(True)
+    expected: set[int] = set()
+    for offset, wanted in marks:
+        length = min(wanted, 2 * MIB - offset)
+        memory.mark_dirty(offset, length)
+        if length:
+            expected |= set(range(offset // 4096, (offset + length - 1) // 4096 + 1))
+    assert pages_of(memory.take_dirty()) == expected
     memory.close()
     os.close(fd)
 
 
 @pytest.mark.parametrize(
-    ("address", "length"),
-    [(2 * MIB, 2 * MIB - 1), (6 * MIB, 3 * MIB), (4 << 30, 4 * MIB)],
-    ids=["less than a huge page", "beyond the region's whole blocks", "guest addresses aligned otherwise"],
+    ("offset", "length"), [(-1, 1), (-4096, 8192), (2 * MIB, 1), (0, 2 * MIB + 1), (0, -1), (5, -6)]
 )
-def test_where_a_huge_page_would_not_do_none_is_taken(address: int, length: int) -> None:
-    memory, fd = huge_memory()
-    assert not memory.prepare_huge(address, length)
-    assert allocated(fd) == 0
+def test_what_is_not_in_the_mapping_cannot_be_marked(offset: int, length: int) -> None:
+    memory, fd = two_regions()
+    memory.track_dirty(True)
+    with pytest.raises(GuestMemoryError):
+        memory.mark_dirty(offset, length)
+    assert pages_of(memory.take_dirty()) == set()
     memory.close()
     os.close(fd)
-
-
-def test_preparing_takes_the_blocks_that_are_touched_and_no_more() -> None:
-    memory, fd = huge_memory()
-    memory.write(3 * MIB, b"before")
-    if memory.prepare_huge(3 * MIB, 2 * MIB):  # Linux 6.1
-        assert allocated(fd) == 4 * MIB
-    assert memory.read(3 * MIB, 6) == b"before"
-    memory.clear()
-    assert allocated(fd) == 0
-    memory.close()
-    os.close(fd)
-
-
-@given(st.lists(st.tuples(st.integers(0, 5 * MIB), st.integers(1, 2 * MIB)), max_size=5), st.integers(0, 3 * MIB))
-def test_what_is_loaded_does_not_depend_on_huge_pages(runs: list[tuple[int, int]], start: int) -> None:
-    data = bytearray(5 * MIB)
-    for offset, length in runs:
-        data[offset : offset + length] = b"\xa5" * min(length, len(data) - offset)
-    source = os.memfd_create("kernel")
-    os.write(source, data)
-    memory, fd = huge_memory()
-    memory.prepare_huge(start, len(data))
-    memory.write_sparse(start, data)
-    assert memory.read(start, len(data)) == data
-    assert memory.read_from_file(source, 0, start, len(data) + 1) == len(data)
-    assert memory.read(start, len(data)) == data
-    assert memory.read(start + len(data), 100) == bytes(100)
-    memory.close()
-    os.close(fd)
-    os.close(source)

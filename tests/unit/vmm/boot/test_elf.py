@@ -15,6 +15,7 @@ from tests.harness.memory_fixtures import FileFactory, MemoryFactory
 from vmm.boot import elf
 from vmm.boot.errors import KernelError
 from vmm.boot.image_file import load_elf
+from vmm.boot.image_memory import ImageMemory
 
 MIB = 1 << 20
 PREFIX = (
@@ -35,7 +36,7 @@ def patched(data: bytes, offset: int, layout: str, *values: int) -> bytes:
 
 
 def stream(memory: GuestMemory, data: bytes, sizes: list[int]) -> tuple[elf.ElfImage, int | None]:
-    loader = elf.ElfStreamLoader(memory, len(data))
+    loader = elf.ElfStreamLoader(ImageMemory(memory), len(data))
     position = 0
     for size in sizes:
         loader.feed(data[position : position + size])
@@ -47,7 +48,7 @@ def stream(memory: GuestMemory, data: bytes, sizes: list[int]) -> tuple[elf.ElfI
 def test_segments_are_loaded_and_bss_is_zero(guest_memory: MemoryFactory, open_file: FileFactory) -> None:
     kernel = images.small_kernel()
     memory = guest_memory(32 * MIB)
-    image, entry = load_elf(memory, open_file(kernel), len(kernel))
+    image, entry = load_elf(ImageMemory(memory), open_file(kernel), len(kernel))
     assert image.entry == 0x100_0000
     assert entry == 0x100_0100
     assert (image.start, image.end) == (0x100_0000, 0x120_0000 + 5 + 5000 + 11 + 0x30000)
@@ -73,7 +74,7 @@ def test_a_stream_in_any_pieces_loads_the_same(guest_memory: MemoryFactory, size
 def test_a_stream_that_ends_early_is_refused(guest_memory: MemoryFactory) -> None:
     kernel = images.small_kernel()
     for cut in (10, 70_000, len(kernel) - 1):
-        loader = elf.ElfStreamLoader(guest_memory(32 * MIB), len(kernel))
+        loader = elf.ElfStreamLoader(ImageMemory(guest_memory(32 * MIB)), len(kernel))
         loader.feed(kernel[:cut])
         with pytest.raises(KernelError) as caught:
             loader.finish()
@@ -220,5 +221,5 @@ def test_a_stream_with_headers_far_from_the_start_is_refused(guest_memory: Memor
 def test_a_file_that_shrinks_meanwhile_is_an_error(guest_memory: MemoryFactory, open_file: FileFactory) -> None:
     kernel = images.small_kernel()
     with pytest.raises(KernelError) as caught:
-        load_elf(guest_memory(32 * MIB), open_file(kernel[:-9000]), len(kernel))
+        load_elf(ImageMemory(guest_memory(32 * MIB)), open_file(kernel[:-9000]), len(kernel))
     assert caught.value.code == "kernel.elf.truncated"

@@ -155,8 +155,8 @@ def test_the_kernel_is_the_same_in_huge_pages(files: tuple[int, int, int], guest
     for kernel in files[:2]:
         fd = os.memfd_create("guest")
         os.ftruncate(fd, 128 * MIB)
-        memory = GuestMemory(fd, 128 * MIB, layout.ram_regions(128 * MIB), huge_pages=True)
-        image = loader.load_kernel(memory, kernel, Cmdline(COMMAND_LINE), files[2])
+        memory = GuestMemory(fd, 128 * MIB, layout.ram_regions(128 * MIB))
+        image = loader.load_kernel(memory, kernel, Cmdline(COMMAND_LINE), files[2], huge_pages=True)
         check_segments(memory, vmlinux)
         assert image.initrd is not None
         assert memory.read(*image.initrd) == guest_image.initramfs.read_bytes()
