@@ -18,7 +18,7 @@ from typing import Any
 from cellblock.cpu_template import files
 from cellblock.cpu_template.errors import ToolError
 from vmm.config import file as config_file
-from vmm.config.resources import MachineConfigUpdate
+from vmm.config.machine import MachineConfigUpdate
 from vmm.cpu_config.static_templates import PERMITTED, static_template
 from vmm.cpu_config.template import CustomCpuTemplate
 from vmm.json.text import JsonValue

@@ -202,7 +202,7 @@ class ApiTarget:
             while (event := parser.next_event()) is not None:
                 if not isinstance(event, Request):
                     continue
-                answer = api.handler(event)
+                answer = api.dispatcher(event)
                 assert isinstance(answer, bytes)
                 status, body, headers = parse_response(answer)
                 outcomes[str(status)] += 1
@@ -222,9 +222,7 @@ class ConfigTarget(ApiTarget):
         api = self.fresh()
         text = mutated(source, CONFIG.replace(b"KERNEL", self.kernel.encode()), PIECES)
         with example():
-            error = _refusal(
-                lambda: config_file.apply(config_file.parse(text), api.controller.resources, api.logger, api.metrics)
-            )
+            error = _refusal(lambda: api.dispatcher.apply(config_file.parse(text)))
         if error is not None:
             assert isinstance(error, config_file.ConfigFileError)
             assert str(error).startswith("Configuration for VMM from one single json failed: ")

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from vmm.api.handler import ApiHandler
+from base.event_manager import EventManager
+from vmm.api.dispatch import Dispatcher
 from vmm.api.http import Request, RequestParser
 from vmm.config.resources import VmResources
-from vmm.controller import Controller
 from vmm.errors import VmmError
 from vmm.machine.device_operations import DeviceOperations
 from vmm.machine.report import InstanceInfo
 from vmm.observe.logger import Logger
 from vmm.observe.metrics import Metrics, read_logger
+from vmm.session import Session
 from vmm.version import APP_NAME, FIRECRACKER_VERSION
 
 
 class FakeVmm(DeviceOperations):
-    """Has the operations that the controller uses; ``fail`` makes the next one raise."""
+    """Has the operations that a session uses; ``fail`` makes the next one raise."""
 
     def __init__(self) -> None:
         self.state = "Running"
@@ -59,9 +60,12 @@ class FakeVmm(DeviceOperations):
     def send_ctrl_alt_del(self) -> None:
         self._call("ctrl-alt-del")
 
+    def read_metrics(self) -> None:
+        """It counts nothing."""
+
 
 class Api:
-    """Sends requests straight to the handler; ``start_error`` makes starts fail."""
+    """Sends requests straight to the dispatcher; ``start_error`` makes starts fail."""
 
     def __init__(self, log_path: str, resources: VmResources | None = None) -> None:
         self.log_path = log_path
@@ -70,14 +74,14 @@ class Api:
         self.vmm = FakeVmm()
         self.start_error: Exception | None = None
         self.built: list[VmResources] = []
-        self.started: list[Any] = []
         self.metrics = Metrics()
         self.metrics.instance_id = "test"
         self.metrics.sources.append(lambda: read_logger(self.metrics, self.logger))
-        self.controller = Controller(
-            resources or VmResources(), "test", self._build, self.logger, self.started.append, metrics=self.metrics
+        self.events = EventManager()
+        self.session = Session(
+            resources or VmResources(), "test", self._build, self.events, logger=self.logger, metrics=self.metrics
         )
-        self.handler = ApiHandler(self.controller, self.logger, self.metrics)
+        self.dispatcher = Dispatcher(self.session)
 
     def configure_log(self) -> None:
         from vmm.observe.logger import DEBUG, LoggerConfig
@@ -95,7 +99,7 @@ class Api:
         return self.vmm
 
     def raw(self, method: str, path: str, body: bytes | None = None) -> bytes:
-        answer = self.handler(Request(method, path, "HTTP/1.1", body))
+        answer = self.dispatcher(Request(method, path, "HTTP/1.1", body))
         assert isinstance(answer, bytes)
         return answer
 
@@ -128,7 +132,8 @@ class Api:
     def close(self) -> None:
         self.metrics.close()
         self.logger.close()
-        self.controller.resources.close()
+        self.session.resources.close()
+        self.events.close()
 
 
 def parse_response(data: bytes) -> tuple[int, Any, dict[str, str]]:

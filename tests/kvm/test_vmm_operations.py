@@ -25,14 +25,14 @@ from tests.harness.cells import Controller as Cells
 from tests.harness.cells import StandInSupervisor, open_descriptors, run_process
 from vcpu_worker import main as worker_main
 from vcpu_worker import state as vcpu_state
-from vmm.api.handler import ApiHandler
+from vmm.api.dispatch import Dispatcher
 from vmm.api.http import Request
-from vmm.config.resources import StartOptions, VmResources
-from vmm.controller import Controller
+from vmm.config.resources import VmResources
+from vmm.config.start_options import StartOptions
 from vmm.errors import DeviceError, StateError
 from vmm.machine.builder import MicrovmBuilder
 from vmm.machine.vmm import Vmm
-from vmm.observe.logger import LOG
+from vmm.session import Session
 from vmm.snapshot import state_file
 
 NO_DEVICE = "Failed perform action on device: Device not found"
@@ -107,21 +107,21 @@ class Machine:
         self.cells = Cells(str(directory), supervisor=real_workers)
         self.builder = MicrovmBuilder(self.cells.plan, self.cells.events, self.cells.supervisor)
         self.resources = VmResources(StartOptions(console="none"))
-        self.controller = Controller(self.resources, "standin", self.builder.build, LOG)
-        self._handler = ApiHandler(self.controller, LOG)
+        self.session = Session(self.resources, "standin", self.builder.build, self.cells.events)
+        self._dispatcher = Dispatcher(self.session)
 
     def send(self, method: str, path: str, body: Any = None) -> Any:
         """Return the body of a success, the fault message of a refusal."""
         data = None if body is None else json.dumps(body).encode()
-        answer = self._handler(Request(method, path, "HTTP/1.1", data))
+        answer = self._dispatcher(Request(method, path, "HTTP/1.1", data))
         assert isinstance(answer, bytes)
         status, reply, _ = parse_response(answer)
         return reply if status < 400 else reply["fault_message"]
 
     @property
     def vmm(self) -> Vmm:
-        assert isinstance(self.controller.vmm, Vmm)
-        return self.controller.vmm
+        assert isinstance(self.session.vmm, Vmm)
+        return self.session.vmm
 
     def start(self) -> None:
         assert self.send("PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 64}) is None
@@ -129,7 +129,7 @@ class Machine:
         assert self.send("PUT", "/actions", {"action_type": "InstanceStart"}) is None
 
     def close(self) -> None:
-        if self.controller.vmm is not None:
+        if self.session.vmm is not None:
             self.vmm.close()
         self.builder.close()
         self.resources.close()

@@ -1,16 +1,17 @@
 """``--config-file``: the whole configuration in one JSON document.
 
 Keys are those of GET /vm/config. ``boot-source`` and ``drives`` are required; keys that are not known are ignored, as
-Firecracker does. Sections are applied in an order in which each finds what it refers to.
+Firecracker does. Each section is applied by the endpoint that has it (vmm.api.dispatch).
 """
 
 from __future__ import annotations
 
 from base.lean_typing import TYPE_CHECKING, Any
-from vmm.api.routes import BOOT_SOURCE, LOGGER, MACHINE_CONFIG, METRICS
 from vmm.config.balloon import BALLOON
+from vmm.config.boot_source import BOOT_SOURCE
 from vmm.config.drives import DRIVE
 from vmm.config.entropy import ENTROPY
+from vmm.config.machine import MACHINE_CONFIG
 from vmm.config.memory_hotplug import MEMORY_HOTPLUG
 from vmm.config.mmds import MMDS_CONFIG
 from vmm.config.network import NETWORK
@@ -21,16 +22,22 @@ from vmm.errors import VmmError
 from vmm.files import FileOpenError, read_text
 from vmm.json.decoder import JsonError, Reader, UnplacedError
 from vmm.json.schema import STRING, Field, List, Object, Option, decode
+from vmm.observe.logger import LOGGER_CONFIG
+from vmm.observe.metrics import METRICS_CONFIG
 
 if TYPE_CHECKING:
-    from base.lean_typing import Callable, Iterator
-    from vmm.config.resources import VmResources
+    from base.lean_typing import Iterator
     from vmm.cpu_config.template import CustomCpuTemplate
-    from vmm.observe.logger import Logger
-    from vmm.observe.metrics import Metrics
 
 #: A configuration file may not be larger than this.
 MAX_SIZE = 1 << 20
+#: The sections in the order in which they are applied: each finds what it refers to.
+ORDER = (
+    "logger", "metrics", "machine-config", "cpu-config", "boot-source", "drives", "network-interfaces", "vsock",
+    "balloon", "mmds-config", "entropy", "pmem", "memory-hotplug",
+)  # fmt: skip
+#: What is said before an error where it is not what the request's answer says.
+_PREFIXES = {"mmds-config": "MMDS config error"}
 
 
 class ConfigFileError(VmmError):
@@ -50,13 +57,12 @@ class VmmConfig:
             field.key: value for field, value in zip(_FIELDS, values, strict=True) if value is not None
         }
 
-    def items(self, key: str) -> Iterator[Any]:
-        """Iterate over what a section holds: its elements, itself, or nothing."""
-        value = self.sections.get(key)
-        if isinstance(value, list):
-            yield from value
-        elif value is not None:
-            yield value
+    def in_order(self) -> Iterator[tuple[str, Any]]:
+        """Iterate over what is configured, as it is to be applied: section and element, or the section's value."""
+        for section in ORDER:
+            value = self.sections.get(section)
+            for item in value if isinstance(value, list) else () if value is None else (value,):
+                yield section, item
 
 
 class _CpuConfig:
@@ -81,9 +87,9 @@ _FIELDS = (
     Field("drives", List(DRIVE)),
     Field("boot-source", BOOT_SOURCE),
     Field("cpu-config", Option(_CpuConfig())),
-    Field("logger", Option(LOGGER)),
+    Field("logger", Option(LOGGER_CONFIG)),
     Field("machine-config", Option(MACHINE_CONFIG)),
-    Field("metrics", Option(METRICS)),
+    Field("metrics", Option(METRICS_CONFIG)),
     Field("mmds-config", Option(MMDS_CONFIG)),
     Field("network-interfaces", List(NETWORK), []),
     Field("vsock", Option(VSOCK)),
@@ -110,34 +116,9 @@ def parse(text: bytes) -> VmmConfig:
         raise _failed(f"Invalid JSON: {error}") from error
 
 
-def apply(config: VmmConfig, resources: VmResources, logger: Logger, metrics: Metrics) -> None:
-    """Configure a microVM as the document says. Raises ConfigFileError at the first section that is refused."""
-    operations: tuple[tuple[str, str, Callable[[Any], None]], ...] = (
-        ("logger", "Logger error", logger.configure),
-        ("metrics", "Metrics error", metrics.configure),
-        ("machine-config", "Machine config error", resources.update_machine_config),
-        ("cpu-config", "Configure CPU error", resources.set_cpu_template),
-        ("boot-source", "Boot source error", resources.set_boot_source),
-        ("drives", "Drive config error", resources.insert_drive),
-        ("network-interfaces", "Network config error", resources.network_interfaces.insert),
-        ("vsock", "Vsock config error", resources.set_vsock),
-        ("balloon", "Balloon config error", resources.set_balloon),
-        ("mmds-config", "MMDS config error", resources.set_mmds_config),
-        ("entropy", "Entropy config error", resources.set_entropy),
-        ("pmem", "Pmem config error", resources.insert_pmem),
-        ("memory-hotplug", "Memory hotplug config error", resources.set_memory_hotplug),
-    )
-    for key, prefix, operation in operations:
-        for item in config.items(key):
-            try:
-                operation(item)
-            except VmmError as error:
-                raise _failed(f"{prefix}: {error}") from error
-
-
-def load(path: str, resources: VmResources, logger: Logger, metrics: Metrics) -> None:
-    """Read, parse and apply a configuration file. Raises ConfigFileError."""
-    apply(parse(read(path)), resources, logger, metrics)
+def refused_section(section: str, prefix: str, error: VmmError) -> ConfigFileError:
+    """Return the error for a section that was refused; ``prefix`` is what the request's answer would begin with."""
+    return _failed(f"{_PREFIXES.get(section, prefix)}: {error}")
 
 
 def _failed(text: str) -> ConfigFileError:

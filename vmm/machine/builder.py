@@ -24,7 +24,8 @@ from vmm.cells.ghosts import GhostForwarder
 from vmm.cells.lifecycle import DEADLINES, WorkerState
 from vmm.cells.supervisor import SupervisorClient
 from vmm.cells.worker import Worker, WorkerDescriptors
-from vmm.config.resources import StartOptions, VmResources
+from vmm.config.resources import VmResources
+from vmm.config.start_options import StartOptions
 from vmm.cpu_config.setup import CpuSetup, cpu_setup
 from vmm.devices.legacy.console import ConsoleInput, ConsoleOutput, monotonic_bucket
 from vmm.devices.manager import DeviceManager

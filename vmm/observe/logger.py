@@ -17,6 +17,7 @@ from base.lean_typing import TYPE_CHECKING, NamedTuple
 from vmm.cli import DEFAULT_INSTANCE_ID
 from vmm.errors import VmmError
 from vmm.files import FileOpenError, open_output
+from vmm.json.schema import BOOLEAN, PATH, STRING, Converted, Field, Object, Option
 
 if TYPE_CHECKING:
     from vmm.cli import CommandLine
@@ -79,6 +80,17 @@ def level_by_name(name: str) -> int | None:
     if upper == "WARNING":
         return WARN
     return LEVEL_NAMES.index(upper) if upper in LEVEL_NAMES else None
+
+
+LOGGER_CONFIG = Object(
+    "LoggerConfig",
+    LoggerConfig,
+    Field("log_path", Option(PATH)),
+    Field("level", Option(Converted(level_by_name, "Invalid LevelFilter"))),
+    Field("show_level", Option(BOOLEAN)),
+    Field("show_log_origin", Option(BOOLEAN)),
+    Field("module", Option(STRING)),
+)
 
 
 class Logger:

@@ -15,6 +15,7 @@ from base.lean_typing import TYPE_CHECKING, NamedTuple
 from vmm.cli import DEFAULT_INSTANCE_ID
 from vmm.errors import VmmError
 from vmm.files import FileOpenError, open_output
+from vmm.json.schema import BOOLEAN, PATH, STRING_MAP, Field, Object, Option
 from vmm.json.text import json_text
 
 if TYPE_CHECKING:
@@ -117,6 +118,16 @@ class MetricsConfig(NamedTuple):
     metrics_path: str
     emit_id: bool = False
     properties: dict[str, str] | None = None
+
+
+METRICS_CONFIG = Object(
+    "MetricsConfig",
+    MetricsConfig,
+    Field("metrics_path", PATH),
+    Field("emit_id", BOOLEAN, False),
+    Field("properties", Option(STRING_MAP)),
+    ignore_unknown=True,
+)
 
 
 class Aggregate:

@@ -24,6 +24,7 @@ ALLOWED = {
 #: The rooms of the controller, in order: each may import only what stands before it, and what stands beside it.
 ROOMS = (
     ("errors", "version", "files", "file_limit", "layout", "placement"),
+    ("cli",),
     ("json",),
     ("observe",),
     ("boot", "cpu_config", "mmds", "devices"),

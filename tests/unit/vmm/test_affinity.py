@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipc.launch_plan import MAX_HOST_CPUS, Assignment
-from vmm.config.resources import MachineConfigError, MachineConfigUpdate, StartOptions, VmResources
+from vmm.config.machine import MachineConfigError, MachineConfigUpdate
+from vmm.config.resources import VmResources
+from vmm.config.start_options import StartOptions
 from vmm.placement import AffinityError, cpulist, decide, parse_affinity
 
 

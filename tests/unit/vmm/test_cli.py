@@ -11,7 +11,6 @@ import pytest
 from base import exit_codes
 from vmm import cli
 from vmm.cli import CommandLine, CommandLineError, answer, parse
-from vmm.config.resources import StartOptions
 
 ROOT = Path(__file__).resolve().parents[3]
 HELP = " \n\nFor more information try --help."
@@ -49,7 +48,6 @@ def test_every_flag():
         "kernel_cache": "c", "kernel_entry": "pvh", "console": "pty", "exerciser": True, "dump_cpu_config": "d",
     }  # fmt: skip
     assert {name: getattr(line, name) for name in CommandLine.__slots__} == expected
-    assert StartOptions.of(line, 7) == StartOptions(True, False, 7, "pvh", "pty", True, 20)
 
 
 def test_what_follows_a_separator_is_not_ours():

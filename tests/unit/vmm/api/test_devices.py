@@ -491,11 +491,11 @@ def test_the_last_cpu_template_counts(api):
     assert api.send("PATCH", "/machine-config", {"cpu_template": "T2"})[0] == 204
     assert api.send("PUT", "/cpu-config", {"kvm_capabilities": ["1"]})[0] == 204
     assert "cpu_template" not in api.send("GET", "/machine-config")[1]
-    assert api.controller.resources.cpu_template is not None
+    assert api.session.resources.cpu_template is not None
     assert api.send("PATCH", "/machine-config", {"mem_size_mib": 64})[0] == 204
-    assert api.controller.resources.cpu_template is not None
+    assert api.session.resources.cpu_template is not None
     assert api.send("PATCH", "/machine-config", {"cpu_template": "T2A"})[0] == 204
-    assert api.controller.resources.cpu_template is None
+    assert api.session.resources.cpu_template is None
     assert api.config()["cpu-config"] is None
 
 

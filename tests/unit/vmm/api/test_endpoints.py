@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 
 from tests.harness.api import BuilderError, parse_response
-from vmm import actions
-from vmm.api.routes import path_tokens
+from vmm.api.dispatch import path_tokens
 from vmm.boot.cmdline import DEFAULT_COMMAND_LINE
-from vmm.config.resources import BootSourceConfig, MachineConfigUpdate
 
 PREBOOT = "The requested operation is not supported before starting the microVM."
 POSTBOOT = "The requested operation is not supported after starting the microVM."
@@ -164,9 +162,9 @@ BAD_BODIES = [
 @pytest.mark.parametrize("case", BAD_BODIES, ids=lambda case: f"{case[0]} {case[1]} {case[2][:60]!r}")
 def test_a_body_that_is_refused_changes_nothing(api, kernel, case):
     method, path, body, message = case
-    before = api.send("GET", "/vm/config"), api.controller.resources.serial
+    before = api.send("GET", "/vm/config"), api.session.resources.serial
     assert api.fault(method, path, body.replace(b"KERNEL", kernel.encode())) == message
-    assert (api.send("GET", "/vm/config"), api.controller.resources.serial) == before
+    assert (api.send("GET", "/vm/config"), api.session.resources.serial) == before
     assert f"Status code: 400 Bad Request. Message: {message}\n" in api.log()
 
 
@@ -297,7 +295,7 @@ def test_full_config(api, kernel):
 
 def test_boot_source_files_are_opened_at_once_and_closed_when_replaced(api, kernel):
     api.send("PUT", "/boot-source", {"kernel_image_path": kernel, "initrd_path": kernel, "boot_args": "quiet"})
-    first = api.controller.resources.require_boot_source()
+    first = api.session.resources.require_boot_source()
     os.unlink(kernel)
     assert os.pread(first.kernel_fd, 10, 0) == b"kernel"
     assert os.pread(first.initrd_fd, 10, 0) == b"kernel"
@@ -305,14 +303,14 @@ def test_boot_source_files_are_opened_at_once_and_closed_when_replaced(api, kern
     assert first.command_line == "quiet"
     # The file is gone: the new boot source is refused, and the old one stays.
     api.fault("PUT", "/boot-source", {"kernel_image_path": kernel})
-    assert api.controller.resources.require_boot_source() is first
+    assert api.session.resources.require_boot_source() is first
     other = kernel + "2"
     with open(other, "wb"):
         pass
     descriptors = len(os.listdir("/proc/self/fd"))
     assert api.send("PUT", "/boot-source", {"kernel_image_path": other})[0] == 204
     assert first.kernel_fd == -1
-    second = api.controller.resources.require_boot_source()
+    second = api.session.resources.require_boot_source()
     assert second.command_line == DEFAULT_COMMAND_LINE
     assert second.initrd_fd == -1
     assert len(os.listdir("/proc/self/fd")) == descriptors - 1  # two closed, one opened
@@ -337,13 +335,13 @@ def test_a_fifo_as_kernel_does_not_block(api, tmp_path):
 def test_serial(api):
     bucket = {"size": 10, "refill_time": 100, "one_time_burst": None, "anything": 1}
     assert api.send("PUT", "/serial", {"serial_out_path": "x", "rate_limiter": bucket})[0] == 204
-    serial = api.controller.resources.serial
+    serial = api.session.resources.serial
     assert serial.serial_out_path == "x"
     assert serial.rate_limiter is not None
     assert serial.rate_limiter._asdict() == {"size": 10, "one_time_burst": None, "refill_time": 100}
     assert api.send("PUT", "/serial", {"serial_out_path": None})[0] == 204
-    assert api.controller.resources.serial.serial_out_path is None
-    assert api.controller.resources.open_serial_output() == -1
+    assert api.session.resources.serial.serial_out_path is None
+    assert api.session.resources.open_serial_output() == -1
 
 
 # -- start and operation ----------------------------------------------------------------------------------------------
@@ -360,7 +358,7 @@ def test_a_failed_start_leaves_everything_configurable(api, kernel):
     assert api.send("PATCH", "/machine-config", {"mem_size_mib": 64})[0] == 204
     api.start_error = None
     assert api.send("PUT", "/actions", start) == (204, None)
-    assert api.started == [api.vmm]
+    assert api.session.vmm is api.vmm
     assert len(api.built) == 2
     assert api.built[-1].machine_config.mem_size_mib == 64
     # What was held open for the start is closed, what was configured is still shown.
@@ -451,15 +449,6 @@ def test_put_logger_may_be_repeated(api, tmp_path):
         lines = (tmp_path / f"log{number}").read_text().splitlines()
         assert len(lines) == 1  # the lines at level Info are gone
         assert ":ERROR] Received Error." in lines[0]
-
-
-def test_actions_compare_by_kind_and_content():
-    assert actions.GetVersion() == actions.GetVersion()
-    assert actions.GetVersion() != actions.GetInstanceInfo()
-    first = actions.UpdateMachineConfig(MachineConfigUpdate(smt=True))
-    assert first == actions.UpdateMachineConfig(MachineConfigUpdate(smt=True))
-    assert len({first, actions.UpdateMachineConfig(MachineConfigUpdate(smt=True)), actions.GetVersion()}) == 2
-    assert repr(actions.ConfigureBootSource(BootSourceConfig("k"))).startswith("ConfigureBootSource(BootSourceConfig(")
 
 
 def test_bodies_are_compact_json(api):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.harness.api import Api
-from vmm.api import handler as handler_module
+from vmm.api import dispatch
 
 # Nothing here may be an absolute path to a place where a file could be made.
 TEXTS = [
@@ -74,7 +74,7 @@ def test_any_text_gets_an_answer(
 def test_thousands_of_zeros_are_a_number(api: Api) -> None:
     """Python converts no decimal number of so many digits; this once ended the controller."""
     assert api.send("PUT", "/cpu-config", {"kvm_capabilities": ["0" * 5000 + "7"]}) == (204, None)
-    (capability,) = api.controller.resources.cpu_template.kvm_capabilities  # type: ignore[union-attr]
+    (capability,) = api.session.resources.cpu_template.kvm_capabilities  # type: ignore[union-attr]
     assert (capability.number, capability.required) == (7, True)
 
 
@@ -83,6 +83,6 @@ def test_a_fault_while_a_request_is_parsed_is_answered(api: Api, monkeypatch: py
         raise ValueError("not thought of")
 
     with monkeypatch.context() as patched:
-        patched.setattr(handler_module, "parse", fail)
+        patched.setattr(dispatch, "parse", fail)
         assert api.fault("GET", "/").startswith("Internal VMM error: unexpected ValueError at test_hostile_text.py:")
     assert api.send("GET", "/")[0] == 200

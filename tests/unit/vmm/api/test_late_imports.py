@@ -13,13 +13,13 @@ SCRIPT = """
 import sys
 sys.path[:0] = [sys.argv[1], sys.argv[3]]
 import os, socket
-from vmm.api.handler import ApiHandler
+from vmm.api.dispatch import Dispatcher
 from vmm.api.server import ApiServer, bind
 from vmm.config.file import ConfigFileError, parse
-from vmm.controller import Controller
 from base.event_manager import EventManager
 from vmm.observe.logger import LOG, LimitedSite
 from vmm.config.resources import VmResources
+from vmm.session import Session
 
 class Vmm:
     def version(self):
@@ -28,14 +28,17 @@ class Vmm:
     def pause_vm(self):
         raise AssertionError("bug")
 
+    def read_metrics(self):
+        pass
+
 def build(resources):
     return Vmm()
 
 os.chdir(sys.argv[2])
 open("kernel", "wb").close()
 manager = EventManager()
-controller = Controller(VmResources(), "late", build, LOG)
-server = ApiServer(bind("api.socket"), ApiHandler(controller, LOG), LOG, 300)
+session = Session(VmResources(), "late", build, manager)
+server = ApiServer(bind("api.socket"), Dispatcher(session), LOG, 300)
 
 loaded = set(sys.modules)
 manager.add_subscriber(server)
@@ -75,7 +78,7 @@ try:
     parse(b"{")
 except ConfigFileError:
     pass
-assert controller.vmm is not None
+assert session.vmm is not None
 print(sorted(set(sys.modules) - loaded))
 """
 

@@ -88,7 +88,7 @@ def drain(client: socket.socket) -> bytes:
 
 @pytest.fixture
 def host(api: Api, tmp_path) -> Iterator[Host]:
-    host = Host(str(tmp_path / "api.socket"), api.handler, api.logger)
+    host = Host(str(tmp_path / "api.socket"), api.dispatcher, api.logger)
     yield host
     host.close()
 
@@ -457,7 +457,7 @@ def test_a_path_that_is_taken_is_refused(host):
 
 def test_no_descriptor_is_left(api, tmp_path):
     before = len(os.listdir("/proc/self/fd"))
-    host = Host(str(tmp_path / "api.socket"), api.handler, api.logger)
+    host = Host(str(tmp_path / "api.socket"), api.dispatcher, api.logger)
     for _ in range(20):
         host.client().sendall(GET)
     host.pump()

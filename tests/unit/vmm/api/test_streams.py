@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.harness.api import Api
 from tests.unit.vmm.api.test_server import GET, VERSION, Host, drain
-from vmm.api.handler import ApiHandler
+from vmm.api.dispatch import Dispatcher
 from vmm.api.streams import BUFFER_LIMIT, HEAD, LINGER_NS, MAX_STREAMS, EventStreams
 from vmm.observe.event_log import HISTORY, EventLog, event_line
 
@@ -27,7 +27,7 @@ class StreamHost(Host):
     def __init__(self, path: str, api: Api) -> None:
         self.log = EventLog()
         self.streams = EventStreams(self.log)
-        super().__init__(path, ApiHandler(api.controller, api.logger, api.metrics, self.streams), api.logger)
+        super().__init__(path, Dispatcher(api.session, self.streams), api.logger)
         self.manager.add_subscriber(self.streams)
 
     def listen(self) -> socket.socket:

@@ -7,11 +7,14 @@ import os
 
 import pytest
 
+from base.event_manager import EventManager
+from vmm.api.dispatch import Dispatcher
 from vmm.config import file as config_file
 from vmm.config.file import ConfigFileError
 from vmm.config.resources import VmResources
 from vmm.observe.logger import DEBUG, Logger
 from vmm.observe.metrics import Metrics
+from vmm.session import Session
 
 VCPUS = (
     "Machine config error: The number of vCPUs must be greater than 0, less than 32 and must be 1 or an even number if "
@@ -24,6 +27,7 @@ FAILED = "Configuration for VMM from one single json failed: "
 def load(tmp_path, kernel):
     """Return a function that loads a document (bytes, or what JSON is made of) into fresh resources."""
     loggers = []
+    events = EventManager()
 
     def load_document(document):
         path = tmp_path / "config.json"
@@ -31,7 +35,8 @@ def load(tmp_path, kernel):
         resources = VmResources()
         loggers.append(Logger("test"))
         try:
-            config_file.load(str(path), resources, loggers[-1], Metrics())
+            session = Session(resources, "test", cannot_build, events, logger=loggers[-1], metrics=Metrics())
+            Dispatcher(session).apply(config_file.parse(config_file.read(str(path))))
         finally:
             resources.close()
         return resources, loggers[-1]
@@ -39,6 +44,11 @@ def load(tmp_path, kernel):
     yield load_document
     for logger in loggers:
         logger.close()
+    events.close()
+
+
+def cannot_build(*_arguments, **_named):
+    raise AssertionError("a document only configures")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipc.messages.records import CapabilityDemand, CpuidEntry, MsrChange
-from vmm.config.resources import CPU_TEMPLATES, NO_CPU_TEMPLATE
+from vmm.config.machine import CPU_TEMPLATES, NO_CPU_TEMPLATE
 from vmm.cpu_config.setup import CpuSetup, CpuTemplateError, changed_cpuid, cpu_setup
 from vmm.cpu_config.static_templates import (
     CASCADE_LAKE,

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.harness.api import Api
-from vmm.config.resources import StartOptions, VmResources
+from vmm.config.resources import VmResources
+from vmm.config.start_options import StartOptions
 from vmm.mmds.store import (
     MAX_DEPTH,
     DataStore,
