@@ -52,7 +52,7 @@ class Machine:
         self.executor = ExitExecutor(
             self.devices.ports,
             self.devices.mmio,
-            before_batch=self.devices.hold_interrupts,
+            before_batch=self.devices.begin_batch,
             after_batch=self._after_batch,
             failed=sys.exit,
         )
@@ -60,7 +60,7 @@ class Machine:
         self.producer = ExitRingProducer(self.buffer, self.executor.doorbell, self.executor.completion)
 
     def _after_batch(self) -> None:
-        self.devices.release_interrupts()
+        self.devices.end_batch()
         self.output.flush()
 
 

@@ -41,7 +41,7 @@ WRITE_SHARED = FLAG_WRITE_SHARED << 32
 class DevicePage:
     """The controller's side: allocates slots and publishes them."""
 
-    __slots__ = ("_next", "_slots", "_words")
+    __slots__ = ("_free", "_next", "_slots", "_words")
 
     def __init__(self, buffer: mmap.mmap) -> None:
         self._words = memoryview(buffer).cast("Q")
@@ -49,14 +49,35 @@ class DevicePage:
         self._words[WORD_MAGIC] = MAGIC
         self._slots = self._words[WORD_SLOTS:]
         self._next = 0
+        #: Runs of slots, (first, count), that were given back; ascending, and none touches another.
+        self._free: list[tuple[int, int]] = []
 
     def allocate(self, count: int) -> int:
         """Reserve ``count`` consecutive slots (all synchronous); return the first. Raises LayoutError when full."""
-        if count <= 0 or self._next + count > SLOT_COUNT:
-            raise LayoutError(f"the device page has no room for {count} more slots")
-        first = self._next
-        self._next += count
-        return first
+        if count > 0:
+            for position, (first, length) in enumerate(self._free):
+                if length >= count:
+                    self._free[position : position + 1] = [(first + count, length - count)] if length > count else []
+                    return first
+            if self._next + count <= SLOT_COUNT:
+                first = self._next
+                self._next += count
+                return first
+        raise LayoutError(f"the device page has no room for {count} more slots")
+
+    def free(self, first: int, count: int) -> None:
+        """Take slots back that were allocated, and that no worker looks at any more."""
+        assert 0 <= first < first + count <= self._next
+        for slot in range(first, first + count):
+            self._slots[slot] = 0
+        runs: list[tuple[int, int]] = []
+        for start, length in sorted([*self._free, (first, count)]):
+            if runs and runs[-1][0] + runs[-1][1] >= start:
+                assert runs[-1][0] + runs[-1][1] == start, "a slot was given back twice"
+                runs[-1] = (runs[-1][0], runs[-1][1] + length)
+            else:
+                runs.append((start, length))
+        self._free = runs
 
     def publish(self, slot: int, value: int, flags: int) -> None:
         """Set value (32 bits) and flags of an allocated slot at once."""

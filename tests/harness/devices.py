@@ -7,8 +7,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from base.deferral import Deferral
 from ipc.device_pages import DEVICE_PAGE_SIZE, FLAG_READ_LOCAL, FLAG_WRITE_POSTED, DevicePage, slots_of
-from vmm.devices.bus import Bus, Deferral, Device, InterruptLine
+from vmm.devices.bus import Bus, Device
+from vmm.devices.interrupts import InterruptLine
 
 
 class Page:

@@ -1,43 +1,18 @@
-"""The port and MMIO buses: which device answers which address, and how an access may be deferred."""
+"""The port and MMIO buses: which device answers which address."""
 
 from __future__ import annotations
 
-import os
-import select
 from _bisect import bisect_right
 
-from base.lean_typing import Callable, NamedTuple
+from base.deferral import Deferral
+from base.lean_typing import NamedTuple
 from ipc.device_pages import FLAG_READ_LOCAL, FLAG_WRITE_LAZY, FLAG_WRITE_POSTED, FLAG_WRITE_SHARED, DevicePage
 from ipc.errors import LayoutError
 from ipc.messages.records import Window
 from vmm.errors import DeviceError
-from vmm.snapshot.state_file import InterruptState
 
 PIO_SPACE = 1 << 16
 ALL_ONES = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFF_FFFF, 8: 0xFFFF_FFFF_FFFF_FFFF}
-
-
-class Deferral:
-    """A write that takes effect later: the vCPU that made it waits until :meth:`complete`."""
-
-    __slots__ = ("_then", "done")
-
-    def __init__(self) -> None:
-        self.done = False
-        self._then: Callable[[], None] | None = None
-
-    def complete(self) -> None:
-        """The write is in force. Called once."""
-        assert not self.done
-        self.done = True
-        if self._then is not None:
-            self._then()
-
-    def then(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` on completion."""
-        assert not self.done
-        assert self._then is None
-        self._then = callback
 
 
 class Device:
@@ -56,66 +31,19 @@ class Device:
         raise NotImplementedError
 
 
-class InterruptLine:
-    """An edge-triggered interrupt: an eventfd that the worker binds to a GSI (irqfd).
-
-    While exits are executed in a batch the line is held: edges of one batch become one, at its end. (A UART whose
-    transmitter is infinitely fast would interrupt for every byte.)
-    """
-
-    __slots__ = ("_due", "_held", "eventfd", "gsi", "triggers")
-
-    def __init__(self, gsi: int) -> None:
-        self.gsi = gsi
-        self.eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.triggers = 0
-        self._held = False
-        self._due = False
-
-    def hold(self) -> None:
-        """Keep edges back until :meth:`release`."""
-        self._held = True
-
-    def release(self) -> None:
-        """Deliver an edge that was kept back."""
-        self._held = False
-        if self._due:
-            self._due = False
-            self._deliver()
-
-    def trigger(self) -> None:
-        """Raise the interrupt. An event that came while the GSI was masked is delivered when it is unmasked."""
-        self.triggers += 1
-        if self._held:
-            self._due = True
-        else:
-            self._deliver()
-
-    def _deliver(self) -> None:
-        try:
-            os.eventfd_write(self.eventfd, 1)
-        except BlockingIOError:
-            pass  # saturated: it is pending anyway
-
-    def save_state(self) -> InterruptState:
-        """Return whether an edge waits; nothing is taken away."""
-        poll = select.poll()
-        poll.register(self.eventfd, select.POLLIN)
-        return InterruptState(self.gsi, self._due or bool(poll.poll(0)))
-
-    def close(self) -> None:
-        """Close the eventfd."""
-        os.close(self.eventfd)
-
-
 class PublishedSlot:
     """A device's handle on one slot of the device page."""
 
     __slots__ = ("_page", "_slot")
 
     def __init__(self, page: DevicePage, slot: int) -> None:
-        self._page = page
+        self._page: DevicePage | None = page
         self._slot = slot
+
+    def withdraw(self) -> None:
+        """Publish nothing any more: the device is asked for every access, until the workers know that it is gone."""
+        self.publish()
+        self._page = None
 
     def publish(
         self,
@@ -137,7 +65,8 @@ class PublishedSlot:
             | (FLAG_WRITE_LAZY if write_lazy else 0)
             | (FLAG_WRITE_SHARED if write_shared else 0)
         )
-        self._page.publish(self._slot, value, flags)
+        if self._page is not None:
+            self._page.publish(self._slot, value, flags)
 
 
 class _Range(NamedTuple):
@@ -145,7 +74,8 @@ class _Range(NamedTuple):
     end: int
     origin: int
     device: Device
-    slot: int
+    slots: list[PublishedSlot]
+    first_slot: int
 
 
 class Bus:
@@ -156,6 +86,8 @@ class Bus:
         self._limit = limit
         self._ranges: list[_Range] = []
         self._starts: list[int] = []
+        #: Slots, (first, count), of windows that were removed and that a worker may still know.
+        self._removed: list[tuple[int, int]] = []
 
     def insert(self, device: Device, address: int, length: int, offset: int = 0) -> list[PublishedSlot]:
         """Attach a device; return its slots of the device page.
@@ -177,16 +109,46 @@ class Bus:
             first = self._page.allocate(count)
         except LayoutError as error:
             raise DeviceError(f"window {address:#x}+{length:#x} cannot be attached: {error}") from None
-        self._ranges.insert(position, _Range(address, end, address - offset, device, first))
+        slots = [PublishedSlot(self._page, first + number) for number in range(count)]
+        self._ranges.insert(position, _Range(address, end, address - offset, device, slots, first))
         self._starts.insert(position, address)
-        return [PublishedSlot(self._page, first + number) for number in range(count)]
+        return slots
+
+    def remove(self, device: Device) -> None:
+        """Detach all windows of a device: it is not called any more. Raises DeviceError if it has none here.
+
+        Its slots stay reserved until :meth:`free_removed`, for a worker goes on looking at them until it is told.
+        """
+        gone = [each for each in self._ranges if each.device is device]
+        if not gone:
+            raise DeviceError("a device that is not attached cannot be removed")
+        for each in gone:
+            self._forget(each)
+            for slot in each.slots:
+                slot.withdraw()
+            self._removed.append((each.first_slot, len(each.slots)))
+
+    def has(self, device: Device) -> bool:
+        """Tell whether a device has a window here."""
+        return any(each.device is device for each in self._ranges)
+
+    def _forget(self, window: _Range) -> None:
+        position = self._ranges.index(window)
+        del self._ranges[position]
+        del self._starts[position]
+
+    def free_removed(self) -> None:
+        """All workers have the windows as they are now: what was removed before may be given out again."""
+        for first, count in self._removed:
+            self._page.free(first, count)
+        self._removed.clear()
 
     def _slot_count(self, length: int) -> int:
         return 1
 
     def windows(self) -> tuple[Window, ...]:
         """Return what the workers must know of this bus."""
-        return tuple(Window(each.start, each.end - each.start, each.slot) for each in self._ranges)
+        return tuple(Window(each.start, each.end - each.start, each.first_slot) for each in self._ranges)
 
     def _find(self, address: int, size: int) -> _Range | None:
         position = bisect_right(self._starts, address)
@@ -225,6 +187,11 @@ class PortBus(Bus):
         slots = super().insert(device, address, length, offset)
         self._ports.update({address + number: (device, offset + number) for number in range(length)})
         return slots
+
+    def _forget(self, window: _Range) -> None:
+        super()._forget(window)
+        for port in range(window.start, window.end):
+            del self._ports[port]
 
     def _slot_count(self, length: int) -> int:
         return length

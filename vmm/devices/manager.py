@@ -8,7 +8,8 @@ import os
 from base.lean_typing import TYPE_CHECKING, Callable
 from ipc.device_pages import DEVICE_PAGE_SIZE, DevicePage
 from ipc.shared_memory import create_published
-from vmm.devices.bus import InterruptLine, mmio_bus, port_bus
+from vmm.devices.bus import Device, mmio_bus, port_bus
+from vmm.devices.interrupts import DueInterrupts, InterruptAllocator, InterruptLine
 from vmm.devices.legacy.boot_timer import BootTimer
 from vmm.devices.legacy.exerciser import EXERCISER_MMIO, EXERCISER_PORT, MMIO_LENGTH, Exerciser, ExerciserPage
 from vmm.devices.legacy.exerciser import PORT_COUNT as EXERCISER_PORT_COUNT
@@ -16,6 +17,7 @@ from vmm.devices.legacy.i8042 import I8042
 from vmm.devices.legacy.i8042 import PORT_COUNT as I8042_PORT_COUNT
 from vmm.devices.legacy.ioapic import IOAPIC_LENGTH, IOWIN, IoApic, SetRoutes
 from vmm.devices.legacy.serial import Serial
+from vmm.errors import DeviceError
 from vmm.layout import (
     BOOT_TIMER_ADDRESS,
     BOOT_TIMER_SIZE,
@@ -51,12 +53,16 @@ class DeviceManager:
         self._log = log
         self.ports = port_bus(self._page)
         self.mmio = mmio_bus(self._page)
-        self.interrupts = (InterruptLine(I8042_GSI), InterruptLine(COM1_GSI))
-        self.i8042 = I8042(self.interrupts[0], reset)
+        due_interrupts = DueInterrupts()
+        #: Around each batch of exits: edges of a batch become one, at its end.
+        self.begin_batch = due_interrupts.begin_batch
+        self.end_batch = due_interrupts.end_batch
+        self.allocator = InterruptAllocator(due_interrupts)
+        self.i8042 = I8042(self.allocator.line(I8042_GSI), reset)
         self.i8042.attach(self.ports.insert(self.i8042, I8042_DATA_PORT, I8042_PORT_COUNT))
-        self.serial = Serial(self.interrupts[1], transmit)
+        self.serial = Serial(self.allocator.line(COM1_GSI), transmit)
         self.serial.attach(self.ports.insert(self.serial, COM1_PORT, COM1_PORT_COUNT))
-        self.ioapic = IoApic([line.gsi for line in self.interrupts], set_routes, log)
+        self.ioapic = IoApic(self.allocator.connected, set_routes, log)
         (select,) = self.mmio.insert(self.ioapic, IOAPIC_ADDRESS, IOWIN)
         (window,) = self.mmio.insert(self.ioapic, IOAPIC_ADDRESS + IOWIN, IOAPIC_LENGTH - IOWIN, IOWIN)
         self.ioapic.attach(select, window)
@@ -77,15 +83,23 @@ class DeviceManager:
         posted.publish(write_posted=True)
         self.mmio.insert(page, EXERCISER_MMIO + MMIO_LENGTH, MMIO_LENGTH)
 
-    def hold_interrupts(self) -> None:
-        """A batch of exits begins."""
-        for line in self.interrupts:
-            line.hold()
+    @property
+    def interrupts(self) -> tuple[InterruptLine, ...]:
+        """Return the interrupt lines that are in use, in the order of their GSIs."""
+        return self.allocator.lines
 
-    def release_interrupts(self) -> None:
-        """The batch is over: deliver the edges of it."""
-        for line in self.interrupts:
-            line.release()
+    def remove(self, device: Device, line: InterruptLine | None = None) -> None:
+        """Detach a device that the guest has let go, and its interrupt line. Raises DeviceError if it is not attached.
+
+        Workers answer for it until they have the windows that are left; ``free_removed`` of its bus comes after that.
+        """
+        buses = [bus for bus in (self.ports, self.mmio) if bus.has(device)]
+        if not buses:
+            raise DeviceError("a device that is not attached cannot be removed")
+        for bus in buses:
+            bus.remove(device)
+        if line is not None:
+            self.allocator.free(line)
 
     def save_state(self) -> DevicesState:
         """Return the state of every device that has one. Only between batches of exits, while all vCPUs are parked."""
@@ -101,8 +115,7 @@ class DeviceManager:
         self._page.close()
         self._page_buffer.close()
         os.close(self.page_descriptor)
-        for line in self.interrupts:
-            line.close()
+        self.allocator.close()
 
 
 def read_devices(metrics: Metrics, i8042: I8042, serial: Serial, console: ConsoleOutput | None) -> None:

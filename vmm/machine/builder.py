@@ -360,7 +360,7 @@ class _Assembly:
         executor = ExitExecutor(
             self.devices.ports,
             self.devices.mmio,
-            before_batch=self.vmm.before_exits,
+            before_batch=self.devices.begin_batch,
             after_batch=self.vmm.after_exits,
             failed=failed,
             rings=self._rings,

@@ -120,13 +120,9 @@ class Vmm(DeviceOperations):
         if console_input is not None:
             self._subscriptions.append(self._events.add_subscriber(console_input))
 
-    def before_exits(self) -> None:
-        """A batch of exits is about to be executed."""
-        self.device_manager.hold_interrupts()
-
     def after_exits(self) -> None:
         """A batch of exits was executed: deliver interrupts, then write what the guest has sent to its UART."""
-        self.device_manager.release_interrupts()
+        self.device_manager.end_batch()
         self.flush_console()
 
     def flush_console(self) -> None:

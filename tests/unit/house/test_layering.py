@@ -18,7 +18,14 @@ ALLOWED = {
     "vcpu_worker": {"base", "ipc"},
     "jailer": {"base", "ipc", "vmm.main", "vmm.cli", "vcpu_worker.main"},
     "cellblock": {
-        "base", "ipc", "vmm.cpu_config", "vmm.snapshot", "vmm.json", "vmm.config", "vmm.files", "vmm.version",
+        "base",
+        "ipc",
+        "vmm.cpu_config",
+        "vmm.snapshot",
+        "vmm.json",
+        "vmm.config",
+        "vmm.files",
+        "vmm.version",
     },
 }
 #: The rooms of the controller, in order: each may import only what stands before it, and what stands beside it.

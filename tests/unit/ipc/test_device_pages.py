@@ -65,6 +65,45 @@ def test_only_allocated_slots_are_published(slot):
         owner.publish(slot, 1, 1)
 
 
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 40), st.integers(0, 1000)), max_size=80))
+def test_slots_that_were_given_back_are_given_out_again_and_to_one_owner_only(steps):
+    buffer = mmap.mmap(-1, DEVICE_PAGE_SIZE)
+    page = DevicePage(buffer)
+    held: list[tuple[int, int]] = []
+    for allocate, count, choice in steps:
+        if allocate:
+            try:
+                first = page.allocate(count)
+            except LayoutError:
+                continue
+            new = set(range(first, first + count))
+            assert not any(new & set(range(start, start + length)) for start, length in held)
+            assert max(new) < SLOT_COUNT
+            page.publish(first, 1, device_pages.FLAG_READ_LOCAL)
+            held.append((first, count))
+        elif held:
+            page.free(*held.pop(choice % len(held)))
+    for run in held:
+        page.free(*run)
+    slots = slots_of(buffer)
+    assert not any(slots)
+    slots.release()
+    # All runs have become one again.
+    assert page._free == ([(0, page._next)] if page._next else [])
+    assert page.allocate(SLOT_COUNT if page._next in (0, SLOT_COUNT) else page._next) == 0
+    page.close()
+
+
+def test_a_slot_is_given_back_once():
+    buffer = mmap.mmap(-1, DEVICE_PAGE_SIZE)
+    page = DevicePage(buffer)
+    page.allocate(8)
+    page.free(2, 3)
+    with pytest.raises(AssertionError):
+        page.free(4, 1)
+    page.close()
+
+
 def test_another_object_is_refused_and_can_be_closed():
     fresh = mmap.mmap(-1, DEVICE_PAGE_SIZE)
     with pytest.raises(LayoutError, match="not a device page"):

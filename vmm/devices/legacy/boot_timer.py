@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 
+from base.deferral import Deferral
 from base.lean_typing import Callable
-from vmm.devices.bus import Deferral, Device
+from vmm.devices.bus import Device
 
 SIGNAL_VALUE = 123
 #: The guest signals once when it has booted; one that goes on cannot fill the log.

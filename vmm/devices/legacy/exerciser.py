@@ -7,8 +7,9 @@ them, so that a lost, repeated or reordered exit shows.
 
 from __future__ import annotations
 
+from base.deferral import Deferral
 from base.lean_typing import Callable
-from vmm.devices.bus import ALL_ONES, Deferral, Device, PublishedSlot
+from vmm.devices.bus import ALL_ONES, Device, PublishedSlot
 
 EXERCISER_PORT = 0x620
 PORT_COUNT = 16

@@ -6,8 +6,10 @@ one says so at once: a driver that got no answer would wait for half a second, s
 
 from __future__ import annotations
 
+from base.deferral import Deferral
 from base.lean_typing import Callable
-from vmm.devices.bus import Deferral, Device, InterruptLine, PublishedSlot
+from vmm.devices.bus import Device, PublishedSlot
+from vmm.devices.interrupts import InterruptLine
 from vmm.errors import DeviceError
 from vmm.snapshot.state_file import I8042State
 

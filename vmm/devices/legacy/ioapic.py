@@ -6,11 +6,15 @@ edge and reported once.
 
 from __future__ import annotations
 
-from base.lean_typing import Callable, Sequence
+from base.deferral import Deferral
+from base.lean_typing import TYPE_CHECKING, Callable, Sequence
 from ipc.messages.records import Route
-from vmm.devices.bus import Deferral, Device, PublishedSlot
+from vmm.devices.bus import Device, PublishedSlot
 from vmm.layout import IOAPIC_PIN_COUNT
 from vmm.snapshot.state_file import IoApicState
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 IOAPIC_LENGTH = 0x1000
 IOREGSEL = 0x00
@@ -43,11 +47,11 @@ def msi_of_entry(gsi: int, entry: int) -> Route:
 
 
 class IoApic(Device):
-    """Only pins in ``connected`` (those with a device) ever get a route."""
+    """Only pins in ``connected`` (those that have a device at that moment) ever get a route."""
 
-    def __init__(self, connected: Sequence[int], set_routes: SetRoutes, log: Callable[[str], None]) -> None:
+    def __init__(self, connected: Collection[int], set_routes: SetRoutes, log: Callable[[str], None]) -> None:
         self._entries = [ENTRY_MASKED] * IOAPIC_PIN_COUNT
-        self._connected = frozenset(connected)
+        self._connected = connected
         self._set_routes = set_routes
         self._log = log
         self._select = 0

@@ -6,8 +6,10 @@ the worker answers them by itself from the device page, and lets transmitted byt
 
 from __future__ import annotations
 
+from base.deferral import Deferral
 from base.lean_typing import Callable
-from vmm.devices.bus import Deferral, Device, InterruptLine, PublishedSlot
+from vmm.devices.bus import Device, PublishedSlot
+from vmm.devices.interrupts import InterruptLine
 from vmm.snapshot.state_file import SerialState
 
 PORT_COUNT = 8

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from base.deferral import Deferral
 from base.event_manager import EventManager
 from ipc.exit_ring import (
     ASLEEP,
@@ -30,7 +31,7 @@ from ipc.shared_memory import map_shared
 from tests.harness.devices import Page, Recorder
 from tests.harness.processes import Child
 from vmm.cells.exits import BATCH, ExitExecutor
-from vmm.devices.bus import Deferral, mmio_bus, port_bus
+from vmm.devices.bus import mmio_bus, port_bus
 from vmm.devices.legacy.exerciser import (
     COUNT_POSTED,
     COUNT_SYNCHRONOUS,

@@ -10,11 +10,11 @@ from unittest.mock import patch
 
 import pytest
 
+from base.deferral import Deferral
 from ipc.exit_ring import ENTRY_COUNT, KIND_MMIO_WRITE, KIND_PIO_READ, KIND_PIO_WRITE, WORD_POSTED
 from ipc.shared_memory import create_shared, map_shared
 from tests.unit.vmm.cells.test_exits import MMIO, PORT, Endless, machine  # noqa: F401
 from vmm.cells.exits import BATCH
-from vmm.devices.bus import Deferral
 
 
 def written(machine) -> list[int]:  # noqa: F811

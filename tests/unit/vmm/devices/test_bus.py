@@ -1,16 +1,15 @@
-"""The buses: who answers which address, what is published, how interrupts and deferrals behave."""
+"""The buses: who answers which address, what is published, who comes and goes."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from base.deferral import Deferral
 from ipc.device_pages import SLOT_COUNT
-from tests.harness.devices import CountingLine, Recorder, device_page
-from vmm.devices.bus import ALL_ONES, PIO_SPACE, Deferral, mmio_bus, port_bus
+from tests.harness.devices import Recorder, device_page
+from vmm.devices.bus import ALL_ONES, PIO_SPACE, mmio_bus, port_bus
 from vmm.errors import DeviceError
 
 
@@ -144,43 +143,53 @@ def test_a_deferral_is_handed_through(page):
     assert device.deferral.done
 
 
-def test_a_deferral_completes_and_is_taken_once():
-    deferral = Deferral()
-    deferral.complete()
-    with pytest.raises(AssertionError):
-        deferral.complete()
-    with pytest.raises(AssertionError):
-        deferral.then(lambda: None)
+def test_a_removed_device_is_not_called_any_more(page):
+    for bus, base in ((port_bus(page.page), 0x300), (mmio_bus(page.page), 0xC000_0000)):
+        gone, stays = Recorder(1), Recorder(2)
+        slots = bus.insert(gone, base, 4)
+        bus.insert(stays, base + 4, 4)
+        slots += bus.insert(gone, base + 8, 4, 4)
+        for slot in slots:
+            slot.publish(0x55, read_local=True)
+        before = [window.slot for window in bus.windows()]
+        bus.remove(gone)
+        assert [window.address for window in bus.windows()] == [base + 4]
+        assert bus.read(base, 1) == bus.read(base + 8, 1) == 0xFF
+        assert bus.write(base, 1, 1) is None
+        assert bus.read(base + 4, 1) == 2
+        assert gone.accesses == []
+        # A worker that still knows the windows asks for every access.
+        assert page.flags(before[0]) == page.flags(before[2]) == 0
+        slots[0].publish(1, read_local=True)
+        assert page.flags(before[0]) == 0, "a device that is gone publishes nothing"
+        with pytest.raises(DeviceError, match="not attached"):
+            bus.remove(gone)
 
 
-def test_edges_accumulate_in_the_eventfd_until_the_worker_takes_them():
-    line = CountingLine(7)
-    for _ in range(3):
-        line.trigger()
-    assert (line.gsi, line.triggers, line.pending(), line.pending()) == (7, 3, 3, 0)
-    line.close()
+def test_slots_of_a_removed_device_are_used_again_once_the_workers_know(page):
+    bus = port_bus(page.page)
+    for _ in range(SLOT_COUNT):  # a guest that moves a window again and again
+        device = Recorder()
+        bus.insert(device, 0x100, 8)
+        bus.remove(device)
+        bus.free_removed()
+    first, second = Recorder(), Recorder()
+    bus.insert(first, 0x100, SLOT_COUNT - 8)
+    bus.remove(first)
+    with pytest.raises(DeviceError, match="no room"):
+        bus.insert(second, 0x100, SLOT_COUNT - 8)
+    bus.free_removed()
+    (slot, *_) = bus.insert(second, 0x100, SLOT_COUNT - 8)
+    slot.publish(7, read_local=True)
+    assert page.value(bus.windows()[0].slot) == 7
 
 
-def test_edges_of_a_batch_become_one_at_its_end():
-    line = CountingLine()
-    line.hold()
-    for _ in range(3):
-        line.trigger()
-    assert line.pending() == 0
-    line.release()
-    assert line.pending() == 1
-    line.hold()
-    line.release()
-    assert line.pending() == 0, "nothing was due"
-    line.trigger()
-    assert line.pending() == 1
-    line.close()
-
-
-def test_a_saturated_interrupt_does_not_block():
-    """A taken-over worker holds the eventfd too and can fill its counter."""
-    line = CountingLine()
-    os.eventfd_write(line.eventfd, (1 << 64) - 2)
-    line.trigger()
-    assert line.triggers == 1
-    line.close()
+def test_a_window_may_move(page):
+    bus = mmio_bus(page.page)
+    device = Recorder(5)
+    bus.insert(device, 0x1000, 0x1000)
+    bus.remove(device)
+    bus.insert(device, 0x8000, 0x1000)
+    assert bus.read(0x1000, 4) == ALL_ONES[4]
+    assert bus.read(0x8004, 4) == 5
+    assert device.accesses == [("read", 4, 4, 0)]

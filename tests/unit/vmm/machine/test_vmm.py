@@ -68,7 +68,7 @@ class Machine:
         self.executor = ExitExecutor(
             self.devices.ports,
             self.devices.mmio,
-            before_batch=self.vmm.before_exits,
+            before_batch=self.devices.begin_batch,
             after_batch=self.vmm.after_exits,
             failed=lambda text: self.worker.breach(f"exit ring: {text}"),
         )

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from base.deferral import Deferral
 from ipc.messages.records import Route
 from tests.harness.devices import device_page
-from vmm.devices.bus import Deferral, mmio_bus
+from vmm.devices.bus import mmio_bus
 from vmm.devices.legacy.ioapic import IOAPIC_LENGTH, IoApic, msi_of_entry
 
 BASE = 0xFEC0_0000
