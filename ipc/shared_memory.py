@@ -28,9 +28,9 @@ def fence() -> None:
     """Order every store before it against every load after it (a full barrier).
 
     Taking and releasing an uncontended lock executes locked instructions, which are full barriers on x86-64.
-    Python has no other way to say it; tests/unit/ipc/test_fence.py is the litmus test. It must be a ``with``
-    statement: CPython switches threads and runs signal handlers after calls, not between entering and leaving an
-    empty block. With acquire() and release() a handler that uses the fence too met the lock taken, for ever.
+    Python has no other way to say it; tests/unit/ipc/test_shared_memory_fence.py is the litmus test. It must be a
+    ``with`` statement: CPython switches threads and runs signal handlers after calls, not between entering and leaving
+    an empty block. With acquire() and release() a handler that uses the fence too met the lock taken, for ever.
     """
     with _fence_lock:
         pass

@@ -5,24 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 import pytest
 
 from devtool.testing import has_hardware_paging
 from tests.harness.leftovers import Leftovers
+from tests.harness.run_options import IN_LAB, SEED, SOAK, NoLeftovers, Scale
 
 if TYPE_CHECKING:
     from lab.guest_image import GuestImage
 
-_Count = TypeVar("_Count")
-
-IN_LAB = os.environ.get("CELLBLOCK_LAB") == "1"
-#: Name of the soak that runs now ("all" for every one), or "".
-SOAK = os.environ.get("CELLBLOCK_SOAK", "")
-SEED = int(os.environ.get("CELLBLOCK_SEED", "1"))
 _LAB_TESTS = Path(__file__).resolve().parent / "lab"
 
 if not IN_LAB:  # importing it takes many seconds of the emulated machine, and no lab test uses it
@@ -37,18 +31,6 @@ if not IN_LAB:  # importing it takes many seconds of the emulated machine, and n
         suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
     )
     hypothesis.settings.load_profile("cellblock")
-
-
-class Scale(Protocol):
-    """Chooses between a test's reduced and full count."""
-
-    def __call__(self, reduced: _Count, full: _Count) -> _Count: ...
-
-
-class NoLeftovers(Protocol):
-    """Makes a block that fails if it leaves something behind."""
-
-    def __call__(self, *directories: Path | str, names: tuple[str, ...] = ()) -> AbstractContextManager[Leftovers]: ...
 
 
 def _soak_names(item: pytest.Item) -> set[str]:

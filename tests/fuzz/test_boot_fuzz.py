@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.conftest import Scale
 from tests.fuzz.boot_fuzz import TARGETS
+from tests.harness.run_options import Scale
 
 if TYPE_CHECKING:
     from lab.guest_image import GuestImage

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.conftest import Scale
 from tests.fuzz.test_http_fuzz import FULL, run
+from tests.harness.run_options import Scale
 
 pytestmark = [pytest.mark.soak("fuzz", "config_fuzz"), pytest.mark.timeout(1800)]
 

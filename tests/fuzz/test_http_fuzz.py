@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Scale
+from tests.harness.run_options import Scale
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL = 20_000

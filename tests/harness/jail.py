@@ -16,8 +16,8 @@ from typing import Any
 
 from devtool.project import LAUNCHERS, PYTHON, ROOT
 from lab.client import Reply, request
-from tests.conftest import IN_LAB, SOAK
 from tests.guests.build import build
+from tests.harness.run_options import IN_LAB, SOAK
 
 JAILER = LAUNCHERS / "jailer"
 FIRECRACKER = LAUNCHERS / "firecracker"

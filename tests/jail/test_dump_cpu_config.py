@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from lab.client import Jail
-from tests.conftest import NoLeftovers
 from tests.guests.build import build
+from tests.harness.run_options import NoLeftovers
 
 
 def test_a_jailed_microvm_dumps_its_cpu_configuration(no_leftovers: NoLeftovers):

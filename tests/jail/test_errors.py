@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import NoLeftovers
 from tests.harness.jail import FIRECRACKER, JAILER, microvm, stand_in
+from tests.harness.run_options import NoLeftovers
 
 GOOD = {"--id": "errors", "--exec-file": str(FIRECRACKER), "--uid": "12345", "--gid": "12345"}
 

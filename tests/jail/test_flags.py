@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import NoLeftovers
 from tests.harness.jail import (
     FIRECRACKER,
     GID,
@@ -26,6 +25,7 @@ from tests.harness.jail import (
     status,
     wait_for,
 )
+from tests.harness.run_options import NoLeftovers
 
 ALL = ("supervisor", "vmm", "vcpu 0")
 NO_CAPABILITIES = "0" * 16

@@ -16,7 +16,6 @@ import pytest
 
 from base.faults import FAULT_POINTS
 from lab.client import ClientError
-from tests.conftest import NoLeftovers, Scale
 from tests.harness.jail import (
     JAILER,
     PATIENCE_S,
@@ -29,6 +28,7 @@ from tests.harness.jail import (
     status,
     wait_for,
 )
+from tests.harness.run_options import NoLeftovers, Scale
 
 ALL = ("supervisor", "vmm", "vcpu 0")
 SUPERVISOR_POINTS = [point for point in FAULT_POINTS if point.startswith("supervisor.")]

@@ -12,9 +12,9 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 
 from devtool.project import ROOT
-from tests.conftest import Scale
 from tests.harness.http import BASE_URL, session
 from tests.harness.jail import is_alive, microvm
+from tests.harness.run_options import Scale
 
 #: The longest that an answer may take; what takes longer hangs.
 PATIENCE_S = 60.0

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ipc.launch_plan import MAX_MEMORY_BYTES, MAX_WORKERS
-from tests.conftest import NoLeftovers
 from tests.harness.jail import JailedMicrovm, children, descriptors, stand_in, wait_for
+from tests.harness.run_options import NoLeftovers
 
 
 def _lines(jailed: JailedMicrovm) -> list[str]:

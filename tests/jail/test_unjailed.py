@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from lab.client import request
-from tests.conftest import NoLeftovers
 from tests.guests.build import build
 from tests.harness.jail import (
     FIRECRACKER,
@@ -26,6 +25,7 @@ from tests.harness.jail import (
     status,
     wait_for,
 )
+from tests.harness.run_options import NoLeftovers
 
 USER = 4321
 

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from lab.client import Reply, without_log
-from tests.conftest import NoLeftovers
 from tests.harness.jail import PATIENCE_S, PROMISE_S, JailedMicrovm, is_alive, microvm, status, wait_for
+from tests.harness.run_options import NoLeftovers
 from tests.jail.test_lifetimes import _after_the_janitor
 
 EXIT_CODES = {"SIGKILL": 1, "SIGSEGV": 150}

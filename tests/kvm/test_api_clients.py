@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from lab.client import Microvm, launch_unjailed, request
-from tests.conftest import SOAK, Scale
 from tests.guests.build import build
 from tests.harness.jail import children
 from tests.harness.microvms import wait_for_first_worker
+from tests.harness.run_options import SOAK, Scale
 from tests.kvm.test_api_table import Client
 
 BAD_CLIENTS = 200

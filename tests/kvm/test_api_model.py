@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import rule, run_state_machine_as_test
 
 from lab.client import Microvm, descendants, launch_unjailed
-from tests.conftest import Scale
 from tests.guests.build import build
 from tests.harness.jail import children, descriptors
 from tests.harness.microvms import wait_for_first_worker
+from tests.harness.run_options import Scale
 from tests.kvm.test_api_table import Client
 from tests.unit.vmm.api.test_state_machine import NOT_STARTED, PREBOOT, RUNNING, ApiModel
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from devtool.project import LAUNCHERS
 from lab.client import launch_unjailed
-from tests.conftest import NoLeftovers
 from tests.guests.build import build
+from tests.harness.run_options import NoLeftovers
 
 #: Changes that every KVM takes over: see tests/kvm/test_worker_cpu.py.
 TEMPLATE = {

@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 
 from lab.client import ClientError, Microvm, descendants, launch_unjailed, request, without_log
-from tests.conftest import SOAK
 from tests.guests.build import build
+from tests.harness.run_options import SOAK
 
 #: So many rounds never end within a test.
 FOREVER = 1 << 30

@@ -27,7 +27,7 @@ from ipc.messages.worker import (
     SaveState,
     SetRoutes,
 )
-from tests.conftest import Scale
+from tests.harness.run_options import Scale
 from tests.harness.workers import ChecksCounts, Controller
 from vcpu_worker import state as vcpu_state
 from vcpu_worker.kvm import abi

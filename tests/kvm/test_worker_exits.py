@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ipc.messages.worker import Ping, Pong
-from tests.conftest import Scale
+from tests.harness.run_options import Scale
 from tests.harness.workers import ChecksCounts, Controller
 from vcpu_worker import reporting
 

@@ -10,7 +10,7 @@ import pytest
 
 from ipc.messages.records import Route
 from ipc.messages.worker import RoutesSet, SetRoutes
-from tests.conftest import Scale
+from tests.harness.run_options import Scale
 from tests.harness.workers import DONE, FAILED, Controller
 
 #: MSI to APIC id 0, fixed delivery.

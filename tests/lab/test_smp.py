@@ -12,8 +12,8 @@ import pytest
 from lab.client import Microvm, without_log
 from lab.guest_image import archive
 from lab.tsc import host_tsc_khz
-from tests.conftest import IN_LAB, SOAK
 from tests.guests.build import build_program
+from tests.harness.run_options import IN_LAB, SOAK
 from tests.lab.test_boot import BOOT_TIMEOUT, CGROUP_OPTIONS, boot_args, jail
 
 REPORT = (

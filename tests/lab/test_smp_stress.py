@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from lab.client import Microvm, without_log
-from tests.conftest import SOAK
+from tests.harness.run_options import SOAK
 from tests.lab.test_boot import BOOT_TIMEOUT, CGROUP_OPTIONS, jail
 from tests.lab.test_smp import COMPLAINTS, SOAK_ONLY, config, run
 

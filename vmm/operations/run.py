@@ -1,7 +1,7 @@
 """Goes through a procedure (vmm.operations.tables) with the workers of a machine. Sans-IO.
 
 Told what happens, it returns what is to be done. The shell (vmm.operations.driver) sends messages and arms timers; the
-simulation (tests/unit/vmm/operations/test_simulation.py) does the same without a process.
+simulation (tests/unit/vmm/operations/test_run_simulation.py) does the same without a process.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Both ends run in threads that stop before each access to a shared word and before each sleep; a seeded chooser lets
 one of those go on that can. When neither can, a wake-up was lost. (Memory order is not part of this model: see
-test_fence.)
+test_shared_memory_fence.)
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from cellblock.cpu_template.main import main
 from cellblock.cpu_template.patterns import Bits, Place, bit_count, differences, strip
 from ipc.messages.records import CpuidEntry, MsrValue
 from ipc.messages.worker import DumpedCpuConfig
-from tests.conftest import SOAK
+from tests.harness.run_options import SOAK
 from vmm.cpu_config.dump import to_template
 from vmm.cpu_config.setup import changed_cpuid
 from vmm.cpu_config.template import (

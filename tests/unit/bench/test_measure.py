@@ -1,4 +1,4 @@
-"""The benchmarks' own parts; no time is measured here."""
+"""What the benchmarks share, and that each explains itself; no time is measured here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from bench import exits, measure, startup
+from bench import measure
 from bench.measure import BenchError, CpuAccount
 from devtool.project import PYTHON, ROOT
 
@@ -76,47 +76,3 @@ def test_a_program_that_ends_early_is_an_error_with_its_words(account):
         started.pipes.wait_for(b"never")
     with pytest.raises(ChildProcessError):
         os.waitpid(started.pid, os.WNOHANG)
-
-
-def test_ratios_are_formed_within_a_round(capsys):
-    samples = {
-        startup.QEMU_START: [startup.Sample(10.0, 10.0), startup.Sample(100.0, 10.0), startup.Sample(20.0, 10.0)],
-        "ours": [startup.Sample(20.0, 5.0), startup.Sample(200.0, 5.0), startup.Sample(40.0, 5.0)],
-    }
-    assert startup._report_times(samples)["ours"] == 2.0
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("ours"))
-    assert row.split()[-2:] == ["2.00", "0.50"]
-
-
-def test_steps_are_medians_of_what_all_traces_have(capsys):
-    def trace(shift: float) -> list[tuple[int, str, float, float]]:
-        return [(0, "program", 1.0 + shift, 1.0), (1, "twice", 2.0 + shift, 0.5), (1, "twice", 3.0 + shift, 0.7)]
-
-    startup._report_steps("cold", [trace(0.0), [*trace(5.0), (2, "only here", 9.0, 1.0)], trace(1.0)])
-    lines = capsys.readouterr().out.splitlines()[2:]
-    assert [line.split() for line in lines] == [
-        ["supervisor", "program", "2.0", "1.0"],
-        ["controller", "twice", "3.0", "0.5"],
-        ["controller", "twice", "4.0", "0.7"],
-    ]
-
-
-def test_memory_is_summed_over_our_cells_only(capsys):
-    cell = dict.fromkeys(startup.KINDS, 1.5)
-    sums = startup._report_memory([{"firecracker": cell, "vmm": cell, "vcpu 0": cell, "QEMU": cell}])
-    assert sums == dict.fromkeys(startup.KINDS, 4.5)
-    assert "QEMU" in capsys.readouterr().out
-
-
-def test_memory_of_a_process_is_read():
-    values = startup._rollup(os.getpid())
-    assert 1 < values["Private_Dirty"] < values["Rss"] < 4096
-
-
-def test_the_local_answer_is_compared_with_both(capsys):
-    costs = {name: [exits.Cost(10.0, 10.0)] for name in (*exits.PRODUCT, exits.BARE, exits.QEMU)}
-    costs[exits.LOCAL_LSR] = [exits.Cost(11.0, 11.0)]
-    exits._report(costs)
-    verdicts = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("reached", "MISSED"))]
-    assert len(verdicts) == 2
-    assert all("1.10" in line for line in verdicts)

@@ -1,0 +1,65 @@
+"""Verification of the walls: what is asked for, what is found."""
+
+from __future__ import annotations
+
+import os
+
+from ipc.launch_plan import MAX_MEMORY_BYTES, MAX_WORKERS, LaunchPlan
+from jailer import verify, walls
+
+
+def _plan(**changed: object) -> LaunchPlan:
+    # fmt: off
+    plan = LaunchPlan(
+        "id", 1, True, 5, 6, (), 0, 0, 0, MAX_WORKERS, MAX_MEMORY_BYTES, "split", "", "kill", (), (), (),
+        "/a", "/b", -1, -1,
+    )
+    # fmt: on
+    return plan._replace(**changed)  # type: ignore[arg-type]
+
+
+def _facts(**changed: object) -> verify.Asked:
+    host = verify.HostFacts(dict.fromkeys(verify.NAMESPACES, 1), 0, True)
+    return verify.Asked(host, None, "0::/\n", False, False, (1, 2))._replace(**changed)  # type: ignore[arg-type]
+
+
+def test_each_wall_is_asked_for_unless_it_is_switched_off() -> None:
+    full = verify.asked(_plan(), "vcpu", _facts())
+    for wall, key in (
+        (walls.IDENTITY, "uid"),
+        (walls.CAPABILITIES, "capabilities"),
+        (walls.NO_NEW_PRIVILEGES, "no_new_privs"),
+        (walls.ROOT, "root"),
+    ):
+        assert key in full
+        assert key not in verify.asked(_plan(switched_off=(wall,)), "vcpu", _facts()), wall
+    assert full["limits"] == {"core file size": ["0", "0"], "processes": ["0", "0"]}
+    off = (walls.CORE_LIMIT, walls.PROCESS_LIMIT)
+    assert verify.asked(_plan(switched_off=off), "vcpu", _facts())["limits"] == {}
+    assert "seccomp" not in verify.asked(_plan(seccomp="off"), "vcpu", _facts())
+    assert full["namespaces"] == {"mnt": "own", "ipc": "own", "uts": "own", "net": "own", "pid": "host"}
+
+
+def test_filters_are_counted_by_role_and_host() -> None:
+    host = verify.HostFacts(dict.fromkeys(verify.NAMESPACES, 1), 3, True)
+    counts = {
+        role: verify.asked(_plan(), role, _facts(host=host))["seccomp"][0]["filters"]
+        for role in ("supervisor", "vmm", "vcpu")
+    }
+    assert counts == {"supervisor": 4, "vmm": 4, "vcpu": 5}
+
+
+def test_reading_ones_own_walls() -> None:
+    proc = verify.open_proc()
+    host = verify.host_facts(proc)
+    found = verify.found(os.getpid(), proc, host, {"limits": {"open files": []}})
+    assert found["uid"] == [os.getuid()] * 4
+    assert set(found["namespaces"].values()) == {"host"}
+    assert found["root"]["inode"] == [os.stat("/").st_dev, os.stat("/").st_ino]
+    assert len(found["limits"]["open files"]) == 2
+    assert verify.differences({"uid": found["uid"]}, found) == []
+    assert verify.differences({"uid": [0, 0, 0, 77]}, found) == [f"uid: asked [0, 0, 0, 77], found {found['uid']}"]
+    gone = verify.found(2**22 - 3, proc, host, {})
+    assert verify.differences({"uid": [0]}, gone) != []
+    assert "unreadable" in gone["cgroup"]
+    os.close(proc)
