@@ -84,6 +84,11 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def id_of(base: Path, which: str = "") -> str:
+    """Return the id of the microVM below a base directory, or of one of several: no other test has it at any time."""
+    return f"{base.parent.name}-{which}" if which else base.parent.name
+
+
 class JailedMicrovm:
     """One launch of ``jailer``; what it prints goes to a file."""
 
@@ -91,7 +96,7 @@ class JailedMicrovm:
         self,
         base: Path,
         *options: str,
-        microvm_id: str = "jail-test",
+        microvm_id: str = "",
         arguments: Sequence[str] = ("--exerciser",),
         exec_file: Path = FIRECRACKER,
         program: Sequence[str | Path] = (JAILER,),
@@ -99,7 +104,7 @@ class JailedMicrovm:
         gid: int = GID,
     ) -> None:
         self.base = base
-        self.id = microvm_id
+        self.id = microvm_id = microvm_id or id_of(base)
         self.uid = uid
         self.gid = gid
         self.directory = base / exec_file.name / microvm_id

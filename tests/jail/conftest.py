@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +12,12 @@ import pytest
 
 @pytest.fixture
 def base() -> Iterator[Path]:
-    """Return a --chroot-base-dir with a short name (socket paths have 107 characters) that others can pass through."""
-    directory = Path(tempfile.mkdtemp(prefix="jail-", dir="/tmp"))
-    directory.chmod(0o755)
+    """Return a --chroot-base-dir of this test alone that others can pass through.
+
+    Its name is short (socket paths have 107 characters), and may be part of an id: see tests.harness.jail.id_of.
+    """
+    directory = Path("/tmp") / f"jail-{secrets.token_hex(4)}"
+    directory.mkdir(mode=0o755)
     jails = directory / "base"
     jails.mkdir(mode=0o755)
     yield jails

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.jail import JailedMicrovm, microvm, wait_for
+from tests.harness.jail import JailedMicrovm, id_of, microvm, wait_for
 
 #: attack → the walls that stop it, each by itself: (wall, what the attacker sees; None: the cell is ended).
 ATTACKS: dict[str, dict[str, str | None]] = {
@@ -89,7 +89,7 @@ def test_root_wall_empties_the_file_system(base: Path) -> None:
         assert _outcome(jailed, "open") == "succeeded (/ with ['ipc'])"
     arguments = ("--api-sock", "api.socket")  # relative: without the wall, the host's /run is the cell's
     options = ("--drill", "open", *_without("seccomp", "root"))
-    with microvm(base, *options, microvm_id="open", arguments=arguments) as jailed:
+    with microvm(base, *options, microvm_id=id_of(base, "open"), arguments=arguments) as jailed:
         jailed.start()
         assert _outcome(jailed, "open") == "succeeded (/etc/passwd)"
 
@@ -100,7 +100,8 @@ def test_the_controller_cannot_either(base: Path, attack: str) -> None:
         assert jailed.run() == 148
         _ended_by_seccomp(jailed, "vmm")
         assert jailed.log().splitlines()[-1].endswith("Firecracker exiting with error. exit_code=148")
-    with microvm(base, "--drill", f"vmm:{attack}", "--seccomp-mode", "report", microvm_id="report") as jailed:
+    options = ("--drill", f"vmm:{attack}", "--seccomp-mode", "report")
+    with microvm(base, *options, microvm_id=id_of(base, "report")) as jailed:
         assert jailed.run() == 148
         assert "forbidden system call" in _ended_by_seccomp(jailed, "vmm")
 

@@ -79,7 +79,7 @@ def test_every_request_is_answered_inside_the_jail(base: Path) -> None:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
     # At the start, twice on demand, at the end.
     assert len(lines) == 4
-    assert {line["id"] for line in lines} == {"jail-test"}
+    assert {line["id"] for line in lines} == {jailed.id}
     assert sum(line["put_api_requests"]["drive_count"] for line in lines) == 3
     assert lines[-1]["seccomp"]["num_faults"] == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 
 from lab.client import Jail
 from tests.guests.build import build
@@ -10,7 +11,7 @@ from tests.harness.run_options import NoLeftovers
 
 
 def test_a_jailed_microvm_dumps_its_cpu_configuration(no_leftovers: NoLeftovers):
-    name = "dump-cpu-config"
+    name = f"dump-cpu-config-{secrets.token_hex(4)}"
     jail = Jail(name)
     try:
         machine = {"vcpu_count": 2, "mem_size_mib": 64, "smt": True}

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.jail import FIRECRACKER, JAILER, microvm, stand_in
+from tests.harness.jail import FIRECRACKER, JAILER, id_of, microvm, stand_in
 from tests.harness.run_options import NoLeftovers
 
-GOOD = {"--id": "errors", "--exec-file": str(FIRECRACKER), "--uid": "12345", "--gid": "12345"}
+GOOD = {"--exec-file": str(FIRECRACKER), "--uid": "12345", "--gid": "12345"}
 
 
 def _run(base: Path, *options: str, **changed: str | None) -> tuple[int, str]:
     """Run the jailer with a good command line that some options change (None: left out)."""
-    values: dict[str, str | None] = {**GOOD, "--chroot-base-dir": str(base)}
+    values: dict[str, str | None] = {**GOOD, "--id": id_of(base), "--chroot-base-dir": str(base)}
     values.update({f"--{name.replace('_', '-')}": value for name, value in changed.items()})
     words = [word for name, value in values.items() if value is not None for word in (name, value)]
     result = subprocess.run([JAILER, *words, *options], check=False, capture_output=True, text=True, timeout=60)
@@ -85,7 +85,7 @@ def _run(base: Path, *options: str, **changed: str | None) -> tuple[int, str]:
 def test_one_error_and_nothing_left(
     base: Path, no_leftovers: NoLeftovers, changed: dict[str, str | None], options: tuple[str, ...], text: str
 ) -> None:
-    with no_leftovers(base, names=("errors",)):
+    with no_leftovers(base, names=(id_of(base),)):
         code, printed = _run(base, *options, **changed)
     if text.startswith("Arguments"):
         text += " \n\nFor more information try --help."
@@ -94,10 +94,11 @@ def test_one_error_and_nothing_left(
 
 @pytest.mark.parametrize("file", ["cpu.nonsense=1", "cpu.shares=x"])
 def test_cgroup_file_that_refuses(base: Path, no_leftovers: NoLeftovers, file: str) -> None:
-    with no_leftovers(base, names=("errors",)):
-        code, printed = _run(base, "--cgroup", "pids.max=5", "--cgroup", file, "--parent-cgroup", "errors-parent")
+    parent = id_of(base, "parent")
+    with no_leftovers(base, names=(id_of(base),)):
+        code, printed = _run(base, "--cgroup", "pids.max=5", "--cgroup", file, "--parent-cgroup", parent)
     assert code == 1
-    assert printed.startswith("Failed to write to /sys/fs/cgroup/cpu/errors-parent/errors/cpu.")
+    assert printed.startswith(f"Failed to write to /sys/fs/cgroup/cpu/{parent}/{id_of(base)}/cpu.")
     assert "(os error" in printed
 
 
@@ -111,12 +112,12 @@ def test_foreign_program_is_refused(base: Path) -> None:
 def test_same_id_twice(base: Path, no_leftovers: NoLeftovers) -> None:
     with microvm(base) as first:
         first.boot()
-        with no_leftovers(names=("nothing",)):
+        with no_leftovers():
             code, printed = _run(base, "--cgroup", "pids.max=9", id=first.id)
         assert code == 1
         assert printed == "Failed to create /dev/net/tun via mknod inside the jail: File exists (os error 17)\n"
         assert first.api("GET", "/").status == 200
-        assert not list(Path("/sys/fs/cgroup").glob("*/firecracker/jail-test"))
+        assert not list(Path("/sys/fs/cgroup").glob(f"*/firecracker/{first.id}"))
 
 
 def test_existing_pid_file(base: Path) -> None:
@@ -130,19 +131,20 @@ def test_existing_pid_file(base: Path) -> None:
 
 @pytest.mark.parametrize("options", [("--daemonize",), ("--new-pid-ns",), ("--daemonize", "--new-pid-ns")])
 def test_late_errors_reach_the_client_of_a_detached_launch(base: Path, options: tuple[str, ...]) -> None:
-    (base / "firecracker/errors/root/dev").mkdir(parents=True)
-    (base / "firecracker/errors/root/dev/kvm").touch()
+    root = base / "firecracker" / id_of(base) / "root"
+    (root / "dev").mkdir(parents=True)
+    (root / "dev/kvm").touch()
     code, printed = _run(base, *options)
     assert (code, printed) == (1, "Failed to create /dev/kvm via mknod inside the jail: File exists (os error 17)\n")
     # What the failed launch made inside the jail is gone; what was there before is still there.
-    assert sorted(os.listdir(base / "firecracker/errors/root")) == ["dev"]
-    assert os.listdir(base / "firecracker/errors/root/dev") == ["kvm"]
+    assert sorted(os.listdir(root)) == ["dev"]
+    assert os.listdir(root / "dev") == ["kvm"]
 
 
 def test_links_in_an_old_jail_root_lead_nowhere(base: Path) -> None:
     outside = base.parent / "outside"
     outside.mkdir(mode=0o755)
-    root = base / "firecracker/errors/root"
+    root = base / "firecracker" / id_of(base) / "root"
     root.mkdir(parents=True)
     (root / "run").symlink_to(outside)
     code, printed = _run(base)
@@ -159,15 +161,16 @@ def test_controller_that_fails_before_its_seal(base: Path) -> None:
 
 
 def test_arguments_of_firecracker_that_are_wrong(base: Path, no_leftovers: NoLeftovers) -> None:
-    with no_leftovers(names=("errors",)):
+    with no_leftovers(names=(id_of(base),)):
         code, printed = _run(base, "--", "--no-such-flag")
     assert code == 153
     assert printed.startswith("Arguments parsing error: Found argument 'no-such-flag'")
 
 
 def test_version_of_firecracker_after_the_dashes(base: Path) -> None:
+    words = [word for pair in GOOD.items() for word in pair]
     result = subprocess.run(
-        [JAILER, *[word for pair in GOOD.items() for word in pair], "--chroot-base-dir", base, "--", "--version"],
+        [JAILER, *words, "--id", id_of(base), "--chroot-base-dir", base, "--", "--version"],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert result.stdout.startswith("Firecracker v")

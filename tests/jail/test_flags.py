@@ -18,6 +18,7 @@ from tests.harness.jail import (
     PROMISE_S,
     UID,
     descriptors,
+    id_of,
     is_alive,
     limits,
     microvm,
@@ -39,7 +40,7 @@ def _mode(path: Path) -> tuple[str, int, int]:
 def test_layout_of_the_jail_root(base: Path) -> None:
     with microvm(base) as jailed:
         jailed.boot()
-        assert jailed.root == base / "firecracker" / "jail-test" / "root"
+        assert jailed.root == base / "firecracker" / id_of(base) / "root"
         for name in ("", "dev", "dev/net", "run", "run/cellblock"):
             assert _mode(jailed.root / name) == ("drwx------", UID, GID), name
         for name, number in (("dev/net/tun", (10, 200)), ("dev/kvm", (10, 232)), ("dev/urandom", (1, 9))):
@@ -152,7 +153,7 @@ def test_netns(base: Path) -> None:
 
 
 def test_new_pid_ns(base: Path, no_leftovers: NoLeftovers) -> None:
-    with no_leftovers(names=("jail-test",)), microvm(base, "--new-pid-ns") as jailed:
+    with no_leftovers(names=(id_of(base),)), microvm(base, "--new-pid-ns") as jailed:
         jailed.boot()
         assert jailed.process.wait() == 0
         cells = jailed.wait_cells(*ALL)
@@ -224,12 +225,13 @@ def _cgroup_of(pid: int, controller: str) -> str:
     raise AssertionError(f"no controller {controller!r}")
 
 
-@pytest.mark.parametrize("parent", ["", "jail-tests/nested"])
-def test_cgroup_v1(base: Path, parent: str) -> None:
+@pytest.mark.parametrize("given", [False, True], ids=["default parent", "parent given"])
+def test_cgroup_v1(base: Path, given: bool) -> None:
     options = ["--cgroup", "pids.max=77", "--cgroup", "cpuset.cpus=0", "--cgroup", "cpu.shares=200", "--cleanup"]
-    if parent:
-        options += ["--parent-cgroup", parent]
-    where = Path(parent or "firecracker") / "jail-test"
+    where = Path("firecracker") / id_of(base)
+    if given:
+        where = Path(id_of(base, "parent")) / "nested" / id_of(base)
+        options += ["--parent-cgroup", str(where.parent)]
     with microvm(base, *options) as jailed:
         jailed.boot()
         cells = jailed.wait_cells(*ALL)
@@ -246,7 +248,9 @@ def test_cgroup_v1(base: Path, parent: str) -> None:
                 assert _cgroup_of(pid, controller) == f"/{where}", name
         assert Path("/sys/fs/cgroup/cpuset", where, "cpuset.mems").read_text().strip() != ""
         jailed.stop()
-        wait_for(lambda: not list(Path("/sys/fs/cgroup").glob(f"*/{where.parts[0]}")), "the cgroups to be removed")
+        # The default parent is every microVM's, so that only its own part of it is sure to go.
+        gone = where.parts[0] if given else where
+        wait_for(lambda: not list(Path("/sys/fs/cgroup").glob(f"*/{gone}")), "the cgroups to be removed")
 
 
 def _is_alone_in(cgroup: Path, pid: int) -> bool:
@@ -255,7 +259,7 @@ def _is_alone_in(cgroup: Path, pid: int) -> bool:
 
 def test_each_worker_has_a_cgroup_v1(base: Path) -> None:
     """The second worker for a vCPU as well; all other cells stay in the microVM's."""
-    where = Path("firecracker") / "jail-test"
+    where = Path("firecracker") / id_of(base)
     options = ["--vcpu-cgroup", "cpu.shares=300", "--vcpu-cgroup", "cpuset.cpus=1", "--cgroup", "pids.max=90"]
     with microvm(base, *options, "--cleanup") as jailed:
         jailed.boot(vcpu_count=2, vcpu_placement="Split")
@@ -278,7 +282,7 @@ def test_each_worker_has_a_cgroup_v1(base: Path) -> None:
             files = descriptors(pid).values()
             assert any("cgroup.procs" in each for each in files) == (name == "supervisor"), name
         jailed.stop()
-        wait_for(lambda: not list(Path("/sys/fs/cgroup").glob("*/firecracker")), "the cgroups to be removed")
+        wait_for(lambda: not list(Path("/sys/fs/cgroup").glob(f"*/{where}")), "the cgroups to be removed")
 
 
 def test_worker_that_cannot_join_its_cgroup(base: Path) -> None:
@@ -286,19 +290,19 @@ def test_worker_that_cannot_join_its_cgroup(base: Path) -> None:
     with microvm(base, "--vcpu-cgroup", "cpu.shares=300", "--cleanup") as jailed:
         jailed.add_guest("spin")
         jailed.start().wait_up()
-        os.rmdir("/sys/fs/cgroup/cpu/firecracker/jail-test/vcpu-1")
+        os.rmdir(f"/sys/fs/cgroup/cpu/firecracker/{jailed.id}/vcpu-1")
         with pytest.raises(AssertionError, match="/actions"):
             jailed.boot(vcpu_count=2, vcpu_placement="Split")
         text = "cannot be confined: cannot join the cgroup of worker 1: No such device (os error 19)"
         wait_for(lambda: text in jailed.log(), jailed.describe)
         assert jailed.api("GET", "/").body["state"] == "Not started"
         assert jailed.stop() == 143
-    wait_for(lambda: not list(Path("/sys/fs/cgroup").glob("*/firecracker")), "the cgroups to be removed")
+    wait_for(lambda: not list(Path("/sys/fs/cgroup").glob(f"*/firecracker/{jailed.id}")), "the cgroups to be removed")
 
 
 def test_cgroup_v2_parent_only(base: Path) -> None:
     root = next(Path(line.split()[1]) for line in Path("/proc/mounts").read_text().splitlines() if " cgroup2 " in line)
-    parent = root / "jail-tests-parent"
+    parent = root / id_of(base, "parent")
     parent.mkdir()
     options = ["--cgroup-version", "2", "--parent-cgroup", parent.name]
     try:
@@ -306,12 +310,12 @@ def test_cgroup_v2_parent_only(base: Path) -> None:
             jailed.boot()
             cells = jailed.wait_cells(*ALL)
             assert set(map(int, (parent / "cgroup.procs").read_text().split())) == set(cells.values())
-            assert not (parent / "jail-test").exists()
+            assert not (parent / jailed.id).exists()
             jailed.stop()
     finally:
         wait_for(lambda: not (parent / "cgroup.procs").read_text(), "the parent to be empty")
         parent.rmdir()
-    with microvm(base, *options, microvm_id="other") as jailed:
+    with microvm(base, *options, microvm_id=id_of(base, "other")) as jailed:
         jailed.boot()  # a parent that does not exist is not made
         assert not parent.exists()
 
@@ -321,7 +325,7 @@ def test_arguments_after_the_dashes(base: Path) -> None:
         jailed.api_socket = jailed.root / "other.socket"
         jailed.start().wait_up()
         assert _mode(jailed.api_socket)[1:] == (UID, GID)
-        assert jailed.api("GET", "/").body["id"] == "jail-test"
+        assert jailed.api("GET", "/").body["id"] == jailed.id
 
 
 def test_any_name_of_the_launcher(base: Path) -> None:

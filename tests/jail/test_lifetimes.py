@@ -23,6 +23,7 @@ from tests.harness.jail import (
     JailedMicrovm,
     children,
     descriptors,
+    id_of,
     is_alive,
     microvm,
     status,
@@ -53,36 +54,25 @@ def _left(base: Path) -> list[str]:
 def _remove_shared_parents(base: Path) -> None:
     """Remove the directories that several microVMs may share, and that a test made itself or --purge leaves."""
     cgroups = Path("/sys/fs/cgroup")
-    wait_for(lambda: not list(cgroups.glob("*/firecracker/jail-test")), "the cgroups to be removed")
+    wait_for(lambda: not list(cgroups.glob(f"*/firecracker/{id_of(base)}")), "the cgroups to be removed")
     if (base / "firecracker").exists():
         (base / "firecracker").rmdir()
     for directory in cgroups.glob("*/firecracker"):
-        with suppress(OSError):  # somebody else's microVM is in it
+        with suppress(OSError):  # somebody else's microVM is in it, or somebody else removes it
             directory.rmdir()
 
 
-#: What stays without --cleanup (docs/jailer.md).
-DOCUMENTED = [
-    "firecracker",
-    "firecracker/jail-test",
-    "firecracker/jail-test/root",
-    "firecracker/jail-test/root/dev",
-    "firecracker/jail-test/root/dev/kvm",
-    "firecracker/jail-test/root/dev/net",
-    "firecracker/jail-test/root/dev/net/tun",
-    "firecracker/jail-test/root/dev/urandom",
-    "firecracker/jail-test/root/dev/userfaultfd",
-    "firecracker/jail-test/root/firecracker.pid",
-    "firecracker/jail-test/root/kernel",
-    "firecracker/jail-test/root/run",
-    "firecracker/jail-test/root/run/cellblock",
-    "firecracker/jail-test/root/run/firecracker.socket",
-]
+#: What stays of a microVM without --cleanup (docs/jailer.md), besides the directory that all of one program share.
+DOCUMENTED = (
+    "", "/root", "/root/dev", "/root/dev/kvm", "/root/dev/net", "/root/dev/net/tun", "/root/dev/urandom",
+    "/root/dev/userfaultfd", "/root/firecracker.pid", "/root/kernel", "/root/run", "/root/run/cellblock",
+    "/root/run/firecracker.socket",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_to_the_visible_process(base: Path, no_leftovers: NoLeftovers, number: signal.Signals) -> None:
-    with no_leftovers(names=("jail-test",)), microvm(base) as jailed:
+    with no_leftovers(names=(id_of(base),)), microvm(base) as jailed:
         jailed.boot()
         cells = jailed.wait_cells(*ALL)
         os.kill(jailed.pid, number)
@@ -93,7 +83,7 @@ def test_signal_to_the_visible_process(base: Path, no_leftovers: NoLeftovers, nu
 
 
 def test_supervisor_killed(base: Path, no_leftovers: NoLeftovers) -> None:
-    with no_leftovers(names=("jail-test",)), microvm(base) as jailed:
+    with no_leftovers(names=(id_of(base),)), microvm(base) as jailed:
         jailed.boot()
         cells = jailed.wait_cells(*ALL)
         os.kill(cells["supervisor"], signal.SIGKILL)
@@ -101,7 +91,7 @@ def test_supervisor_killed(base: Path, no_leftovers: NoLeftovers) -> None:
 
 
 def test_controller_killed(base: Path, no_leftovers: NoLeftovers) -> None:
-    with no_leftovers(names=("jail-test",)), microvm(base) as jailed:
+    with no_leftovers(names=(id_of(base),)), microvm(base) as jailed:
         jailed.boot()
         cells = jailed.wait_cells(*ALL)
         os.kill(cells["vmm"], signal.SIGKILL)
@@ -135,7 +125,7 @@ def test_without_the_death_signal_cells_outlive_their_supervisor(base: Path) -> 
         time.sleep(0.2)
         assert status(controller)["State"].startswith("T")
         os.kill(controller, signal.SIGKILL)
-    with microvm(base, microvm_id="with") as jailed:
+    with microvm(base, microvm_id=id_of(base, "with")) as jailed:
         jailed.add_guest("spin")
         jailed.start().wait_up()
         controller = children(jailed.pid)["vmm"]
@@ -153,7 +143,7 @@ def test_kills_at_random_moments(base: Path, no_leftovers: NoLeftovers, scale: S
     for round_number in range(scale(12, 150)):
         victim = ALL[round_number % 3]
         delay = choice.uniform(0.0, 0.4)
-        with no_leftovers(base, names=("jail-test",)), microvm(base, *options) as jailed:
+        with no_leftovers(base, names=(id_of(base),)), microvm(base, *options) as jailed:
             jailed.add_guest("spin")
             jailed.start()
             deadline = time.monotonic() + delay
@@ -181,7 +171,7 @@ def _after_the_janitor(jailed: JailedMicrovm) -> None:
 
 @pytest.mark.parametrize("point", SUPERVISOR_POINTS)
 def test_supervisor_killed_at_each_step(base: Path, no_leftovers: NoLeftovers, point: str) -> None:
-    with no_leftovers(base, names=("jail-test",)):
+    with no_leftovers(base, names=(id_of(base),)):
         with microvm(base, "--cleanup", "--cgroup", "pids.max=50", "--arm-fault", f"{point}=kill") as jailed:
             jailed.add_guest("spin")
             jailed.start()
@@ -202,7 +192,7 @@ def test_supervisor_killed_while_a_worker_is_at_a_step_of_its_start(
 ) -> None:
     """Before its death signal is set, the worker has to notice by itself that it is alone."""
     options = ("--arm-fault", f"{point}=delay,ms=300,after=1")
-    with no_leftovers(names=("jail-test",)), microvm(base, *options) as jailed:
+    with no_leftovers(names=(id_of(base),)), microvm(base, *options) as jailed:
         jailed.add_guest("spin")
         jailed.start()
         cells = wait_for(lambda: len(found := children(jailed.process.pid)) == 2 and found, "the worker's fork")
@@ -213,7 +203,7 @@ def test_supervisor_killed_while_a_worker_is_at_a_step_of_its_start(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signal_during_the_launch(base: Path, no_leftovers: NoLeftovers, number: signal.Signals) -> None:
     """It ends the microVM once it is there, instead of a launch half-way."""
-    with no_leftovers(base, names=("jail-test",)), microvm(base, "--cleanup") as jailed:
+    with no_leftovers(base, names=(id_of(base),)), microvm(base, "--cleanup") as jailed:
         jailed.start()
         wait_for(
             lambda: "SigBlk:\t" in (text := _status_text(jailed.process.pid)) and _blocks(text, number), "the launch"
@@ -274,42 +264,42 @@ def test_stopped_and_continued(base: Path) -> None:
 
 
 def test_purge_removes_the_cgroups_of_workers(base: Path, no_leftovers: NoLeftovers) -> None:
-    with no_leftovers(base, names=("jail-test",)):
+    with no_leftovers(base, names=(id_of(base),)):
         for _ in range(2):  # what an earlier launch has left is no obstacle
             with microvm(base, "--vcpu-cgroup", "cpu.shares=300") as jailed:
                 jailed.boot()
                 jailed.stop()
-            assert Path("/sys/fs/cgroup/cpu/firecracker/jail-test/vcpu-31").is_dir()
+            assert Path(f"/sys/fs/cgroup/cpu/firecracker/{id_of(base)}/vcpu-31").is_dir()
             shutil.rmtree(base / "firecracker")
-        purge = [str(JAILER), "--purge", "jail-test", "--chroot-base-dir", str(base)]
+        purge = [str(JAILER), "--purge", id_of(base), "--chroot-base-dir", str(base)]
         subprocess.run(purge, check=True, capture_output=True)
         _remove_shared_parents(base)
 
 
 def test_what_stays_and_purge(base: Path, no_leftovers: NoLeftovers) -> None:
-    with no_leftovers(base, names=("jail-test",)):
+    with no_leftovers(base, names=(id_of(base),)):
         with microvm(base, "--cgroup", "pids.max=50") as jailed:
             jailed.boot()
-            purge = [str(JAILER), "--purge", "jail-test", "--chroot-base-dir", str(base)]
+            purge = [str(JAILER), "--purge", id_of(base), "--chroot-base-dir", str(base)]
             refused = subprocess.run(purge, check=False, capture_output=True, text=True)
             assert refused.returncode == 1
             assert refused.stderr == f"the microVM is still running (pid {jailed.pid} as its caller sees it)\n"
             assert jailed.api("GET", "/").status == 200
             jailed.stop()
-        assert set(_left(base)) <= set(DOCUMENTED)
-        assert set(DOCUMENTED) - set(_left(base)) <= {
-            "firecracker/jail-test/root/run/firecracker.socket",  # the controller removes it in an orderly end
-            "firecracker/jail-test/root/dev/userfaultfd",  # if the host has it
+        own = f"firecracker/{jailed.id}"
+        documented = {"firecracker", *(f"{own}{path}" for path in DOCUMENTED)}
+        assert set(_left(base)) <= documented
+        assert documented - set(_left(base)) <= {
+            f"{own}/root/run/firecracker.socket",  # the controller removes it in an orderly end
+            f"{own}/root/dev/userfaultfd",  # if the host has it
         }
-        assert Path("/sys/fs/cgroup/pids/firecracker/jail-test").is_dir()
+        cgroup = Path("/sys/fs/cgroup/pids/firecracker") / jailed.id
+        assert cgroup.is_dir()
         done = subprocess.run(purge, check=True, capture_output=True, text=True)
-        directory = base / "firecracker" / "jail-test"
-        assert done.stdout.splitlines() == [
-            f"removed {directory}",
-            "removed /sys/fs/cgroup/pids/firecracker/jail-test",
-        ]
+        directory = base / "firecracker" / jailed.id
+        assert done.stdout.splitlines() == [f"removed {directory}", f"removed {cgroup}"]
         again = subprocess.run(purge, check=True, capture_output=True, text=True)
-        assert again.stdout == f"nothing is left of jail-test ({directory})\n"
+        assert again.stdout == f"nothing is left of {jailed.id} ({directory})\n"
         _remove_shared_parents(base)
 
 
@@ -317,10 +307,10 @@ def test_cleanup_removes_exactly_its_own(base: Path, no_leftovers: NoLeftovers) 
     precious = base.parent / "precious"
     precious.mkdir()
     (precious / "file").write_text("keep me")
-    with no_leftovers(base, names=("first", "second")):
+    with no_leftovers(base, names=(id_of(base),)):
         with (
-            microvm(base, "--cleanup", "--cgroup", "pids.max=50", microvm_id="first") as first,
-            microvm(base, "--cleanup", "--cgroup", "pids.max=50", microvm_id="second") as second,
+            microvm(base, "--cleanup", "--cgroup", "pids.max=50", microvm_id=id_of(base, "first")) as first,
+            microvm(base, "--cleanup", "--cgroup", "pids.max=50", microvm_id=id_of(base, "second")) as second,
         ):
             first.boot()
             second.boot()
@@ -333,11 +323,12 @@ def test_cleanup_removes_exactly_its_own(base: Path, no_leftovers: NoLeftovers) 
             subprocess.run(["umount", first.root / "mounted"], check=True)
             assert (precious / "file").read_text() == "keep me"
             assert second.api("GET", "/").status == 200
-            assert Path("/sys/fs/cgroup/pids/firecracker/second").is_dir()
-            subprocess.run([JAILER, "--purge", "first", "--chroot-base-dir", base], check=True, capture_output=True)
+            assert Path("/sys/fs/cgroup/pids/firecracker", second.id).is_dir()
+            subprocess.run([JAILER, "--purge", first.id, "--chroot-base-dir", base], check=True, capture_output=True)
             second.stop()
             wait_for(lambda: not second.directory.exists(), "the janitor")
-        wait_for(lambda: not list(Path("/sys/fs/cgroup").glob("*/firecracker/second")), "the cgroups to be removed")
+        cgroups = Path("/sys/fs/cgroup")
+        wait_for(lambda: not list(cgroups.glob(f"*/firecracker/{second.id}")), "the cgroups to be removed")
         _remove_shared_parents(base)
 
 

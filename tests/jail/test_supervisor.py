@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ipc.launch_plan import MAX_MEMORY_BYTES, MAX_WORKERS
-from tests.harness.jail import JailedMicrovm, children, descriptors, stand_in, wait_for
+from tests.harness.jail import JailedMicrovm, children, descriptors, id_of, stand_in, wait_for
 from tests.harness.run_options import NoLeftovers
 
 
@@ -102,7 +102,8 @@ def test_controller_whose_walls_differ_ends_the_launch(base: Path) -> None:
 def test_a_difference_is_only_reported_without_verification(base: Path) -> None:
     jailed = stand_in(base, "exit-3", "--without", "verify", arguments=("exit-3",))
     assert jailed.run() == 3
-    jailed = stand_in(base, "", "--without", "verify", arguments=("idle", "lower-limit"), microvm_id="two").start()
+    again = ("idle", "lower-limit")
+    jailed = stand_in(base, "", "--without", "verify", arguments=again, microvm_id=id_of(base, "two")).start()
     _wait_line(jailed, "worker 0 sealed")
     assert jailed.stop() == 143
     assert not jailed.wall_records()["vcpu 0"]["verified"]
@@ -137,7 +138,7 @@ def test_walls_report(base: Path) -> None:
 def test_exit_code_of_the_controller_is_the_microvms(
     base: Path, no_leftovers: NoLeftovers, behaviour: str, code: int, text: str
 ) -> None:
-    with no_leftovers(names=("jail-test",)):
+    with no_leftovers(names=(id_of(base),)):
         jailed = stand_in(base, behaviour)
         assert jailed.run() == code, jailed.output() + jailed.log()
     assert text in jailed.output()
@@ -190,7 +191,7 @@ def test_sigpipe_ends_nothing(base: Path) -> None:
 
 @pytest.mark.parametrize("behaviour", ["deaf", "never-seal"])
 def test_a_controller_that_does_not_react_is_ended(base: Path, no_leftovers: NoLeftovers, behaviour: str) -> None:
-    with no_leftovers(names=("jail-test",)):
+    with no_leftovers(names=(id_of(base),)):
         jailed = stand_in(base, behaviour).start()
         try:
             wait_for(lambda: jailed.wall_records().get("supervisor"), "the supervisor")
@@ -217,7 +218,7 @@ def test_a_worker_that_is_killed_at_a_step_of_its_start_leaves_the_others_alone(
 def test_a_controller_that_is_killed_at_a_step_of_its_start_ends_the_launch(
     base: Path, no_leftovers: NoLeftovers, point: str
 ) -> None:
-    with no_leftovers(names=("jail-test",)):
+    with no_leftovers(names=(id_of(base),)):
         assert stand_in(base, "idle", "--arm-fault", f"{point}=kill").run() == 1
 
 
@@ -299,5 +300,5 @@ def test_one_that_does_not_fit_is_refused(base: Path) -> None:
 
 
 def test_a_worker_that_nobody_asks_for_ends_with_the_others(base: Path, no_leftovers: NoLeftovers) -> None:
-    with no_leftovers(names=("jail-test",)):
+    with no_leftovers(names=(id_of(base),)):
         assert _ahead(base, "exit-3").run() == 3

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from lab.client import Reply, without_log
-from tests.harness.jail import PATIENCE_S, PROMISE_S, JailedMicrovm, is_alive, microvm, status, wait_for
+from tests.harness.jail import PATIENCE_S, PROMISE_S, JailedMicrovm, id_of, is_alive, microvm, status, wait_for
 from tests.harness.run_options import NoLeftovers
 from tests.jail.test_lifetimes import _after_the_janitor
 
@@ -187,7 +187,7 @@ def test_a_worker_that_dies(base: Path, no_leftovers: NoLeftovers, case: Case, a
     name = ACTIONS[action]
     armed = (*case.slow, *((f"{case.fault}={action}{case.options}",) if case.fault else ()))
     faults = [word for each in armed for word in ("--arm-fault", each)]
-    with no_leftovers(base, names=("jail-test",)), microvm(base, "--cleanup", *faults) as jailed:
+    with no_leftovers(base, names=(id_of(base),)), microvm(base, "--cleanup", *faults) as jailed:
         prepare(jailed, case)
         events = Events(jailed)
         if case.fault:
@@ -239,7 +239,7 @@ def test_a_worker_that_stops_and_goes_on(base: Path, no_leftovers: NoLeftovers, 
     faults = [word for each in armed for word in ("--arm-fault", each)]
     # Long enough to be reported. Who is being replaced, or is to replace, is not waited for that long.
     long = scale(case.state == "running", case.state in ("running", "paused"))
-    with no_leftovers(base, names=("jail-test",)), microvm(base, "--cleanup", *faults) as jailed:
+    with no_leftovers(base, names=(id_of(base),)), microvm(base, "--cleanup", *faults) as jailed:
         prepare(jailed, case)
         events = Events(jailed)
         if case.fault:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.jail import is_alive, limits, microvm, namespace, status, wait_for
+from tests.harness.jail import id_of, is_alive, limits, microvm, namespace, status, wait_for
 from tests.jail.conftest import base  # noqa: F401  the fixture
 
 ALL = ("supervisor", "vmm", "vcpu 0")
@@ -31,7 +31,7 @@ def test_cgroup_v2(base: Path) -> None:  # noqa: F811
         "--cgroup", "memory.max=1073741824", "--cgroup", "cpu.weight=200", "--cleanup", "--new-pid-ns",
     ]
     # fmt: on
-    directory = CGROUPS / "jail-lab" / "nested" / "jail-test"
+    directory = CGROUPS / "jail-lab" / "nested" / id_of(base)
     with microvm(base, *options) as jailed:
         jailed.boot()
         cells = jailed.wait_cells(*ALL)
@@ -43,7 +43,7 @@ def test_cgroup_v2(base: Path) -> None:  # noqa: F811
         # KVM's kernel thread for huge pages (kvm-nx-lpage-recovery) joins the cgroup of the VM's maker.
         assert set(map(int, (directory / "cgroup.procs").read_text().split())) >= set(cells.values())
         for name, pid in cells.items():
-            assert Path(f"/proc/{pid}/cgroup").read_text() == "0::/jail-lab/nested/jail-test\n", name
+            assert Path(f"/proc/{pid}/cgroup").read_text() == f"0::/jail-lab/nested/{jailed.id}\n", name
             assert jailed.wall_records()[name]["verified"], name
         os.kill(jailed.pid, signal.SIGKILL)
         wait_for(lambda: not any(map(is_alive, cells.values())), "the end of every cell", PATIENCE_S)
@@ -60,7 +60,7 @@ def test_each_worker_has_a_threaded_cgroup(base: Path) -> None:  # noqa: F811
         "--vcpu-cgroup", "cpu.max=20000 100000", "--vcpu-cgroup", "cpuset.cpus=1", "--cleanup",
     ]
     # fmt: on
-    directory = CGROUPS / "jail-lab" / "jail-test"
+    directory = CGROUPS / "jail-lab" / id_of(base)
     with microvm(base, *options) as jailed:
         jailed.boot(vcpu_count=2, vcpu_placement="Split")
         cells = jailed.wait_cells(*ALL, "vcpu 1")
@@ -69,7 +69,7 @@ def test_each_worker_has_a_threaded_cgroup(base: Path) -> None:  # noqa: F811
         assert set(map(int, (directory / "cgroup.procs").read_text().split())) >= set(cells.values())
         for name, pid in cells.items():
             own = f"/vcpu-{name.partition(' ')[2]}" if name.startswith("vcpu") else ""
-            assert Path(f"/proc/{pid}/cgroup").read_text() == f"0::/jail-lab/jail-test{own}\n", name
+            assert Path(f"/proc/{pid}/cgroup").read_text() == f"0::/jail-lab/{jailed.id}{own}\n", name
             assert jailed.wall_records()[name]["verified"], name
             if own:
                 threads = set(map(int, (directory / own[1:] / "cgroup.threads").read_text().split()))
