@@ -53,8 +53,6 @@ LONG_FILES: set[str] = {
     "tests/unit/vmm/api/test_devices.py",
     "tests/unit/vmm/api/test_endpoints.py",
     "tests/unit/vmm/api/test_server.py",
-    "tests/unit/vmm/devices/legacy/test_console.py",
-    "tests/unit/vmm/devices/legacy/test_serial.py",
     "tests/unit/vmm/machine/test_vmm.py",
 
     "vmm/cells/worker.py",
