@@ -1,12 +1,10 @@
-"""Stand-ins for tests of the controller: a supervisor process that forks workers which behave as a test wants.
+"""Stand-ins for tests of the controller: workers that behave as a test wants, and the controller's own side.
 
 Everything is real but KVM: processes, pidfds, the socket pairs, ZeroMQ, shared memory. The controller under test runs
-in the test's own process (:class:`Controller`).
-"""
+in the test's own process (:class:`Controller`); its supervisor is that of tests.harness.supervisor."""
 
 from __future__ import annotations
 
-import faulthandler
 import fcntl
 import mmap
 import os
@@ -14,10 +12,8 @@ import select
 import signal
 import socket
 import struct
-import sys
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import zmq
@@ -25,12 +21,11 @@ import zmq
 from base.event_manager import EventManager
 from ipc import descriptors
 from ipc.channel import Channel, PairChannel
-from ipc.errors import IpcError
 from ipc.exit_ring import RING_SIZE, ExitRingProducer
 from ipc.launch_plan import PLACEMENT_SPLIT, SECCOMP_OFF, LaunchPlan, endpoint
 from ipc.messages.descriptors import DESCRIPTORS, ExitRing, VcpuDescriptor
 from ipc.messages.ghosts import GhostsParked, ParkGhosts
-from ipc.messages.records import WORKER, BootRegisters, Failed, MemoryRegion
+from ipc.messages.records import WORKER, BootRegisters, MemoryRegion
 from ipc.messages.replacement import (
     HandedOver,
     HandOver,
@@ -42,14 +37,7 @@ from ipc.messages.replacement import (
     TakeOver,
 )
 from ipc.messages.supervisor import (
-    SUPERVISOR,
     CellEnded,
-    CreateMemory,
-    MemoryCreated,
-    SignalCell,
-    Signalled,
-    Spawn,
-    Spawned,
 )
 from ipc.messages.worker import (
     Configure,
@@ -73,6 +61,7 @@ from ipc.messages.worker import (
     Welcome,
 )
 from ipc.shared_memory import create_shared, map_shared
+from tests.harness.supervisor import StandInSupervisor, WorkerBody, run_process
 from vmm.cells import worker as workers_module
 from vmm.cells.descriptors import WorkerDescriptors
 from vmm.cells.lifecycle import DEADLINES
@@ -111,9 +100,6 @@ def plan_of(directory: str) -> LaunchPlan:
         kernel_cache_fd=-1,
         console_fd=-1,
     )
-
-
-# ---------------------------------------------------------------- a worker
 
 
 class StandInWorker:
@@ -266,114 +252,8 @@ def run_page(reason: int = 8, valid: int = 3, rip: int = 0xFFF0) -> bytes:
     return bytes(page)
 
 
-# ---------------------------------------------------------------- the supervisor
-
-
-class StandInSupervisor:
-    """Forks workers on request and says how they ended. Runs in its own process; ``handlers`` change what it does."""
-
-    def __init__(
-        self,
-        channel: socket.socket,
-        plan: LaunchPlan,
-        behaviours: Sequence[Behaviour],
-        script: Callable[[StandInSupervisor], None] | None,
-    ) -> None:
-        self.channel = PairChannel(channel, SUPERVISOR, plan.epoch)
-        self.plan = plan
-        self.behaviours = behaviours
-        self.children: dict[int, tuple[int, int]] = {}  # pidfd → (worker, pid)
-        self.spawns = 0
-        self.handlers: dict[type, Callable[[Any, int], None]] = {
-            Spawn: self.spawn,
-            CreateMemory: self.create_memory,
-            SignalCell: self.signal,
-        }
-        if script is not None:
-            script(self)
-
-    def run(self) -> None:
-        try:
-            while True:
-                self.turn()
-        except IpcError:
-            pass  # the controller is gone
-        for pidfd in self.children:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-
-    def turn(self) -> None:
-        poll = select.poll()
-        poll.register(self.channel.fileno(), select.POLLIN)
-        for pidfd in self.children:
-            poll.register(pidfd, select.POLLIN)
-        for descriptor, _ in poll.poll():
-            if descriptor in self.children:
-                self.reap(descriptor)
-            elif descriptor == self.channel.fileno():
-                envelope, owned = self.channel.receive()
-                owned.close()
-                assert envelope is not None
-                self.handlers[type(envelope.message)](envelope.message, envelope.sequence)
-
-    def fork(self, index: int) -> tuple[int, int, socket.socket]:
-        """Fork a worker; returns pid, pidfd and the controller's end of its descriptor channel."""
-        behaviour = self.behaviours[min(self.spawns, len(self.behaviours) - 1)]
-        self.spawns += 1
-        ours, theirs = descriptors.channel_pair()
-        pid = os.fork()
-        if pid == 0:
-            ours.close()
-            self.channel.close()
-            run_process(lambda: behaviour(StandInWorker(self.plan, index, theirs)))
-        theirs.close()
-        pidfd = os.pidfd_open(pid)
-        self.children[pidfd] = (index, pid)
-        return pid, pidfd, ours
-
-    def spawn(self, message: Spawn, sequence: int) -> None:
-        pid, pidfd, ours = self.fork(message.worker)
-        self.channel.send(Spawned(message.worker, pid), sequence, (pidfd, ours.fileno()))
-        ours.close()
-
-    def create_memory(self, message: CreateMemory, sequence: int) -> None:
-        descriptor = create_shared("guest-memory", message.size)
-        self.channel.send(MemoryCreated(message.size), sequence, (descriptor,))
-        os.close(descriptor)
-
-    def signal(self, message: SignalCell, sequence: int) -> None:
-        for pidfd, child in self.children.items():
-            if child == (message.worker, message.pid):
-                signal.pidfd_send_signal(pidfd, message.signal)
-        self.channel.send(Signalled(), sequence)
-
-    def reap(self, pidfd: int) -> None:
-        index, pid = self.children.pop(pidfd)
-        _, status = os.waitpid(pid, 0)
-        os.close(pidfd)
-        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-        code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 0
-        wall = "seccomp" if number == signal.SIGSYS else ""
-        self.channel.send(CellEnded(index, pid, code, number, wall))
-
-    def refuse(self, message: Any, sequence: int) -> None:
-        self.channel.send(Failed("supervisor.test", "The supervisor would rather not."), sequence)
-
-
-def run_process(body: Callable[[], None]) -> None:
-    """Run a forked process to its end; a traceback goes to standard error, as the tests show it when they fail."""
-    faulthandler.disable()  # a signal that ends it is part of the test
-    for number in (signal.SIGXFSZ, signal.SIGHUP):  # ignored by Python, and by nohup
-        signal.signal(number, signal.SIG_DFL)
-    try:
-        body()
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(99)
-    os._exit(0)
-
-
-# ---------------------------------------------------------------- the controller
+def _body(behaviour: Behaviour) -> WorkerBody:
+    return lambda plan, index, pair: behaviour(StandInWorker(plan, index, pair))
 
 
 class Controller:
@@ -391,7 +271,8 @@ class Controller:
         self.supervisor_pid = os.fork()
         if self.supervisor_pid == 0:
             ours.close()
-            run_process(StandInSupervisor(theirs, self.plan, behaviours or (honest,), supervisor).run)
+            bodies = [_body(behaviour) for behaviour in behaviours or (honest,)]
+            run_process(StandInSupervisor(theirs, self.plan, bodies, supervisor).run)
         theirs.close()
         self.events = EventManager()
         self.supervisor = SupervisorClient(ours, self.plan.epoch, self.events)

@@ -22,7 +22,8 @@ from ipc.messages.supervisor import Spawn, Spawned
 from tests.guests.build import build
 from tests.harness.api import parse_response
 from tests.harness.cells import Controller as Cells
-from tests.harness.cells import StandInSupervisor, open_descriptors, run_process
+from tests.harness.cells import open_descriptors
+from tests.harness.supervisor import StandInSupervisor, run_process
 from vcpu_worker import main as worker_main
 from vcpu_worker import state as vcpu_state
 from vmm.api.dispatch import Dispatcher
