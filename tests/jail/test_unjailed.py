@@ -92,12 +92,16 @@ def as_user(*prefix: str) -> list[str | Path]:
     return [*prefix, "setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", FIRECRACKER]
 
 
-def ipc_directories() -> set[Path]:
-    return {*Path("/run").glob("cellblock-*"), *Path("/tmp").glob("cellblock-*")}
+def ipc_directory(controller: int) -> Path:
+    """Return the directory of the sockets that a controller listens on. (Others' directories are beside it.)"""
+    inodes = {link.removeprefix("socket:[").removesuffix("]") for link in descriptors(controller).values()}
+    lines = [line.split() for line in Path(f"/proc/{controller}/net/unix").read_text().splitlines()[1:]]
+    paths = [Path(fields[7]) for fields in lines if len(fields) > 7 and fields[6] in inodes]
+    (directory,) = {path.parent for path in paths if path.parent.name.startswith("cellblock-")}
+    return directory
 
 
 def test_as_root(directory: Path, no_leftovers: NoLeftovers) -> None:
-    before = ipc_directories()
     with no_leftovers(), direct(directory) as running:
         assert running.boot(directory / "kernel")[0] == 204
         cells = running.cells()
@@ -108,10 +112,11 @@ def test_as_root(directory: Path, no_leftovers: NoLeftovers) -> None:
             assert namespace(pid, "mnt") == namespace("self", "mnt"), name
             if name != "vmm":
                 assert int(status(pid)["CapEff"], 16) == 0, name
-        assert len(ipc_directories() - before) == 1
+        sockets = ipc_directory(cells["vmm"])
+        assert sockets.is_dir()
         running.process.terminate()
         assert running.process.wait(10) == 143
-    wait_for(lambda: ipc_directories() <= before, "the janitor")
+    wait_for(lambda: not sockets.exists(), "the janitor")
 
 
 def test_as_an_ordinary_user(directory: Path) -> None:
@@ -120,7 +125,6 @@ def test_as_an_ordinary_user(directory: Path) -> None:
     os.mknod(node, 0o20666, os.makedev(10, 232))
     node.chmod(0o666)
     mount = ("unshare", "--mount", "sh", "-c", f'mount --bind {node} /dev/kvm && exec "$@"', "sh")
-    before = ipc_directories()
     with direct(directory, command=as_user(*mount)) as running:
         assert running.boot(directory / "kernel")[0] == 204, running.errors.read_text()
         cells = running.cells()
@@ -128,9 +132,11 @@ def test_as_an_ordinary_user(directory: Path) -> None:
         for name, pid in cells.items():
             assert status(pid)["Uid"].split() == [str(USER)] * 4, name
             assert status(pid)["Seccomp"] == "2", name
+        sockets = ipc_directory(cells["vmm"])
+        assert sockets.is_dir()
         running.process.send_signal(signal.SIGKILL)
         wait_for(lambda: not any(map(is_alive, cells.values())), "the end of every cell", PROMISE_S)
-    wait_for(lambda: ipc_directories() <= before, "the janitor")
+    wait_for(lambda: not sockets.exists(), "the janitor")
 
 
 def test_without_kvm_it_can_still_be_configured(directory: Path) -> None:

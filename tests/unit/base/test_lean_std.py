@@ -25,12 +25,12 @@ def test_what_has_no_name_is_called_real_time():
     assert lean_std.signal_name(40) == "real-time signal 40"
 
 
-def test_accept_makes_a_plain_blocking_socket_that_is_not_inherited():
+def test_accept_makes_a_plain_blocking_socket_that_is_not_inherited(tmp_path):
     listener = lean_std.socket.socket(lean_std.socket.AF_UNIX, lean_std.socket.SOCK_STREAM)
-    listener.bind(b"\0cellblock-test-plain")
+    listener.bind(str(tmp_path / "socket"))
     listener.listen(1)
     client = standard_socket.socket(standard_socket.AF_UNIX, standard_socket.SOCK_STREAM)
-    client.connect(b"\0cellblock-test-plain")
+    client.connect(str(tmp_path / "socket"))
     accepted, _ = listener.accept()
     try:
         client.sendall(b"hello")
