@@ -2,8 +2,8 @@
 
 This is the product's own path (jailer.main or jailer.firecracker, unchanged) with the interpreter's start and the
 imports already behind it, and the filters loaded. Each template is used for one microVM, as a parked template will be
-(DESIGN: cells of one template share their address space layout), and becomes its visible process; it runs isolated
-(`python -IS`), as the programs do. What it does not do ahead: anything that needs the command line.
+(cells of one template share their address space layout: docs/threat-model.md), and becomes its visible process; it
+runs isolated (`python -IS`), as the programs do. What it does not do ahead: anything that needs the command line.
 """
 
 from __future__ import annotations

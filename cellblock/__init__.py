@@ -1,1 +1,1 @@
-"""Programs for the host, in no cell."""
+"""The host's command line, in no cell: one program, a folder for each of its commands."""

@@ -24,10 +24,12 @@ DEBIAN_PACKAGES = (
     "mount", "util-linux", "iproute2", "procps", "git", "ca-certificates",
 )  # fmt: skip
 LOCKS = (ROOT / "requirements-build.lock", ROOT / "requirements.lock")
-#: Launcher → module with its `main(argv)`. Clients know the last one by Firecracker's name for it.
+#: Launcher → module with its `main(argv)`. `cpu-template` is `cellblock cpu-template` under the name that it had;
+#: clients know the last one by Firecracker's name for it.
 PROGRAMS = {
     "firecracker": "jailer.firecracker",
     "jailer": "jailer.main",
+    "cellblock": "cellblock.main",
     "cpu-template": "cellblock.cpu_template.main",
     "cpu-template-helper": "cellblock.cpu_template.main",
 }

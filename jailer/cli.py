@@ -8,12 +8,11 @@ from __future__ import annotations
 import sys
 
 from base.lean_typing import NamedTuple, Sequence
+from base.version import FIRECRACKER_VERSION
 from ipc.launch_plan import SECCOMP_KILL, SECCOMP_OFF, SECCOMP_REPORT
 from jailer import walls
 from jailer.errors import ArgumentError
 
-#: The version that clients know; Firecracker's at the time of writing.
-VERSION = "1.17.0-dev"
 DEFAULT_CHROOT_BASE = "/srv/jailer"
 DEFAULT_EXEC_NAME = "firecracker"
 
@@ -139,13 +138,13 @@ def answer(arguments: Sequence[str]) -> str | None:
     if "--help" in own or "-h" in own:
         return _help()
     if "--version" in own:
-        return f"Jailer v{VERSION}\n"
+        return f"Jailer v{FIRECRACKER_VERSION}\n"
     return None
 
 
 def _help() -> str:
     lines = [
-        f"Jailer v{VERSION} (Cellblock): launch a microVM as jailed processes",
+        f"Jailer v{FIRECRACKER_VERSION} (Cellblock): launch a microVM as jailed processes",
         "",
         "usage: jailer --id ID --exec-file FILE --uid UID --gid GID [OPTION]… [-- FIRECRACKER-OPTION…]",
         "",

@@ -1,4 +1,7 @@
-"""``jailer --check``: can this host run jailed microVMs, what is missing, and how to mend it. Launches nothing."""
+"""Can this host run jailed microVMs, what is missing, and how to mend it? Launches nothing.
+
+``jailer --check`` and ``cellblock check`` say the same (docs/adr/host-tools-use-the-products-code.md).
+"""
 
 from __future__ import annotations
 

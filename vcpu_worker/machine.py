@@ -149,7 +149,8 @@ class Machine:
         """Give a vCPU its CPUID, MSRs and registers; return its TSC frequency in kHz. The vCPU's thread only.
 
         The order matters: CPUID decides which MSRs exist, and KVM rebuilds its map of APIC ids when a LAPIC is
-        written, not when a vCPU is added (DESIGN: without this, MSIs to the newest vCPU are dropped).
+        written, not when a vCPU is added (Linux arch/x86/kvm/lapic.c, kvm_recalculate_apic_map): without this, MSIs
+        to the newest vCPU are dropped.
         """
         kvm = vcpu.kvm
         self.configure_kvm(kvm, command)

@@ -6,8 +6,8 @@ only what every path needs, and no ``typing`` at run time.
 
 from __future__ import annotations
 
+from base.version import CELLBLOCK_VERSION, FIRECRACKER_VERSION, PRODUCT_NAME, SNAPSHOT_VERSION
 from vmm.errors import VmmError
-from vmm.version import CELLBLOCK_VERSION, FIRECRACKER_VERSION, PRODUCT_NAME, SNAPSHOT_VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from base.errors import CellblockError
 from base.event_manager import EventManager
 from base.lean_std import socket
 from base.lean_typing import Callable
+from base.version import FIRECRACKER_VERSION
 from ipc.launch_plan import ROLE_VMM, LaunchPlan
 from vmm import file_limit
 from vmm.api.dispatch import Dispatcher
@@ -27,7 +28,6 @@ from vmm.observe.event_log import EVENTS
 from vmm.observe.logger import LOG, LoggerConfig
 from vmm.observe.metrics import METRICS, MetricsConfig, read_logger
 from vmm.session import Session
-from vmm.version import FIRECRACKER_VERSION
 
 
 def warm(*, kernel_cache: bool) -> None:

@@ -9,6 +9,7 @@ import time
 
 from base import exit_codes
 from base.lean_typing import TYPE_CHECKING
+from base.version import APP_NAME, FIRECRACKER_VERSION
 from vmm.config import file as config_file
 from vmm.cpu_config import dump
 from vmm.errors import VmmError
@@ -18,7 +19,6 @@ from vmm.machine.vmm import STATE_NOT_STARTED, STATE_PAUSED
 from vmm.observe.event_log import EVENTS
 from vmm.observe.logger import LOG
 from vmm.observe.metrics import METRICS, SIGNAL_KEYS
-from vmm.version import APP_NAME, FIRECRACKER_VERSION
 
 if TYPE_CHECKING:
     from base.event_manager import EventManager

@@ -1,1 +1,1 @@
-"""The program ``cpu-template`` (also ``cpu-template-helper``): makes, compares and checks CPU templates."""
+"""``cellblock cpu-template``, also called ``cpu-template-helper``: makes, compares and checks CPU templates."""

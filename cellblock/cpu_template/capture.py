@@ -18,7 +18,6 @@ from typing import Any
 from cellblock.cpu_template import files
 from cellblock.cpu_template.errors import ToolError
 from vmm.config import file as config_file
-from vmm.config.machine import MachineConfigUpdate
 from vmm.cpu_config.static_templates import PERMITTED, static_template
 from vmm.cpu_config.template import CustomCpuTemplate
 from vmm.json.text import JsonValue
@@ -38,7 +37,8 @@ class Target:
     """A microVM to ask: what ``-c`` and ``-t`` describe. Raises ToolError."""
 
     def __init__(self, config: Path | None, template: Path | None) -> None:
-        self.machine: MachineConfigUpdate | None = None
+        #: What the configuration says of the machine.
+        self.machine: dict[str, JsonValue] = {}
         self.template: CustomCpuTemplate | None = None
         self.static_name: str | None = None
         if config is not None:
@@ -51,10 +51,12 @@ class Target:
             document = config_file.parse(files.read(path, "The configuration file"))
         except config_file.ConfigFileError as error:
             raise ToolError(str(error)) from error
-        self.machine = document.sections.get("machine-config")
+        machine = document.sections.get("machine-config")
+        if machine is not None:
+            self.machine = {key: value for key, value in machine._asdict().items() if value is not None}
         self.template = document.sections.get("cpu-config")
-        name = self.machine.cpu_template if self.machine is not None else None
-        if self.template is None and name in PERMITTED:
+        name = self.machine.get("cpu_template")
+        if self.template is None and isinstance(name, str) and name in PERMITTED:
             self.static_name = name
 
     def required_template(self) -> CustomCpuTemplate:
@@ -67,10 +69,7 @@ class Target:
 
     def document(self, kernel: Path) -> dict[str, Any]:
         """Return the configuration of the microVM that is built."""
-        machine: dict[str, JsonValue] = {"vcpu_count": 1, "mem_size_mib": 128}
-        if self.machine is not None:
-            machine |= {key: value for key, value in self.machine._asdict().items() if value is not None}
-        machine["cpu_template"] = self.static_name
+        machine = {"vcpu_count": 1, "mem_size_mib": 128, **self.machine, "cpu_template": self.static_name}
         document: dict[str, Any] = {
             "boot-source": {"kernel_image_path": str(kernel)},
             "drives": [],

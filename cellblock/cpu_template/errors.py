@@ -1,4 +1,4 @@
-"""What goes wrong in ``cpu-template``: a text that says what happened and what to do."""
+"""What goes wrong in ``cellblock cpu-template``: a text that says what happened and what to do."""
 
 from __future__ import annotations
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
+from base.errno_text import errno_text
 from cellblock.cpu_template.errors import ToolError
 from vmm.cpu_config.template import CPU_TEMPLATE, CustomCpuTemplate
-from vmm.files import FileOpenError, read_text
 from vmm.json.decoder import JsonError
 from vmm.json.schema import decode
 
@@ -19,9 +21,20 @@ MAX_SIZE = 1 << 20
 def read(path: Path, what: str) -> bytes:
     """Return the content of a file. Raises ToolError."""
     try:
-        return read_text(str(path), MAX_SIZE)
-    except FileOpenError as error:
-        raise ToolError(f"{what} {path} cannot be read: {error}") from error
+        with open(path, "rb", opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ToolError(f"{what} {path} cannot be read: not a regular file")
+            text = file.read(MAX_SIZE + 1)
+    except OSError as error:
+        raise ToolError(f"{what} {path} cannot be read: {errno_text(error)}") from error
+    if len(text) > MAX_SIZE:
+        raise ToolError(f"{what} {path} cannot be read: the file is larger than {MAX_SIZE} bytes")
+    return text
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """A FIFO that nobody writes to is refused, not waited for."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def parse_template(text: bytes, name: str) -> CustomCpuTemplate:

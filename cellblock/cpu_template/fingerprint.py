@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from base.version import FIRECRACKER_VERSION
 from cellblock.cpu_template import files
 from cellblock.cpu_template.errors import DifferenceError, ToolError
 from cellblock.cpu_template.patterns import strip
 from vmm.cpu_config.template import CustomCpuTemplate
-from vmm.version import FIRECRACKER_VERSION
 
 _MICROCODE = Path("/sys/devices/system/cpu/cpu0/microcode/version")
 _CPUINFO = Path("/proc/cpuinfo")

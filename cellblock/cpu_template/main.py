@@ -1,4 +1,4 @@
-"""Command line of ``cpu-template``. Exit status: 0 done, 1 failed or found a difference, 2 wrong usage."""
+"""Command line of ``cellblock cpu-template``. Exit status: 0 done, 1 failed or found a difference, 2 wrong usage."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from base.version import FIRECRACKER_VERSION
 from cellblock.cpu_template import files, fingerprint
 from cellblock.cpu_template.capture import Target, cpu_config
 from cellblock.cpu_template.errors import DifferenceError, ToolError
 from cellblock.cpu_template.patterns import bit_count, differences, strip
-from vmm.version import FIRECRACKER_VERSION
 
 EXIT_OK = 0
 EXIT_FAILED = 1

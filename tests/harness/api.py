@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from base.event_manager import EventManager
+from base.version import APP_NAME, FIRECRACKER_VERSION
 from vmm.api.dispatch import Dispatcher
 from vmm.api.http import Request, RequestParser
 from vmm.config.resources import VmResources
@@ -15,7 +16,6 @@ from vmm.machine.report import InstanceInfo
 from vmm.observe.logger import Logger
 from vmm.observe.metrics import Metrics, read_logger
 from vmm.session import Session
-from vmm.version import APP_NAME, FIRECRACKER_VERSION
 
 
 class FakeVmm(DeviceOperations):

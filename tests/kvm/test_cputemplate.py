@@ -1,4 +1,4 @@
-"""cpu-template on this host's KVM: dump → strip → verify, with the launchers, as an operator does."""
+"""cellblock cpu-template on this host's KVM: dump → strip → verify, with the launchers, as an operator does."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from base.version import FIRECRACKER_VERSION
 from devtool.project import LAUNCHERS
 from lab.client import launch_unjailed
 from tests.guests.build import build
@@ -28,8 +31,14 @@ TEMPLATE = {
 }
 
 
-def run(*arguments: object, program: str = "cpu-template", status: int = 0) -> str:
-    command = [str(LAUNCHERS / program), *map(str, arguments)]
+#: The names that the program has; the first one is that of today.
+NAMES = ("cellblock cpu-template", "cpu-template", "cpu-template-helper")
+
+
+def run(*arguments: object, program: str = NAMES[0], status: int = 0) -> str:
+    """Run the program under one of its names; return what it prints, errors included."""
+    name, *words = program.split()
+    command = [str(LAUNCHERS / name), *words, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == status, (command, done.stdout, done.stderr)
     return done.stdout + done.stderr
@@ -70,15 +79,23 @@ def test_what_the_guest_does_not_get_is_said(tmp_path: Path):
     )
 
 
-def test_what_the_host_does_not_have_fails(tmp_path: Path):
+@pytest.mark.parametrize("program", NAMES)
+def test_what_the_host_does_not_have_fails(program: str, tmp_path: Path):
     template = tmp_path / "template.json"
     template.write_text(json.dumps({"msr_modifiers": [{"addr": "0x12345678", "bitmap": "0b1"}]}))
-    output = run("template", "dump", "-t", template, "-o", tmp_path / "o", status=1)
+    output = run("template", "dump", "-t", template, "-o", tmp_path / "o", program=program, status=1)
     assert output == (
-        "cpu-template: the microVM cannot be built: System configuration error: Failed to create guest config: "
+        f"{program}: the microVM cannot be built: System configuration error: Failed to create guest config: "
         "Template changes an MSR entry not supported by KVM: Register Address: 12345678\n"
     )
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("program", NAMES)
+def test_every_name_is_the_same_program(program: str):
+    assert run("--version", program=program) == f"{program} v{FIRECRACKER_VERSION}\n"
+    assert run("--help", program=program).startswith(f"usage: {program} [-h] [--version] template|fingerprint ...\n")
+    assert run("template", "dump", "--no-such-flag", program=program, status=2).startswith(f"usage: {program} ")
 
 
 def test_fingerprints(tmp_path: Path):

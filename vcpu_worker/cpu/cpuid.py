@@ -1,6 +1,6 @@
 """CPUID of a vCPU: what KVM supports, made consistent with the guest's topology and free of host particulars.
 
-Sources: the compatibility map, section 5 (CPUID normalisation); Intel SDM volume 2A, CPUID; AMD APM volume 3,
+docs/cpu-templates.md, "Normalisation", says what becomes what. Sources: Intel SDM volume 2A, CPUID; AMD APM volume 3,
 appendix E; Documentation/virt/kvm/x86/cpuid.rst for the leaves from 0x40000000.
 """
 

@@ -1,6 +1,6 @@
 """Model specific registers: what a vCPU boots with, and which ones make up its state.
 
-Sources: the compatibility map, section 5 (boot MSRs); Intel SDM volume 4; Documentation/virt/kvm/x86/msr.rst.
+Sources: Intel SDM volume 4; Documentation/virt/kvm/x86/msr.rst.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from vcpu_worker.kvm.system import KvmSystem
 
 #: Pins of the IOAPIC in the controller; KVM reserves as many routes for it.
 IOAPIC_PINS = 24
-#: Three pages that VMX needs for real-mode guests (compatibility map 4.1); the identity map page lies right below.
+#: Three pages that VMX needs for real-mode guests (KVM_SET_TSS_ADDR, Documentation/virt/kvm/api.rst), where no device
+#: and no memory is (docs/formats/guest-memory.md); the identity map page lies right below.
 TSS_ADDRESS = 0xFFFB_D000
 IDENTITY_MAP_ADDRESS = TSS_ADDRESS - 0x1000
 

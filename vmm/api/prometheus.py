@@ -7,8 +7,8 @@ are told apart by the label ``id``; their sums are left to the reader, so the gr
 from __future__ import annotations
 
 from base.lean_typing import TYPE_CHECKING
+from base.version import CELLBLOCK_VERSION
 from vmm.observe.metrics import SUMMED_KINDS
-from vmm.version import CELLBLOCK_VERSION
 
 if TYPE_CHECKING:
     from vmm.observe.metrics import Group, Metrics

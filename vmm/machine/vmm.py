@@ -5,6 +5,7 @@ from __future__ import annotations
 from base import exit_codes
 from base.event_manager import EventManager, EventOps, Events
 from base.lean_typing import TYPE_CHECKING, Sequence
+from base.version import APP_NAME, FIRECRACKER_VERSION
 from ipc.exit_ring import COUNTER_EXITS
 from ipc.guest_memory import GuestMemory
 from ipc.messages.ghosts import GhostRecovered
@@ -31,7 +32,6 @@ from vmm.operations.replacement import Replacements, Successor
 from vmm.placement import Placement
 from vmm.snapshot.state_file import VERSION as STATE_VERSION
 from vmm.snapshot.state_file import MicrovmState, QuiescentWorker
-from vmm.version import APP_NAME, FIRECRACKER_VERSION
 
 if TYPE_CHECKING:
     from vmm.json.text import JsonValue

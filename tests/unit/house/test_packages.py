@@ -22,7 +22,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "device_cell": {"base", "ipc", "virtio"},
     "pager": {"base", "ipc"},
     "jailer": {"base", "ipc", *ENTRY_POINTS},
-    "cellblock": {"base", "ipc", "vmm.cpu_config", "vmm.snapshot", "vmm.json"},
+    # The last two: docs/adr/host-tools-use-the-products-code.md.
+    "cellblock": {
+        "base",
+        "ipc",
+        "vmm.cpu_config",
+        "vmm.snapshot",
+        "vmm.json",
+        "vmm.config.file",
+        "jailer.host_check",
+    },
 }
 #: What is in the repository beside the product. No package of the product may import it.
 BESIDE = ("bench", "devtool", "lab", "tests")

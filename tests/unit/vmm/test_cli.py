@@ -153,4 +153,4 @@ def test_what_version_needs_is_little():
     run = subprocess.run([sys.executable, "-IS", "-c", code], check=True, capture_output=True, text=True)
     answered, modules = run.stdout.splitlines()
     assert answered == "('Firecracker v1.17.0-dev\\n', 0)"
-    assert modules == str(["__future__", "base", "base.errors", "vmm", "vmm.cli", "vmm.errors", "vmm.version"])
+    assert modules == str(["__future__", "base", "base.errors", "base.version", "vmm", "vmm.cli", "vmm.errors"])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 
 from base.lean_typing import TYPE_CHECKING, Any
+from base.version import FIRECRACKER_VERSION
 from vmm.api.endpoints.table import INTERNAL, Endpoint
 from vmm.json.schema import Field, Object, Variant
 from vmm.session import START_ERROR
-from vmm.version import FIRECRACKER_VERSION
 
 if TYPE_CHECKING:
     from base.lean_typing import Callable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from vmm.cpu_config.template import (
 )
 
 # Few places and few bits, so that templates have something in common.
-#: Full count: ./dev test --soak cellblock.cpu_template.
+#: Full count: ./dev test --soak cputemplate.
 COUNT = 2_000 if SOAK in ("all", "cputemplate") else 25
 pytestmark = pytest.mark.soak("cputemplate")
 NIBBLE = st.integers(0, 15)
@@ -262,6 +263,10 @@ def test_compare_by_its_exit_status(tmp_path, capsys):
         ("template strip -p {0}/t", "two or more templates can be stripped of what they have in common, not one"),
         ("template strip -p {0}/t {0}/nix",
          "The CPU template {0}/nix cannot be read: No such file or directory (os error 2)"),
+        ("template strip -p {0}/t {0}", "The CPU template {0} cannot be read: Is a directory (os error 21)"),
+        ("template strip -p {0}/t {0}/fifo", "The CPU template {0}/fifo cannot be read: not a regular file"),
+        ("template strip -p {0}/t {0}/large",
+         "The CPU template {0}/large cannot be read: the file is larger than 1048576 bytes"),
         ("template strip -p {0}/t {0}/bad", "{0}/bad is not a CPU template: unknown field `x`, expected one of "),
         ("template verify", "no CPU template: give one with --template, or a --config that has one"),
         ("template verify -c {0}/config", "no CPU template: give one with --template, or a --config that has one"),
@@ -274,6 +279,8 @@ def test_compare_by_its_exit_status(tmp_path, capsys):
 def test_errors_are_one_clear_line(tmp_path, capsys, arguments, text):
     files.write_template(tmp_path / "t", FULL)
     (tmp_path / "bad").write_text('{"x": 1}')
+    (tmp_path / "large").write_bytes(b" " * (files.MAX_SIZE + 1))
+    os.mkfifo(tmp_path / "fifo")
     (tmp_path / "config").write_text('{"boot-source": {"kernel_image_path": "k"}, "drives": []}')
     assert run(*arguments.format(tmp_path).split()) == 1
     printed = capsys.readouterr()

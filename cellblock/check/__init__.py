@@ -1,0 +1,1 @@
+"""``cellblock check``: can this host run jailed microVMs?"""
