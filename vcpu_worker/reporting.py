@@ -32,7 +32,7 @@ _MAX_DATA = 15
 
 
 class FinalExit(NamedTuple):
-    """Why a vCPU left its run loop for good; the fields of ``ipc.messages.VcpuExited`` but for the vCPU's index."""
+    """Why a vCPU left its run loop for good: ``ipc.messages.worker.VcpuExited`` but for the vCPU's index."""
 
     reason: str
     code: int

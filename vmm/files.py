@@ -19,7 +19,7 @@ _NUL_TEXT = "file name contained an unexpected NUL byte"
 
 
 class FileOpenError(VmmError):
-    """A file cannot be opened; the text is ``TEXT (os error N)`` in the words of ``vmm.errno_text``."""
+    """A file cannot be opened; the text is ``TEXT (os error N)`` in the words of ``base.errno_text``."""
 
     code = "vmm.file"
 

@@ -56,7 +56,7 @@ _LAPIC_SETTINGS = (
 )
 _END_OF_INTERRUPT = MsrValue(abi.x2apic_msr(abi.APIC_EOI), 0)
 
-#: Called in the ghost's thread: (what, vCPU, vector), see ipc.messages.GhostEvent.
+#: Called in the ghost's thread: (what, vCPU, vector), see ipc.messages.ghosts.GhostEvent.
 Report = Callable[[int, int, int], None]
 #: Called in the ghost's thread: (vCPU, text).
 ReportRecovery = Callable[[int, str], None]

@@ -1,7 +1,7 @@
 """GDT, IDT and page tables of the boot vCPU, and its registers, for both boot protocols.
 
 Sources: Intel SDM volume 3, chapters 3 and 4; Documentation/arch/x86/boot.rst (64-bit boot protocol);
-Xen's docs/misc/pvh.pandoc.
+pvh.pandoc of Xen's documentation.
 """
 
 from __future__ import annotations

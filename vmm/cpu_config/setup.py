@@ -25,7 +25,7 @@ class CpuTemplateError(VmmError):
 
 
 class CpuSetup(NamedTuple):
-    """The fields of ``ipc.messages.Configure`` that come from the CPU template."""
+    """The fields of ``ipc.messages.worker.Configure`` that come from the CPU template."""
 
     cpuid: tuple[CpuidEntry, ...] = ()
     msr_changes: tuple[MsrChange, ...] = ()

@@ -25,7 +25,7 @@ REPORT_TIMEOUT_NS = 1 * SECOND_NS
 class InstanceInfo(NamedTuple):
     """What GET / reports; ``state`` is Not started, Running or Paused.
 
-    Calling it returns it: ``vmm.instance_info`` and ``vmm.instance_info()`` are the same.
+    Calling it returns it: clients of ``Vmm`` may write the attribute with or without brackets.
     """
 
     id: str
