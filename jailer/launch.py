@@ -226,6 +226,9 @@ class JailedLaunch:
 
     def _launch_plan(self, host: start.Host) -> LaunchPlan:
         options = self._options
+        directories = (roots.CONTROLLER_IPC_DIRECTORY, roots.WORKER_IPC_DIRECTORY)
+        if not self._has(walls.ROOT):  # both see an ordinary directory in the jail root
+            directories = (f"{self._settings.jail_root}{roots.CONTROLLER_IPC_DIRECTORY}",) * 2
         return plan.jailed(
             plan.Launch(
                 self._settings.microvm_id,
@@ -235,7 +238,7 @@ class JailedLaunch:
                 host.kernel_cache,
                 host.console,
             ),
-            self._settings.jail_root,
+            directories,
             (self._uid, self._gid),
             self._off,
             faults=options.values_of("arm-fault"),

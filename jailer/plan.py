@@ -9,7 +9,6 @@ from base.lean_typing import Iterable, NamedTuple
 from ipc.launch_plan import MAX_MEMORY_BYTES, MAX_WORKERS, SECCOMP_OFF, LaunchPlan
 from jailer import placement, walls
 from jailer.memory import host_gives_huge_pages
-from jailer.steps import roots
 
 
 class Started(NamedTuple):
@@ -37,7 +36,7 @@ def started_now() -> Started:
 
 def jailed(
     launch: Launch,
-    jail_root: str,
+    ipc_directories: tuple[str, str],
     identity: tuple[int, int],
     switched_off: Iterable[str],
     *,
@@ -46,7 +45,8 @@ def jailed(
 ) -> LaunchPlan:
     """Make the plan of a launch with a jail. ``identity`` is the cells' uid and gid.
 
-    The controller learns who it is and when it started by options of its command line, as under Firecracker's jailer.
+    ``ipc_directories`` is one directory, as the controller and as the workers see it. The controller learns who it is
+    and when it started by options of its command line, as under Firecracker's jailer.
     """
     switched_off = tuple(sorted(switched_off))
     cpu_us = _cpu_us()
@@ -57,10 +57,7 @@ def jailed(
         "--parent-cpu-time-us": cpu_us,
     }
     arguments = (*(str(word) for option in told.items() for word in option), *launch.arguments)
-    directories = (roots.CONTROLLER_IPC_DIRECTORY, roots.WORKER_IPC_DIRECTORY)
-    if walls.ROOT in switched_off:  # one directory, an ordinary one in the jail root
-        directories = (f"{jail_root}{roots.CONTROLLER_IPC_DIRECTORY}",) * 2
-    return _make(launch, directories, identity, cpu_us)._replace(
+    return _make(launch, ipc_directories, identity, cpu_us)._replace(
         jailed=True, arguments=arguments, switched_off=switched_off, faults=faults, drills=drills
     )
 

@@ -6,7 +6,6 @@ import os
 
 from ipc.launch_plan import MAX_MEMORY_BYTES, MAX_WORKERS, SECCOMP_KILL, SECCOMP_OFF, LaunchPlan
 from jailer import plan, walls
-from jailer.steps import roots
 
 STARTED = plan.Started(17, 4)
 LAUNCH = plan.Launch("mine", ("--no-api",), STARTED, SECCOMP_KILL, 5, 6)
@@ -18,7 +17,7 @@ OWN = {
 
 
 def jailed(launch: plan.Launch = LAUNCH, off: tuple[str, ...] = ()) -> LaunchPlan:
-    return plan.jailed(launch, "/srv/jail/root", (1001, 1002), off, faults=("x=die",), drills=("files",))
+    return plan.jailed(launch, ("/run/x", "/x"), (1001, 1002), off, faults=("x=die",), drills=("files",))
 
 
 def test_a_jailed_controller_is_told_who_it_is_before_its_own_arguments() -> None:
@@ -30,20 +29,13 @@ def test_a_jailed_controller_is_told_who_it_is_before_its_own_arguments() -> Non
         "--id", "mine", "--start-time-us", "17", "--start-time-cpu-us", cpu, "--parent-cpu-time-us", cpu, "--no-api",
     )  # fmt: skip
     assert (made.start_time_us, made.start_time_cpu_us) == STARTED
-    assert (made.controller_ipc_directory, made.worker_ipc_directory) == (
-        roots.CONTROLLER_IPC_DIRECTORY,
-        roots.WORKER_IPC_DIRECTORY,
-    )
+    assert (made.controller_ipc_directory, made.worker_ipc_directory) == ("/run/x", "/x")
     assert (made.faults, made.drills, made.switched_off) == (("x=die",), ("files",), ())
     assert (made.kernel_cache_fd, made.console_fd) == (5, 6)
 
 
-def test_without_the_root_wall_both_use_the_directory_in_the_jail_root() -> None:
-    made = jailed(off=(walls.ROOT, walls.CGROUP))
-    assert (
-        made.controller_ipc_directory == made.worker_ipc_directory == f"/srv/jail/root{roots.CONTROLLER_IPC_DIRECTORY}"
-    )
-    assert made.switched_off == tuple(sorted((walls.ROOT, walls.CGROUP)))
+def test_walls_that_are_off_are_named_in_order() -> None:
+    assert jailed(off=(walls.ROOT, walls.CGROUP)).switched_off == tuple(sorted((walls.ROOT, walls.CGROUP)))
 
 
 def test_an_unjailed_launch_keeps_the_caller_and_what_it_said() -> None:
