@@ -1,4 +1,4 @@
-"""What devices need done in the VM of every worker. ``vmm.cells.vms`` does it, and remembers what is in force.
+"""What devices need done in the VM of every worker. ``vmm.cells`` does it, and remembers what is in force.
 
 Each of these completes when every worker has it: whoever asked waits for the Deferral, the event loop does not.
 """

@@ -5,7 +5,6 @@ from __future__ import annotations
 #: Rooms of vmm/ that import a room which stands after them, or that have no place in the order.
 ROOMS: set[tuple[str, str]] = {
     ("devices", "snapshot"),
-
     ("operations", "snapshot"),
 }
 
@@ -26,7 +25,6 @@ LONG_FILES: set[str] = {
     "tests/unit/vmm/api/test_endpoints.py",
     "tests/unit/vmm/api/test_server.py",
     "tests/unit/vmm/machine/test_vmm.py",
-
     "vmm/cells/worker.py",
 }
 
