@@ -34,7 +34,7 @@ from ipc.messages.worker import (
 from vcpu_worker import state as vcpu_state
 from vcpu_worker.descriptor_set import DescriptorSet
 from vcpu_worker.errors import ConfigurationError, StateError, WorkerError
-from vcpu_worker.ghosts.control import GhostControl
+from vcpu_worker.ghost_control import GhostControl
 from vcpu_worker.lifecycle import Event, State, next_state
 from vcpu_worker.machine import Machine
 from vcpu_worker.replacement import Replacement

@@ -18,7 +18,7 @@ from ipc.messages.replacement import (
 from vcpu_worker import state as vcpu_state
 from vcpu_worker.descriptor_set import DescriptorSet
 from vcpu_worker.errors import ConfigurationError, StateError, WorkerError
-from vcpu_worker.ghosts.control import GhostControl
+from vcpu_worker.ghost_control import GhostControl
 from vcpu_worker.lifecycle import Event
 from vcpu_worker.machine import Machine
 from vcpu_worker.replies import Command, Reply, failed

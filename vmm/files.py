@@ -50,6 +50,11 @@ def open_output(path: str) -> int:
     return _open(path, flags | os.O_RDWR)
 
 
+def open_replaced(path: str) -> int:
+    """Open a file for writing, create it if missing, else empty it, and return the descriptor. Raises FileOpenError."""
+    return _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK)
+
+
 def read_text(path: str, limit: int) -> bytes:
     """Return the content of a regular file of at most ``limit`` bytes. Raises FileOpenError."""
     fd = open_input(path)

@@ -14,6 +14,7 @@ from vmm.cpu_config.template import (
     MsrModifier,
 )
 from vmm.errors import VmmError
+from vmm.files import FileOpenError, open_replaced
 from vmm.json.text import json_text
 
 _REGISTERS = ("eax", "ebx", "ecx", "edx")
@@ -67,12 +68,15 @@ def to_template(config: DumpedCpuConfig) -> CustomCpuTemplate:
 def write(config: DumpedCpuConfig, path: str) -> None:
     """Write the template to a file, which is replaced. Raises DumpError."""
     text = json_text(to_template(config).to_json()).encode() + b"\n"
+    failed = f"The CPU configuration cannot be written to {path}: "
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
-        try:
-            while text:
-                text = text[os.write(descriptor, text) :]
-        finally:
-            os.close(descriptor)
+        descriptor = open_replaced(path)
+    except FileOpenError as error:
+        raise DumpError(f"{failed}{error}") from error
+    try:
+        while text:
+            text = text[os.write(descriptor, text) :]
     except OSError as error:
-        raise DumpError(f"The CPU configuration cannot be written to {path}: {errno_text(error)}") from error
+        raise DumpError(f"{failed}{errno_text(error)}") from error
+    finally:
+        os.close(descriptor)

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from base.errno_text import errno_text, strerror
-from vmm.files import FileOpenError, open_input, open_output, read_text
+from vmm.files import FileOpenError, open_input, open_output, open_replaced, read_text
 
 
 def test_errno_texts_are_musls():
@@ -72,3 +72,16 @@ def test_read_text_is_bounded(tmp_path):
     assert read_text(str(path), 4) == b"abcd"
     with pytest.raises(FileOpenError, match="larger than 3 bytes"):
         read_text(str(path), 3)
+
+
+def test_a_file_that_is_replaced_is_empty_and_a_fifo_without_a_reader_is_refused(tmp_path):
+    path = tmp_path / "file"
+    for _ in range(2):
+        fd = open_replaced(str(path))
+        assert path.read_bytes() == b""
+        os.write(fd, b"content")
+        assert not os.get_inheritable(fd)
+        os.close(fd)
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(FileOpenError, match=r"^No such device or address \(os error 6\)$"):
+        open_replaced(str(tmp_path / "fifo"))

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 
 from ipc.messages.ghosts import GHOST_INTERRUPT, GhostEvent
-from vcpu_worker.ghosts.control import MAX_OPEN_EVENTS, Forwarder
+from vcpu_worker.ghost_control import MAX_OPEN_EVENTS, Forwarder
 
 
 def test_an_event_that_comes_again_meanwhile_is_sent_again():

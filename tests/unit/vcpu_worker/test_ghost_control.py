@@ -9,7 +9,7 @@ import pytest
 
 from ipc.messages.ghosts import GhostsParked, ParkGhosts, PlaceStub, QuiescenceRead, ReadQuiescence, StubPlaced
 from vcpu_worker.errors import StateError
-from vcpu_worker.ghosts.control import GhostControl, GhostRunner
+from vcpu_worker.ghost_control import GhostControl, GhostRunner
 
 QUIESCENT = (1, False, 0, 0)
 
