@@ -54,12 +54,7 @@ class SourceTree:
 
     def imports(self, path: Path) -> Iterator[Import]:
         """Yield every import of a file. Raises AssertionError for a relative one."""
-        for node in ast.walk(self.syntax(path)):
-            if isinstance(node, ast.Import):
-                yield from (Import(node.lineno, alias.name, "") for alias in node.names)
-            elif isinstance(node, ast.ImportFrom):
-                assert node.level == 0, f"{path}:{node.lineno}: write imports in full"
-                yield from (Import(node.lineno, node.module or "", alias.name) for alias in node.names)
+        return iter(_imports(self.root / path))
 
     def arrows(self) -> Iterator[Arrow]:
         """Yield every import of one module of the tree by another. A name that is a module stands for that module."""
@@ -79,6 +74,18 @@ class SourceTree:
 @cache
 def _parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_bytes(), str(path))
+
+
+@cache
+def _imports(path: Path) -> tuple[Import, ...]:
+    found: list[Import] = []
+    for node in ast.walk(_parsed(path)):
+        if isinstance(node, ast.Import):
+            found += [Import(node.lineno, alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: write imports in full"
+            found += [Import(node.lineno, node.module or "", alias.name) for alias in node.names]
+    return tuple(found)
 
 
 def module_name(path: Path) -> str:

@@ -96,6 +96,11 @@ def write_boot_structures(memory: mmap.mmap) -> None:
         struct.pack_into("<Q", memory, _DIRECTORY + 8 * number, number << 21 | 0x83)
 
 
+def nothing_written(entry, string):
+    """A device of which the test expects nothing: what is read is 0."""
+    return 0
+
+
 class ChecksCounts:
     """The device: every write must carry the next count; reads return the last one."""
 

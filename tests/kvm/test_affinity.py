@@ -9,8 +9,7 @@ import pytest
 
 from lab.client import launch_unjailed
 from tests.guests.build import build
-from tests.harness.workers import Controller
-from tests.kvm.test_worker_control import nothing_written
+from tests.harness.workers import Controller, nothing_written
 from vmm.placement import cpulist
 
 CPUS = sorted(os.sched_getaffinity(0))

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from lab.client import ClientError, Microvm, descendants, launch_unjailed, without_log
 from tests.guests.build import build
+from tests.harness.bare_metal import (
+    ASTRAY,
+    FLOOD,
+    FLOOD_WITH_SMIS,
+    FLOOD_WITHOUT_NMIS,
+    FOREVER,
+    assert_led_astray,
+    ghosts,
+    hostile,
+    recoveries_logged,
+)
 from tests.harness.microvms import smp_config
-
-FLOOD, ASTRAY, FLOOD_WITH_SMIS, FLOOD_WITHOUT_NMIS = range(4)
-FOREVER = 1 << 30
-
-
-@contextmanager
-def hostile(directory: Path, vcpus: int, placement: str, attack: int, rounds: int) -> Iterator[Microvm]:
-    kernel = build("hostile", {"CPUS": vcpus, "ATTACK": attack, "ROUNDS": rounds})
-    with launch_unjailed(directory, ["--config-file", str(smp_config(directory, kernel, vcpus, placement))]) as vm:
-        vm.wait_for_api()
-        yield vm
-
-
-def ghosts(vm: Microvm) -> list[dict[str, Any]]:
-    return [ghost for vcpu in vm.must("GET", "/vcpus") for ghost in vcpu["ghosts"]]
 
 
 def cpu_seconds(vm: Microvm) -> float:
@@ -44,10 +36,6 @@ def used_while_idle(vm: Microvm, seconds: float) -> float:
     before = cpu_seconds(vm)
     time.sleep(seconds)
     return cpu_seconds(vm) - before
-
-
-def recoveries_logged(vm: Microvm) -> int:
-    return len(re.findall(rb"left its stub \(it ran other code than the stub: [^)]*\) and was put back", vm.console))
 
 
 @pytest.mark.slow
@@ -115,13 +103,6 @@ def test_others_do_not_notice_a_flood(tmp_path, no_leftovers, scale):
         vm.must("PATCH", "/vm", {"state": "Paused"})
         assert used_while_idle(vm, 1.0) < 0.6
         vm.must("PATCH", "/vm", {"state": "Resumed"})
-
-
-def assert_led_astray(vm: Microvm) -> None:
-    """The NMI that the guest sends while it looks whether it was successful may do it once more."""
-    recoveries = sum(ghost["recoveries"] for ghost in ghosts(vm))
-    assert recoveries in (1, 2)
-    assert recoveries_logged(vm) == recoveries
 
 
 def test_a_ghost_that_was_led_astray_is_put_back(tmp_path, no_leftovers):

@@ -18,18 +18,7 @@ import pytest
 
 from lab.client import Microvm, descendants, launch_unjailed, without_log
 from tests.guests.build import build
-from tests.harness.microvms import smp_config
-
-#: So many rounds never end within a test.
-FOREVER = 1 << 30
-
-
-def every_kind(vcpus: int, placement: str, mode: str, **counts: int) -> tuple[Path, str]:
-    """Return the guest that sends every kind, its LAPICs in ``mode``, and what it says at its end."""
-    # A ghost is in x2APIC mode, and to it xAPIC's destination of all processors is number 255 (docs/smp.md).
-    broadcast = mode == "x2APIC" or placement == "Grouped"
-    symbols = {"CPUS": vcpus, "XAPIC": int(mode == "xAPIC"), "BROADCAST": int(broadcast), **counts}
-    return build("ipi", symbols), f"SFLCM{'B' * broadcast}YOAXNPR IPI DONE"
+from tests.harness.bare_metal import FOREVER, every_kind, run_to_its_end
 
 
 @pytest.mark.soak("smp")
@@ -53,16 +42,6 @@ def test_every_kind_of_ipi_arrives_once(tmp_path, scale, no_leftovers, vcpus, pl
     kernel, end = every_kind(vcpus, placement, mode, ROUNDS=scale(200, 10_000), NMIS=1, RESTARTS=scale(3, 100))
     with no_leftovers(tmp_path):
         run_to_its_end(tmp_path, kernel, (vcpus, placement), end, scale(300.0, 7200.0))
-
-
-def run_to_its_end(directory: Path, kernel: Path, shape: tuple[int, str], end: str, timeout: float) -> None:
-    """Run a guest with (vCPUs, placement) that resets its machine when it has said ``end``."""
-    config = smp_config(directory, kernel, *shape)
-    with launch_unjailed(directory, ["--config-file", str(config), "--no-api"]) as vm:
-        status = vm.wait(timeout)
-        config.unlink()
-    assert end in without_log(vm.console), vm.tail()
-    assert status == 0
 
 
 @pytest.mark.slow

@@ -28,13 +28,9 @@ from ipc.messages.worker import (
     SetRoutes,
 )
 from tests.harness.run_options import Scale
-from tests.harness.workers import ChecksCounts, Controller
+from tests.harness.workers import ChecksCounts, Controller, nothing_written
 from vcpu_worker import state as vcpu_state
 from vcpu_worker.kvm import abi
-
-
-def nothing_written(entry, string):
-    return 0
 
 
 def wait_for_count(worker: Controller, device: ChecksCounts, count: int) -> None:

@@ -5,17 +5,20 @@ There a renewed INIT is trapped by single-stepping, and ring 0 runs natively.
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
-from lab.client import launch_unjailed, without_log
-from tests.guests.build import build
-from tests.harness.microvms import smp_config
-from tests.kvm.test_hostile_guest import ASTRAY, FLOOD, assert_led_astray, ghosts, hostile
-from tests.kvm.test_ipis import every_kind, run_to_its_end
-from tests.lab.test_boot import BOOT_TIMEOUT
-from tests.lab.test_smp import SOAK_ONLY
+from lab.client import without_log
+from tests.harness.bare_metal import (
+    ASTRAY,
+    FLOOD,
+    assert_led_astray,
+    every_kind,
+    ghosts,
+    hostile,
+    run_retargeting,
+    run_to_its_end,
+)
+from tests.harness.debian import BOOT_TIMEOUT, SOAK_ONLY
 
 
 @pytest.mark.soak("smp")
@@ -40,18 +43,8 @@ def test_every_kind_of_ipi_arrives_once(tmp_path, scale, no_leftovers, vcpus, pl
 @SOAK_ONLY
 @pytest.mark.parametrize(("vcpus", "placement"), [(3, "Split"), (4, "0,2/1,3")])
 def test_interrupts_arrive_once_while_they_are_moved(tmp_path, no_leftovers, vcpus, placement):
-    rounds = 5_000
-    kernel = build("retarget", {"CPUS": vcpus, "ROUNDS": rounds, "MOVES": rounds // 4})
-    config = smp_config(tmp_path, kernel, vcpus, placement)
-    with no_leftovers(tmp_path), launch_unjailed(tmp_path, ["--config-file", str(config), "--no-api"]) as vm:
-        status = vm.wait(7200.0)
-        config.unlink()
-    found = re.search(r"(\.+)([0-9a-f]{8}) RETARGET DONE", without_log(vm.console))
-    assert found, vm.tail()
-    assert len(found.group(1)) >= rounds - 1
-    moves = int(found.group(2), 16)
-    print(f"{vcpus} vCPUs, {placement}: {len(found.group(1))} interrupts, the entry was written {moves} times")
-    assert status == 0
+    with no_leftovers(tmp_path):
+        run_retargeting(tmp_path, vcpus, placement, 5_000, 7200.0)
 
 
 @SOAK_ONLY

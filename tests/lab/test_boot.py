@@ -7,33 +7,13 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lab.client import ClientError, Jail, Microvm, without_log
-from lab.guest_image import command_line
-
-BASE_ARGS = "console=ttyS0 reboot=k panic=1 quiet"
-BOOT_TIMEOUT = 240.0
-CGROUP_OPTIONS = ("--cgroup-version", "2") if Path("/sys/fs/cgroup/cgroup.controllers").exists() else ()
-
-
-@contextmanager
-def jail(name: str) -> Iterator[Jail]:
-    """A jail root that is gone afterwards."""
-    made = Jail(name)
-    try:
-        yield made
-    finally:
-        made.remove()
-
-
-def boot_args(run: str = "", end: str = "reboot") -> str:
-    return f"{BASE_ARGS} {command_line(run, end=end)}"
+from tests.harness.debian import BASE_ARGS, BOOT_TIMEOUT, CGROUP_OPTIONS, boot_args, jail
 
 
 def write_config(made: Jail, kernel: str, initramfs: str, args: str, mem_size_mib: int) -> str:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from ipc.messages.ghosts import GHOST_INTERRUPT
-from tests.kvm.test_ghost import (  # noqa: F401
-    VECTOR,
-    bench,
-    test_interrupts_that_come_while_a_ghost_is_put_back_are_passed_on,
-)
+from tests.harness.ghost_bench import VECTOR
+from tests.kvm.test_ghost import test_interrupts_that_come_while_a_ghost_is_put_back_are_passed_on  # noqa: F401
 from vcpu_worker.ghosts import stub
 
 
-def test_an_interrupt_whose_end_the_guest_has_taken_away_does_not_stay(bench, monkeypatch):  # noqa: F811
+def test_an_interrupt_whose_end_the_guest_has_taken_away_does_not_stay(bench, monkeypatch):
     """The guest can write to the word that says whether the end of an interrupt needs an exit."""
     monkeypatch.setattr(stub, "pv_eoi", lambda ghost: 0)  # KVM itself leaves it alone
     bench.do(bench.ghost.place_stub)

@@ -11,8 +11,7 @@ from statistics import median
 import pytest
 
 from lab.client import Microvm
-from tests.lab.test_boot import BOOT_TIMEOUT, CGROUP_OPTIONS, jail
-from tests.lab.test_smp import COMPLAINTS, config, run
+from tests.harness.debian import BOOT_TIMEOUT, CGROUP_OPTIONS, COMPLAINTS, config, jail, run
 
 LINES = 3000
 DIGEST = hashlib.md5("".join(f"{number}\n" for number in range(1, LINES + 1)).encode()).hexdigest()

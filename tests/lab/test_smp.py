@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 
-from lab.client import Microvm, without_log
+from lab.client import without_log
 from lab.guest_image import archive
-from lab.tsc import host_tsc_khz
-from tests.guests.build import build_program
-from tests.harness.run_options import IN_LAB, SOAK
-from tests.lab.test_boot import BOOT_TIMEOUT, CGROUP_OPTIONS, boot_args, jail
+from tests.harness.debian import BOOT_TIMEOUT, CGROUP_OPTIONS, COMPLAINTS, SOAK_ONLY, config, jail, run
+from tests.harness.run_options import SOAK
 
 REPORT = (
     "nproc; grep -c ^processor /proc/cpuinfo; grep -E 'apicid|siblings|cpu cores' /proc/cpuinfo | sort | uniq -c; "
@@ -25,22 +21,6 @@ PINNED = (
     "sh -c 'i=0; while [ $i -lt 2000 ]; do i=$((i + 1)); done; "
     'echo pinned $(cut -d" " -f39 /proc/self/stat)\'; done'
 )
-#: The lab's software CPU executes XSETBV in a nested guest without telling the hypervisor, whose CPUID then shows the
-#: size of the registers enabled before; the kernel warns of that once, with a trace, while it starts. Under QEMU's
-#: microvm with one vCPU it does the same. Nothing else is forgiven, and nowhere else.
-_FORGIVEN = (
-    "awk '/cut here/ { first = $0; getline; if (/XSAVE consistency problem/) skip = 1; else print first } "
-    "skip { if (/end trace/) skip = 0; next } { print }' |"
-    if IN_LAB
-    else ""
-)
-COMPLAINTS = (
-    f"dmesg | grep -v 'ommand line' | {_FORGIVEN} grep -Ei -A12 'clocksource.*unstable|TSC.*(warp|unstable)|lockup|"
-    "detected.*stall|Call Trace|WARNING:|BUG:|Oops' && echo complaint || echo 'no complaint'"
-)
-#: A host on which others run beside us starves its guests, QEMU's too, for longer than their watchdogs bear; and what
-#: these then do, an NMI to every CPU, is more than the lab's nested guests survive (docs/lab.md).
-PATIENCE = " watchdog_thresh=60 rcupdate.rcu_cpu_stall_timeout=300"
 
 
 def cycles(count: int) -> str:
@@ -50,47 +30,6 @@ def cycles(count: int) -> str:
         "echo 0 > /sys/devices/system/cpu/cpu$c/online || echo failed; echo 1 > /sys/devices/system/cpu/cpu$c/online "
         "|| echo failed; done; done; cat /sys/devices/system/cpu/online"
     )
-
-
-def config(
-    made: Any,
-    guest_image: Any,
-    machine: dict[str, Any],
-    run: str,
-    end: str,
-    *,
-    programs: Sequence[str] = (),
-    files: Mapping[str, bytes] | None = None,
-    patient: bool = not SOAK,
-    arguments: str = "",
-) -> str:
-    """Write a configuration file. The guest has ``programs`` of tests/guests in /bin, and ``files``; its kernel gets
-    ``arguments``.
-
-    Soaks run alone, and with the kernel's own limits unless they are to be ``patient``.
-
-    What is to be run comes in an archive of its own: it is too long for a command line.
-    """
-    arguments = f"{boot_args('', end)} tsc_early_khz={host_tsc_khz()}{PATIENCE if patient else ''} {arguments}"
-    added = {f"bin/{name}": build_program(name).read_bytes() for name in programs} | dict(files or {})
-    if run:
-        added["cellblock/script"] = run.encode()
-    more = archive(added) if added else b""
-    path: str = made.write(
-        json.dumps(
-            {
-                "boot-source": {
-                    "kernel_image_path": made.add(guest_image.vmlinux, "vmlinux"),
-                    "initrd_path": made.write(guest_image.initramfs.read_bytes() + more, "initramfs"),
-                    "boot_args": arguments,
-                },
-                "drives": [],
-                "machine-config": {"mem_size_mib": 256, **machine},
-            }
-        ),
-        "config.json",
-    )
-    return path
 
 
 def check_report(output: str, vcpus: int) -> None:
@@ -110,10 +49,6 @@ def run_to_its_end(made: Any, path: str, timeout: float) -> str:
         assert vm.wait(60.0) == 0, vm.tail()
     print(output)
     return output
-
-
-#: More vCPUs than a lab on two CPUs boots in useful time beside everything else.
-SOAK_ONLY = pytest.mark.soak("smp", only=True)
 
 
 @pytest.mark.timeout(0 if SOAK else 900)
@@ -209,12 +144,6 @@ def test_another_kernel_is_started_from_the_first(guest_image, no_leftovers, pla
     check_report(output, 3)
     assert output.count("\nno complaint") == 2, output
     assert not re.search(r"^failed", output, re.MULTILINE), output
-
-
-def run(vm: Microvm, command: str) -> str:
-    """Run a command in the guest; return what the guest has said until its end."""
-    vm.type(f"{command}\n")
-    return without_log(vm.expect("CELLBLOCK-RUN end", 120.0))
 
 
 @pytest.mark.timeout(0)

@@ -11,9 +11,8 @@ from collections.abc import Callable
 import pytest
 
 from lab.client import Microvm, without_log
+from tests.harness.debian import BOOT_TIMEOUT, CGROUP_OPTIONS, COMPLAINTS, SOAK_ONLY, config, jail, run
 from tests.harness.run_options import SOAK
-from tests.lab.test_boot import BOOT_TIMEOUT, CGROUP_OPTIONS, jail
-from tests.lab.test_smp import COMPLAINTS, SOAK_ONLY, config, run
 
 #: Does something to a running microVM that its guest must not notice; called again and again.
 Disturb = Callable[[Microvm, random.Random], None]

@@ -6,64 +6,13 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from base import event_manager
 from base.event_manager import EDGE_TRIGGERED, HANG_UP, IN, OUT, EventManager, EventManagerError
-
-SECOND = 1_000_000_000
-
-
-class Recorder:
-    """Watches descriptors, records what comes, and may do something on each event."""
-
-    def __init__(self, *fds, event_set=IN, action=None):
-        self.fds = fds
-        self.event_set = event_set
-        self.action = action
-        self.seen: list[tuple[int, int, int]] = []
-        self.ops: Any = None
-
-    def init(self, ops):
-        self.ops = ops
-        for number, fd in enumerate(self.fds):
-            ops.add(fd, self.event_set, data=number)
-
-    def process(self, events, ops):
-        self.seen.append((events.fd, events.data, events.event_set))
-        if self.action is not None:
-            self.action(events, ops)
-
-
-def take(events, _ops):
-    """Empty an eventfd."""
-    os.eventfd_read(events.fd)
-
-
-@pytest.fixture
-def manager() -> Iterator[EventManager]:
-    manager = EventManager()
-    yield manager
-    manager.close()
-
-
-@pytest.fixture
-def make_eventfd() -> Iterator[Callable[..., int]]:
-    made: list[int] = []
-
-    def make(value=0):
-        made.append(os.eventfd(value, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
-        return made[-1]
-
-    yield make
-    for fd in made:
-        try:
-            os.close(fd)
-        except OSError:
-            pass
+from tests.harness.event_loop import SECOND, Recorder, take
 
 
 def test_events_are_delivered_with_their_data(manager, make_eventfd):
@@ -212,9 +161,6 @@ def test_a_descriptor_closed_before_it_was_removed_does_no_harm(manager):
     os.close(fd)
     recorder.ops.remove(fd)
     assert manager.run(0) == 0
-
-
-# -- nested loops -----------------------------------------------------------------------------------------------------
 
 
 def test_run_until_ends_when_done_and_at_the_deadline(manager, make_eventfd):

@@ -11,9 +11,7 @@ import pytest
 
 from base import event_manager
 from base.event_manager import IN, EventManagerError
-from tests.unit.base.test_event_manager import SECOND, Recorder, make_eventfd, manager, take
-
-__all__ = ["make_eventfd", "manager"]
+from tests.harness.event_loop import SECOND, Recorder, take
 
 
 def test_timers_fire_in_order_and_once(manager):

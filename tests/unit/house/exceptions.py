@@ -47,3 +47,23 @@ UNMIRRORED: set[str] = {
     "tests/unit/vmm/api/test_state_machine.py",
     "tests/unit/vmm/api/test_table.py",
 }
+
+#: Test files that import another test file.
+TEST_IMPORTS: set[tuple[str, str]] = {
+    ("tests/jail/test_worker_deaths.py", "tests.jail.test_lifetimes"),
+
+    ("tests/lab/test_jail_in_lab.py", "tests.jail.conftest"),
+
+    ("tests/kvm/test_api_clients.py", "tests.kvm.test_api_table"),
+    ("tests/kvm/test_api_model.py", "tests.kvm.test_api_table"),
+    ("tests/kvm/test_api_model.py", "tests.unit.vmm.api.test_state_machine"),
+    ("tests/kvm/test_command_line.py", "tests.kvm.test_api_table"),
+    ("tests/unit/vmm/api/test_streams.py", "tests.unit.vmm.api.test_server"),
+
+    ("tests/lab/test_cpu_templates.py", "tests.kvm.test_cputemplate"),
+
+    ("tests/unit/vmm/cells/test_exits_order.py", "tests.unit.vmm.cells.test_exits"),
+    ("tests/unit/vmm/operations/test_replacement.py", "tests.unit.vmm.machine.test_vmm"),
+
+    ("tests/fuzz/test_config_fuzz.py", "tests.fuzz.test_http_fuzz"),
+}

@@ -13,19 +13,10 @@ from hypothesis import strategies as st
 from ipc.errors import GuestMemoryError, IpcError
 from ipc.guest_memory import GuestMemory
 from ipc.messages.records import MemoryRegion
+from tests.harness.memory_fixtures import allocated, two_regions
 from vmm import layout
 
 MIB = 1 << 20
-
-
-def two_regions() -> tuple[GuestMemory, int]:
-    fd = os.memfd_create("guest")
-    os.ftruncate(fd, 2 * MIB)
-    return GuestMemory(fd, 2 * MIB, (MemoryRegion(0, MIB, 0), MemoryRegion(4 << 30, MIB, MIB))), fd
-
-
-def allocated(fd: int) -> int:
-    return os.fstat(fd).st_blocks * 512
 
 
 def test_regions_lie_where_they_say_in_the_file() -> None:

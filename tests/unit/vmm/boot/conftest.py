@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.harness.memory_fixtures import guest_memory, open_file
+from tests.harness.memory_fixtures import cache, guest_memory, open_file
 
-__all__ = ["guest_memory", "open_file"]
+__all__ = ["cache", "guest_memory", "open_file"]

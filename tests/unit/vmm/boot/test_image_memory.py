@@ -12,21 +12,11 @@ from hypothesis import strategies as st
 from ipc.errors import GuestMemoryError
 from ipc.guest_memory import GuestMemory
 from ipc.messages.records import MemoryRegion
-from tests.harness.memory_fixtures import FileFactory, MemoryFactory
+from tests.harness.memory_fixtures import FileFactory, MemoryFactory, allocated, two_regions
 from vmm import layout
 from vmm.boot.image_memory import ImageMemory
 
 MIB = 1 << 20
-
-
-def two_regions() -> tuple[GuestMemory, int]:
-    fd = os.memfd_create("guest")
-    os.ftruncate(fd, 2 * MIB)
-    return GuestMemory(fd, 2 * MIB, (MemoryRegion(0, MIB, 0), MemoryRegion(4 << 30, MIB, MIB))), fd
-
-
-def allocated(fd: int) -> int:
-    return os.fstat(fd).st_blocks * 512
 
 
 @pytest.mark.parametrize(("address", "length"), [(MIB, 1), (MIB - 1, 2), (-1, 1), (3 << 30, 1), ((4 << 30) + MIB, 1)])

@@ -7,7 +7,6 @@ import os
 import resource
 import stat
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,15 +17,6 @@ from vmm.boot.errors import KernelCacheError
 DIGEST = hashlib.sha256(b"bzImage").digest()
 NAME = DIGEST.hex()
 DATA = b"vmlinux" * 1000
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Iterator[tuple[Path, int]]:
-    path = tmp_path / "cache"
-    path.mkdir(mode=0o755)
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    yield path, fd
-    os.close(fd)
 
 
 def loaded(fd: int) -> bytes | None:

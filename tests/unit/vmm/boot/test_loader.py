@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,15 +36,6 @@ def check_kernel_is_loaded(memory: GuestMemory) -> None:
 
 def is_empty(memory: GuestMemory) -> bool:
     return all(memory.read(region.guest_address, region.size) == bytes(region.size) for region in memory.regions)
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Iterator[tuple[Path, int]]:
-    path = tmp_path / "cache"
-    path.mkdir(mode=0o755)
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    yield path, fd
-    os.close(fd)
 
 
 def test_an_elf_kernel_is_entered_by_pvh(guest_memory: MemoryFactory, open_file: FileFactory) -> None:
