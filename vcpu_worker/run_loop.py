@@ -251,7 +251,7 @@ class RunLoop:
     def _port_input(self, size: int, port: int, offset: int, slot: int | None) -> None:
         called = False
         if slot is None:
-            value = _ALL_ONES
+            value = 0
             self._counts[_NOBODY_IN] += 1
         else:
             value = self._slots[slot]
@@ -286,7 +286,7 @@ class RunLoop:
             self._counts[_CALLED_OUT] += 1
         else:
             if slot is None:
-                data[:] = b"\xff" * length
+                data[:] = bytes(length)
                 self._counts[_NOBODY_IN] += 1
                 return
             ring.call(ring_abi.KIND_PIO_STRING_READ, port, size, 0, count)
@@ -342,7 +342,7 @@ class RunLoop:
     def _mmio_read(self, address: int, length: int, slot: int) -> None:
         vcpu = self._vcpu
         if slot == _NO_DEVICE:
-            vcpu.run64[_LONG_MMIO_DATA] = _ALL_ONES
+            vcpu.run64[_LONG_MMIO_DATA] = 0  # what lies there is left from another access
             self._counts[_NOBODY_READ] += 1
             return
         word = self._slots[slot]

@@ -87,8 +87,8 @@ round:
         # a port where no device sits
 1:      mov $0x700, %edx
         inl %dx, %eax
-        cmp $-1, %eax
-        je 1f
+        test %eax, %eax
+        jz 1f
         inc %ebp
 
         # MMIO writes of 4, 2 and 1 bytes, posted and synchronous; a read that must see them

@@ -86,13 +86,13 @@ exits_round:
         mov $NOBODY, %edx
         outl %eax, %dx
         inl %dx, %eax
-        cmp $-1, %eax
-        jne failed
+        test %eax, %eax
+        jnz failed
         mov $8, %r8d
+        movq $-1, MMIO_NOBODY           # dropped, and not what the next read gives
         mov MMIO_NOBODY, %rax
-        mov %rax, MMIO_NOBODY
-        cmp $-1, %rax
-        jne failed
+        test %rax, %rax
+        jnz failed
 
         inc %rbx; mov %rbx, MMIO_POSTED
         inc %rbx; mov %ebx, MMIO_POSTED
@@ -164,7 +164,7 @@ exits_round:
         mov $input, %rdi
         mov $16, %ecx
         rep insb
-        cmpq $-1, input + 8
+        cmpq $0, input + 8
         jne failed
         mov %r9, %rdi
         jmp exits_round

@@ -158,10 +158,10 @@ class Bus:
         return found if address + size <= found.end else None
 
     def read(self, address: int, size: int) -> int:
-        """Read from whichever device sits there; all ones where none does."""
+        """Read from whichever device sits there; 0 where none does, as in Firecracker."""
         found = self._find(address, size)
         if found is None:
-            return ALL_ONES[size]
+            return 0
         return found.device.read(address - found.origin, size) & ALL_ONES[size]
 
     def write(self, address: int, size: int, value: int) -> Deferral | None:
@@ -197,10 +197,10 @@ class PortBus(Bus):
         return length
 
     def read(self, address: int, size: int) -> int:
-        """Read from whichever device sits there; all ones where none does."""
+        """Read from whichever device sits there; 0 where none does, as in Firecracker."""
         found = self._ports.get(address)
         if found is None:
-            return ALL_ONES[size]
+            return 0
         device, offset = found
         return device.read(offset, size) & ALL_ONES[size]
 
