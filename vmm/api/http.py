@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from base.lean_typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 from vmm.errors import VmmError
+from vmm.json.text import WHITE_SPACE
 
 METHODS: Final = ("GET", "PUT", "PATCH", "DELETE")
 VERSIONS: Final = ("HTTP/1.0", "HTTP/1.1")
@@ -26,12 +27,6 @@ HEADERS_LIMIT: Final = 64 << 10
 #: A body that is too large is skipped up to this size; beyond it the connection is closed after the response.
 SKIP_LIMIT: Final = 1 << 20
 _MAX_CONTENT_LENGTH: Final = (1 << 32) - 1
-
-#: Unicode's White_Space; str.strip() without arguments also takes the separators 0x1c to 0x1f.
-_WHITE_SPACE: Final = (
-    "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f"
-    "\u205f\u3000"
-)
 
 SERVER_FULL: Final = (
     b"HTTP/1.1 503\r\nServer: Firecracker API\r\nConnection: close\r\nContent-Length: 40\r\n\r\n"
@@ -325,18 +320,18 @@ def parse_header_line(headers: _Headers, line: bytes) -> None:
     name, colon, value = text.partition(":")
     if not colon:
         raise _header_error(f"Header is incorrectly formatted. Key: {name}")
-    key = name.strip(_WHITE_SPACE).lower()
+    key = name.strip(WHITE_SPACE).lower()
     if key == "content-length":
-        length = _unsigned(value.strip(_WHITE_SPACE))
+        length = _unsigned(value.strip(WHITE_SPACE))
         if length is None:
             headers.length_known = False
             raise _header_error(f"Invalid value. Key:{name}; Value:{value}")
         headers.content_length = length
     elif key == "expect":
-        if value.strip(_WHITE_SPACE) == "100-continue":
+        if value.strip(WHITE_SPACE) == "100-continue":
             headers.expect = True
     elif key == "accept-encoding":
-        _check_accept_encoding(value.strip(_WHITE_SPACE))
+        _check_accept_encoding(value.strip(WHITE_SPACE))
 
 
 def _check_accept_encoding(value: str) -> None:
@@ -344,7 +339,7 @@ def _check_accept_encoding(value: str) -> None:
     if not value:
         raise _BadRequestError("Invalid request.")
     for encoding in value.split(","):
-        token = encoding.strip(_WHITE_SPACE)
+        token = encoding.strip(WHITE_SPACE)
         if token == "identity;q=0" or (token == "*;q=0" and "identity" not in value):
             raise _header_error(f"Invalid value. Key:Accept-Encoding; Value:{encoding}")
 

@@ -1,7 +1,9 @@
 """The kernel command line: what the client gave, what we append, and the arguments of init that stay last.
 
 Rules and error texts are the interface that clients of Firecracker know; see also
-Documentation/admin-guide/kernel-parameters.rst for `` -- `` and for double quotes.
+Documentation/admin-guide/kernel-parameters.rst for `` -- `` and for double quotes. As there, the client's text may
+hold any characters (white space at its ends goes, what is inside reaches the kernel as UTF-8) and only what is
+appended must be printable ASCII. A NUL, at which the kernel would stop to read, is refused.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from base.lean_typing import Iterable
 from vmm import layout
 from vmm.boot.errors import CmdlineError
+from vmm.json.text import WHITE_SPACE
 
 #: Used only when the client gives no ``boot_args`` at all.
 DEFAULT_COMMAND_LINE = "reboot=k panic=1 nomodule 8250.nr_uarts=0 i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce"
@@ -26,20 +29,24 @@ class Cmdline:
     def __init__(self, text: str | None = None) -> None:
         """Take the client's ``boot_args``, or the default when there are none. Raises CmdlineError."""
         text = DEFAULT_COMMAND_LINE if text is None else text
-        _check_characters(text)
+        if "\0" in text:
+            raise CmdlineError("cmdline.nul", "Null terminator detected in the command line structure.")
         boot_args, init_args = _split(text)
-        self.boot_args = boot_args.strip()
-        self.init_args = init_args.strip()
+        self.boot_args = boot_args.strip(WHITE_SPACE)
+        self.init_args = init_args.strip(WHITE_SPACE)
         if self._size() > layout.COMMAND_LINE_SIZE:
             raise CmdlineError("cmdline.capacity", "Invalid cmdline capacity provided.")
 
     def _size(self) -> int:
-        return len(self.boot_args) + (len(INIT_SEPARATOR) + len(self.init_args) if self.init_args else 0) + 1
+        """Return the bytes of the line with its NUL."""
+        init_size = len(INIT_SEPARATOR) + len(self.init_args.encode()) if self.init_args else 0
+        return len(self.boot_args.encode()) + init_size + 1
 
     def append(self, text: str) -> None:
         """Add kernel parameters before the arguments of init. Raises CmdlineError and changes nothing then."""
-        text = text.strip()
-        _check_characters(text)
+        text = text.strip(WHITE_SPACE)
+        if not (text.isascii() and text.isprintable()):
+            raise CmdlineError("cmdline.ascii", "String contains a non-printable ASCII character.")
         if not text:
             return
         separator = " " if self.boot_args else ""
@@ -56,8 +63,8 @@ class Cmdline:
         return self.boot_args + INIT_SEPARATOR + self.init_args
 
     def to_bytes(self) -> bytes:
-        """Return the line as the kernel reads it, ASCII with a NUL. Raises CmdlineError as ``str`` does."""
-        return str(self).encode("ascii") + b"\0"
+        """Return the line as the kernel reads it, UTF-8 with a NUL. Raises CmdlineError as ``str`` does."""
+        return str(self).encode() + b"\0"
 
 
 def root_parameters(device: str, read_only: bool) -> str:
@@ -86,8 +93,3 @@ def _split(text: str) -> tuple[str, str]:
             return text[:position], text[position + len(INIT_SEPARATOR) :]
         position = text.find(INIT_SEPARATOR, position + 1)
     return text, ""
-
-
-def _check_characters(text: str) -> None:
-    if not (text.isascii() and text.isprintable()):
-        raise CmdlineError("cmdline.ascii", "String contains a non-printable ASCII character.")

@@ -145,7 +145,7 @@ def load_kernel(
         kernel_start=kernel.start,
         kernel_end=kernel.end,
         initrd=initrd,
-        command_line=command_line[:-1].decode("ascii"),
+        command_line=command_line[:-1].decode(),
         rsdp_address=rsdp_address,
         system_memory=system_memory,
         timings=tuple(timings.steps),

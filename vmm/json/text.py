@@ -7,12 +7,18 @@ from __future__ import annotations
 
 from _json import encode_basestring  # by itself: the json package loads re and six others at each start
 
-from base.lean_typing import TypeAlias
+from base.lean_typing import Final, TypeAlias
 from vmm.errors import VmmError
 
 #: What can be written as JSON.
 JsonValue: TypeAlias = (
     "bool | int | float | str | list[JsonValue] | tuple[JsonValue, ...] | dict[str, JsonValue] | None"
+)
+
+#: Unicode's White_Space, which Rust's trim() takes away; str.strip() without arguments also takes the separators 0x1c to 0x1f.
+WHITE_SPACE: Final = (
+    "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f"
+    "\u205f\u3000"
 )
 
 _DEBUG_ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\0": "\\0"}

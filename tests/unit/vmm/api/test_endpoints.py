@@ -127,10 +127,8 @@ BAD_BODIES = [
      "Boot source error: The kernel file cannot be opened: file name contained an unexpected NUL byte"),
     ("PUT", "/boot-source", b'{"kernel_image_path": "KERNEL", "initrd_path": "foo"}',
      NO_INITRD),
-    ("PUT", "/boot-source", '{"kernel_image_path": "KERNEL", "boot_args": "é"}'.encode(),
-     "Boot source error: The kernel command line is invalid: String contains a non-printable ASCII character."),
-    ("PUT", "/boot-source", b'{"kernel_image_path": "KERNEL", "boot_args": "a\\tb"}',
-     "Boot source error: The kernel command line is invalid: String contains a non-printable ASCII character."),
+    ("PUT", "/boot-source", b'{"kernel_image_path": "KERNEL", "boot_args": "a\\u0000b"}',
+     "Boot source error: The kernel command line is invalid: Null terminator detected in the command line structure."),
     ("PUT", "/boot-source", b'{"kernel_image_path": "KERNEL", "boot_args": "%s"}' % (b"x" * 2048),
      "Boot source error: The kernel command line is invalid: Invalid cmdline capacity provided."),
     ("PUT", "/actions", b"{}", JSON + "missing field `action_type` at line 1 column 2."),
@@ -319,7 +317,7 @@ def test_boot_source_files_are_opened_at_once_and_closed_when_replaced(api, kern
 def test_a_refused_boot_source_leaks_no_descriptor(api, kernel):
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
-        api.fault("PUT", "/boot-source", {"kernel_image_path": kernel, "initrd_path": kernel, "boot_args": "\x01"})
+        api.fault("PUT", "/boot-source", {"kernel_image_path": kernel, "initrd_path": kernel, "boot_args": "\0"})
         api.fault("PUT", "/boot-source", {"kernel_image_path": kernel, "initrd_path": "nix"})
         api.fault("PUT", "/boot-source", {"kernel_image_path": "/dev/null"})
     assert len(os.listdir("/proc/self/fd")) == before

@@ -63,13 +63,38 @@ def test_arguments_of_init_alone_are_refused_until_something_is_added() -> None:
     assert str(cmdline) == "pci=off -- init only"
 
 
-@pytest.mark.parametrize("text", ["quiet\n", "naïve", "a\0b", "tab\there", "\x7f", "emoji 💖"])
-def test_only_printable_ascii_is_accepted(text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "boot_args", "init_args"),
+    [
+        ("quiet panic=1\n", "quiet panic=1", ""),
+        ("console=ttyS0\r\n", "console=ttyS0", ""),
+        ("\u3000\ta\tb\n -- \n1\x85", "a\tb", "1"),
+        ("one\ntwo", "one\ntwo", ""),
+        ("motd=grüß 💖 \x7f\x01", "motd=grüß 💖 \x7f\x01", ""),
+        ("\x1ca\x1f", "\x1ca\x1f", ""),
+    ],
+)
+def test_white_space_and_characters_beyond_ascii_reach_the_kernel(text: str, boot_args: str, init_args: str) -> None:
+    cmdline = Cmdline(text)
+    assert (cmdline.boot_args, cmdline.init_args) == (boot_args, init_args)
+    complete(cmdline, pci=False)
+    line = f"{boot_args} pci=off" + (f" -- {init_args}" if init_args else "")
+    assert cmdline.to_bytes() == line.encode() + b"\0"
+
+
+def test_a_nul_is_refused() -> None:
     with pytest.raises(CmdlineError) as caught:
-        Cmdline(text)
+        Cmdline("a\0b")
+    assert reason(caught) == ("cmdline.nul", "Null terminator detected in the command line structure.")
+
+
+@pytest.mark.parametrize("text", ["quiet\n", "naïve", "a\0b", "tab\there", "\x7f", "emoji 💖"])
+def test_only_printable_ascii_is_appended(text: str) -> None:
+    cmdline = Cmdline("grüß")
+    with pytest.raises(CmdlineError) as caught:
+        cmdline.append(text + "x")
     assert reason(caught) == ("cmdline.ascii", "String contains a non-printable ASCII character.")
-    with pytest.raises(CmdlineError):
-        Cmdline("ok").append(text + "x")
+    assert str(cmdline) == "grüß"
 
 
 def test_the_limit_includes_the_nul_and_all_additions() -> None:
@@ -91,7 +116,22 @@ def test_the_limit_includes_the_nul_and_all_additions() -> None:
         Cmdline("a -- " + "b" * 2043)
 
 
-@given(st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=2100), st.lists(st.text(max_size=30)))
+def test_the_limit_counts_bytes() -> None:
+    cmdline = Cmdline("ü" * 1023)
+    assert len(cmdline.to_bytes()) == 2047
+    cmdline = Cmdline("a -- " + "€" * 680)
+    cmdline.append("b")
+    assert len(cmdline.to_bytes()) == 2048
+    with pytest.raises(CmdlineError) as caught:
+        cmdline.append("")
+        cmdline.append("c")
+    assert reason(caught)[0] == "cmdline.too_large"
+    with pytest.raises(CmdlineError) as caught:
+        Cmdline("ü" * 1024)
+    assert reason(caught)[0] == "cmdline.capacity"
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=2100), st.lists(st.text(max_size=30)))
 def test_whatever_is_accepted_fits_and_keeps_its_words(text: str, additions: list[str]) -> None:
     try:
         cmdline = Cmdline(text)
