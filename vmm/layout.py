@@ -41,6 +41,24 @@ HIGH_MEMORY_ADDRESS = 0x100000
 #: Where the protected-mode part of a bzImage goes.
 BZIMAGE_ADDRESS = HIGH_MEMORY_ADDRESS
 
+_ALWAYS_WRITTEN = (
+    (GDT_ADDRESS, IDT_ADDRESS + 8),
+    (COMMAND_LINE_ADDRESS, COMMAND_LINE_ADDRESS + COMMAND_LINE_SIZE),
+    (SYSTEM_MEMORY_ADDRESS, SYSTEM_MEMORY_END),
+    (RSDP_ADDRESS, RSDP_ADDRESS + 36),
+)
+#: (start, end) of what is written below 1 MiB after the kernel was loaded, by the protocol that enters it.
+PVH_WRITTEN = (
+    *_ALWAYS_WRITTEN,
+    (PVH_START_INFO_ADDRESS, PVH_MODULE_LIST_ADDRESS + 32),
+    (PVH_MEMORY_MAP_ADDRESS, PVH_MEMORY_MAP_ADDRESS + 5 * 24),
+)
+LINUX64_WRITTEN = (
+    *_ALWAYS_WRITTEN,
+    (ZERO_PAGE_ADDRESS, ZERO_PAGE_ADDRESS + PAGE_SIZE),
+    (PML4_ADDRESS, PAGE_DIRECTORY_ADDRESS + PAGE_SIZE),
+)
+
 # ---------------------------------------------------------------- RAM and the gaps in it
 
 MMIO_GAP_ADDRESS = 3 * GIB

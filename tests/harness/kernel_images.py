@@ -67,6 +67,20 @@ def elf(
     return header + headers + body + tail
 
 
+def elf_in_order(loads: Sequence[Load], order: Sequence[int]) -> bytes:
+    """Like ``elf``, but the file has the contents of the segments in another order than the program headers."""
+    offset = 64 + 56 * len(loads)
+    offsets = {}
+    body = b""
+    for number in order:
+        offsets[number] = offset + len(body)
+        body += loads[number].data
+    image = bytearray(elf(loads))
+    for number in range(len(loads)):
+        struct.pack_into("<Q", image, 64 + 56 * number + 8, offsets[number])
+    return bytes(image[:offset]) + body
+
+
 def small_kernel(size: int = 100_000, pvh: bool = True) -> bytes:
     """Build a vmlinux with text, data with bss, and a PVH note."""
     text = bytes(range(256)) * (size // 256)

@@ -2,13 +2,16 @@
 
 Sources: System V ABI (ELF-64 object file format), Xen's public/elfnote.h (XEN_ELFNOTE_PHYS32_ENTRY). The image is
 untrusted: everything read from it is bounded and checked against the file and guest RAM before a byte is written.
+
+Segments go where they say, also below 1 MiB and over each other: what the file has for a later program header wins,
+as when they are copied one after the other. What boots the kernel is written after it and wins over all of them.
 """
 
 from __future__ import annotations
 
 import struct
 
-from base.lean_typing import NamedTuple
+from base.lean_typing import Iterator, NamedTuple
 from ipc.guest_memory import GuestMemory
 from vmm import layout
 from vmm.boot.errors import elf_error, memory_error
@@ -64,10 +67,15 @@ class NoteSegment(NamedTuple):
 
 
 class ElfImage(NamedTuple):
-    """A checked image. ``start`` and ``end`` are the guest addresses that it covers, zeros included."""
+    """A checked image. ``start`` and ``end`` are the guest addresses that it covers, zeros included.
+
+    ``pieces`` are what is to be copied: of ``segments`` what no later one covers, so that the order does not matter.
+    ``entry`` is where the 64-bit protocol enters; a kernel that is entered by PVH may have anything there.
+    """
 
     entry: int
     segments: tuple[Segment, ...]
+    pieces: tuple[Segment, ...]
     notes: tuple[NoteSegment, ...]
     start: int
     end: int
@@ -108,7 +116,7 @@ def parse_program_headers(header: ElfHeader, table: bytes, file_size: int) -> El
         table[: header.table_size]
     ):
         if kind == _PT_LOAD and (in_memory or in_file):
-            segment = Segment(offset, in_file, address, in_memory)
+            segment = Segment(offset, in_file, address, max(in_file, in_memory))
             _check_segment(segment, file_size)
             segments.append(segment)
         elif kind == _PT_NOTE and in_file:
@@ -117,35 +125,56 @@ def parse_program_headers(header: ElfHeader, table: bytes, file_size: int) -> El
         raise elf_error("kernel.elf.empty", "Unable to read kernel image", "it has no loadable segment")
     if len(notes) > MAX_NOTE_SEGMENTS or sum(note.size for note in notes) > MAX_NOTES_SIZE:
         raise elf_error("kernel.elf.notes", "Unable to read note header", "the notes are too large for a kernel")
-    _check_overlap(segments)
-    image = ElfImage(
+    return ElfImage(
         header.entry,
         tuple(segments),
+        tuple(_pieces(segments)),
         tuple(notes),
         min(segment.address for segment in segments),
         max(segment.address + segment.memory_size for segment in segments),
     )
-    check_entry(image, header.entry)
-    return image
 
 
 def _check_segment(segment: Segment, file_size: int) -> None:
     if segment.file_offset + segment.file_size > file_size:
         raise elf_error("kernel.elf.truncated", "Unable to read kernel image", "a segment ends beyond the file")
-    if segment.file_size > segment.memory_size:
-        raise elf_error("kernel.elf.segment", "Unable to read kernel image", "a segment is larger than its memory")
-    if segment.address < layout.HIGH_MEMORY_ADDRESS or segment.address + segment.memory_size > _U64_END:
+    if segment.address + segment.memory_size > _U64_END:
         raise elf_error(
-            "kernel.elf.segment", "Invalid Program Header Address", f"{segment.address:#x}; kernels load from 1 MiB on"
+            "kernel.elf.segment", "Invalid Program Header Address", f"{segment.address:#x}: it ends beyond 64 bits"
         )
 
 
-def _check_overlap(segments: list[Segment]) -> None:
-    end = 0
-    for segment in sorted(segments, key=lambda each: each.address):
-        if segment.address < end:
-            raise elf_error("kernel.elf.segment", "Invalid Program Header Address", "segments overlap")
-        end = segment.address + segment.memory_size
+def _pieces(segments: list[Segment]) -> Iterator[Segment]:
+    """Yield what the file has for each segment and for no later one, at most twice as many pieces as segments."""
+    covered: list[tuple[int, int]] = []  # disjoint, ascending
+    for segment in reversed(segments):
+        if not segment.file_size:
+            continue
+        position, end = segment.address, segment.address + segment.file_size
+        for low, high in covered:
+            if low < end and position < high:
+                if position < low:
+                    yield _part(segment, position, low)
+                position = high
+        if position < end:
+            yield _part(segment, position, end)
+        covered = _united([*covered, (segment.address, end)])
+
+
+def _part(segment: Segment, start: int, end: int) -> Segment:
+    """Return what a segment has for the addresses from ``start`` to ``end``."""
+    return Segment(segment.file_offset + start - segment.address, end - start, start, end - start)
+
+
+def _united(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the same addresses as disjoint ranges, ascending."""
+    united: list[tuple[int, int]] = []
+    for low, high in sorted(ranges):
+        if united and low <= united[-1][1]:
+            united[-1] = (united[-1][0], max(high, united[-1][1]))
+        else:
+            united.append((low, high))
+    return united
 
 
 def _note_segment(offset: int, size: int, alignment: int, file_size: int) -> NoteSegment:
@@ -241,18 +270,18 @@ class ElfStreamLoader:
         table = prefix[header.table_offset : header.table_offset + header.table_size]
         image = parse_program_headers(header, table, self._file_size)
         check_placement(image, self._memory.guest)
-        for segment in image.segments:
-            self._memory.prepare_huge(segment.address, segment.file_size)
+        for piece in image.pieces:
+            self._memory.prepare_huge(piece.address, piece.file_size)
         return image
 
     def _scatter(self, image: ElfImage, piece: bytes | memoryview) -> None:
         start, end = self._position, self._position + len(piece)
         view = memoryview(piece)
-        for segment in image.segments:
-            low = max(start, segment.file_offset)
-            high = min(end, segment.file_offset + segment.file_size)
+        for part in image.pieces:
+            low = max(start, part.file_offset)
+            high = min(end, part.file_offset + part.file_size)
             if low < high:
-                self._memory.write_sparse(segment.address + low - segment.file_offset, view[low - start : high - start])
+                self._memory.write_sparse(part.address + low - part.file_offset, view[low - start : high - start])
         for note, content in zip(image.notes, self._notes, strict=True):
             low = max(start, note.file_offset)
             high = min(end, note.file_offset + note.size)

@@ -117,13 +117,13 @@ def load_elf(memory: ImageMemory, fd: int, size: int) -> tuple[elf.ElfImage, int
     image = elf.parse_program_headers(header, table, size)
     elf.check_placement(image, memory.guest)
     entry = elf.pvh_entry(image, [read_at(fd, note.file_offset, note.size) for note in image.notes])
-    for segment in image.segments:
-        if memory.prepare_huge(segment.address, segment.file_size):
+    for piece in image.pieces:
+        if memory.prepare_huge(piece.address, piece.file_size):
             # No page has to be made for what is read, and none is saved by leaving zeros out.
-            copied = memory.read_from_file(fd, segment.file_offset, segment.address, segment.file_size)
+            copied = memory.read_from_file(fd, piece.file_offset, piece.address, piece.file_size)
         else:
-            copied = _copy_sparse(memory, fd, segment)
-        if copied != segment.file_size:
+            copied = _copy_sparse(memory, fd, piece)
+        if copied != piece.file_size:
             raise elf_error("kernel.elf.truncated", "Unable to read kernel image", "the file became shorter")
     return image, entry
 

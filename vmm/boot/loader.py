@@ -46,8 +46,9 @@ KIND_BZIMAGE = "bzImage"
 class BootedImage(NamedTuple):
     """A guest that is ready to run. Addresses are the guest's, timings are (step, nanoseconds) in order.
 
-    ``kernel_end`` covers what the kernel needs before it looks at its memory map. ``note`` says why a bzImage is
-    entered as it is although it should have been unpacked.
+    ``kernel_end`` covers what the kernel needs before it looks at its memory map. ``note`` is for the log: why a
+    bzImage is entered as it is although it should have been unpacked, or what of a
+    kernel lies where boot structures are written.
     """
 
     registers: BootRegisters
@@ -76,6 +77,8 @@ class _Kernel(NamedTuple):
     setup_header: bytes | None
     payload: PayloadDetails | None
     note: str
+    #: None: a bzImage that is entered as it is.
+    image: elf.ElfImage | None = None
 
 
 def warm(*, kernel_cache: bool = True) -> None:
@@ -141,7 +144,7 @@ def load_kernel(
         protocol=PROTOCOL_PVH if use_pvh else PROTOCOL_LINUX64,
         kind=kernel.kind,
         payload=kernel.payload,
-        note=kernel.note,
+        note=kernel.note or _written_over(kernel, use_pvh),
         kernel_start=kernel.start,
         kernel_end=kernel.end,
         initrd=initrd,
@@ -182,9 +185,22 @@ def _choose_pvh(kernel: _Kernel, entry: str) -> bool:
     else:
         # With a bzImage comes a setup header, which only the 64-bit protocol hands on.
         use_pvh = entry == ENTRY_PVH
+    if not use_pvh and kernel.image is not None:
+        elf.check_entry(kernel.image, kernel.entry64)
     if not use_pvh and kernel.kind == KIND_ELF and kernel.end > layout.IDENTITY_MAP_SIZE:
         raise elf_error("kernel.elf.segment", "Invalid Program Header Address", "the kernel ends beyond 1 GiB")
     return use_pvh
+
+
+def _written_over(kernel: _Kernel, use_pvh: bool) -> str:
+    """Say what of the kernel lies where boot structures are written after it; empty when nothing does."""
+    for piece in kernel.image.pieces if kernel.image is not None else ():
+        for start, end in layout.PVH_WRITTEN if use_pvh else layout.LINUX64_WRITTEN:
+            start = max(start, piece.address)
+            end = min(end, piece.address + piece.file_size)
+            if start < end:
+                return f"What the kernel has for {start:#x} to {end:#x} lies where boot structures are written."
+    return ""
 
 
 def _load_kernel_file(memory: ImageMemory, fd: int, cache_fd: int, unpack: bool, timings: Timings) -> _Kernel:
@@ -224,7 +240,7 @@ def _load_kernel_file(memory: ImageMemory, fd: int, cache_fd: int, unpack: bool,
 
 
 def _elf_kernel(kind: str, image: elf.ElfImage, pvh_entry: int | None) -> _Kernel:
-    return _Kernel(kind, image.entry, pvh_entry, image.start, image.end, (1 << 32) - 1, None, None, "")
+    return _Kernel(kind, image.entry, pvh_entry, image.start, image.end, (1 << 32) - 1, None, None, "", image)
 
 
 def _prepare_first_used(memory: ImageMemory, kernel_end: int, initrd: tuple[int, int] | None) -> bool:

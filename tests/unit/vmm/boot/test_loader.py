@@ -50,6 +50,45 @@ def test_an_elf_kernel_is_entered_by_pvh(guest_memory: MemoryFactory, open_file:
     assert [step for step, _ in image.timings] == ["load", "tables"]
 
 
+@pytest.mark.parametrize("entry", [0x40_0000, 0xFFFF_FFFF_8100_0000])
+def test_an_elf_entry_outside_the_kernel_matters_only_where_it_is_used(
+    entry: int, guest_memory: MemoryFactory, open_file: FileFactory
+) -> None:
+    memory = guest_memory(4 * MIB)
+    loads = [images.Load(0x10_0000, b"kernel")]
+    kernel = open_file(images.elf(loads, entry, images.pvh_note(0x10_0002)))
+    assert load(memory, kernel).registers.rip == 0x10_0002
+    memory.clear()
+    for fd, option in ((kernel, "linux64"), (open_file(images.elf(loads, entry)), "auto")):
+        with pytest.raises(KernelError) as caught:
+            load(memory, fd, entry=option)
+        assert caught.value.code == "kernel.elf.entry"
+        assert is_empty(memory)
+
+
+@pytest.mark.parametrize(
+    ("address", "entry", "lost"),
+    [
+        (0x8000, "auto", ""),
+        (0xA000, "auto", ""),
+        (0xA000, "linux64", "0xa000 to 0xa400"),
+        (0x300, "auto", "0x500 to 0x528"),
+        (0x1_FD00, "auto", "0x20000 to 0x20100"),
+        (0x9_F900, "linux64", "0x9fc00 to 0x9fd00"),
+    ],
+)
+def test_boot_structures_win_over_the_kernel(
+    address: int, entry: str, lost: str, guest_memory: MemoryFactory, open_file: FileFactory
+) -> None:
+    low = b"\x5a" * 0x400
+    loads = [images.Load(0x10_0000, b"kernel"), images.Load(address, low)]
+    memory = guest_memory(4 * MIB)
+    image = load(memory, open_file(images.elf(loads, 0x10_0000, images.pvh_note(0x10_0000))), entry=entry)
+    assert image.note == (f"What the kernel has for {lost} lies where boot structures are written." if lost else "")
+    assert (memory.read(address, 0x400) == low) == (not lost)
+    assert memory.read(0x20000, 14) == b"console=ttyS0\0"
+
+
 @pytest.mark.parametrize(("pvh", "entry"), [(True, "linux64"), (False, "auto"), (False, "linux64")])
 def test_an_elf_kernel_is_entered_in_64_bit(
     pvh: bool, entry: str, guest_memory: MemoryFactory, open_file: FileFactory
