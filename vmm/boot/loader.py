@@ -195,9 +195,9 @@ def _choose_pvh(kernel: _Kernel, entry: str) -> bool:
 def _written_over(kernel: _Kernel, use_pvh: bool) -> str:
     """Say what of the kernel lies where boot structures are written after it; empty when nothing does."""
     for piece in kernel.image.pieces if kernel.image is not None else ():
-        for start, end in layout.PVH_WRITTEN if use_pvh else layout.LINUX64_WRITTEN:
-            start = max(start, piece.address)
-            end = min(end, piece.address + piece.file_size)
+        for written_start, written_end in layout.PVH_WRITTEN if use_pvh else layout.LINUX64_WRITTEN:
+            start = max(written_start, piece.address)
+            end = min(written_end, piece.address + piece.file_size)
             if start < end:
                 return f"What the kernel has for {start:#x} to {end:#x} lies where boot structures are written."
     return ""

@@ -150,7 +150,11 @@ LOADS = st.lists(
 
 @given(LOADS, st.randoms(use_true_random=False), st.lists(st.integers(0, 9000), max_size=8))
 def test_overlapping_segments_are_loaded_one_over_the_other(
-    guest_memory: MemoryFactory, open_file: FileFactory, loads: list[images.Load], order: random.Random, sizes: list[int]
+    guest_memory: MemoryFactory,
+    open_file: FileFactory,
+    loads: list[images.Load],
+    order: random.Random,
+    sizes: list[int],
 ) -> None:
     """As by copying them in the order of the program headers, also where the file has them in another order."""
     expected = bytearray(1 << 15)
