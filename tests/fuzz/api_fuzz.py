@@ -18,8 +18,10 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from types import FrameType
 
+from tests.fuzz import conforming_client
 from tests.harness.api import Api, parse_response
 from vmm.api.http import LINE_LIMIT, ProtocolError, Request, RequestParser, render_protocol_error
 from vmm.config import file as config_file
@@ -84,7 +86,8 @@ PATHS = (
 METHODS = (b"GET", b"PUT", b"PATCH", b"DELETE", b"POST", b"get")
 HEADERS = (
     b"Host: localhost", b"Accept: application/json", b"Content-Type: application/json", b"Expect: 100-continue",
-    b"Transfer-Encoding: chunked", b"Accept-Encoding: identity", b"Accept-Encoding: identity;q=0", b"no colon",
+    b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip", b"Accept-Encoding: identity", b"no colon",
+    b"Accept-Encoding: identity;q=0",
     b"Content-Length: 5", b"Content-Length: -1", b"Content-Length: 99999", b"Content-Length: 4294967296", b"X: \xff",
 )  # fmt: skip
 CONFIG = (
@@ -132,7 +135,12 @@ def http_stream(source: random.Random, kernel: bytes) -> bytes:
         if source.random() < 0.5:
             body = mutated(source, body, PIECES)
         headers = source.choices(HEADERS[:3] if source.random() < 0.8 else HEADERS, k=source.randrange(4))
-        if body:
+        if body and source.random() < 0.2:
+            headers.insert(source.randrange(len(headers) + 1), b"Transfer-Encoding: chunked")
+            body = conforming_client.chunked(source, body)
+            if source.random() < 0.3:
+                body = mutated(source, body, (b"\r\n", b"\n", b";", b"0", b"f" * 9, b"-1", b"0x1", b" ", b"e" * 1100))
+        elif body:
             length = len(body) if source.random() < 0.95 else source.randrange(5000)
             headers.insert(source.randrange(len(headers) + 1), b"Content-Length: %d" % length)
         line = b"%s %s HTTP/1.%d" % (method, path, version)
@@ -171,6 +179,29 @@ def http(source: random.Random) -> None:
         assert found_in([data[start : start + step] for start in range(0, len(data), step)]) == whole, data
     for name, _ in whole[:-1]:
         outcomes[name] += 1
+
+
+def in_step(source: random.Random) -> None:
+    """A client that follows the rules gets at most one answer per request, in order, wherever the stream is cut off."""
+    sent = conforming_client.requests(source)
+    data = b"".join(request.data for request in sent)
+    data = data[: len(data) if source.random() < 0.7 else source.randrange(len(data) + 1)]
+    ends = list(accumulate(len(request.data) for request in sent))
+    begun = sum(start < len(data) for start in (0, *ends[:-1]))
+    complete = sum(end <= len(data) for end in ends)
+    step = source.choice((1, 3, 1000, 4096, 1 << 30)) if len(data) < 20_000 else source.choice((4096, 1 << 30))
+    with example():
+        found = found_in([data[start : start + step] for start in range(0, len(data), step)])
+    answers = [event for name, event in found[:-1] if name != "Continue"]
+    assert len(answers) <= begun, data
+    for request, answer in zip(sent, answers, strict=False):
+        if isinstance(answer, Request):
+            assert answer == Request(request.method, request.uri, "HTTP/1.1", request.body or None), data
+        else:
+            outcomes["refused"] += 1
+    assert found[-1][1] or len(answers) >= complete, data
+    outcomes["answers"] += len(answers)
+    outcomes["closed"] += bool(found[-1][1])
 
 
 class ApiTarget:
@@ -274,6 +305,7 @@ def _refuse(name: str) -> None:
 
 TARGETS: dict[str, Callable[[], Callable[[random.Random], None]]] = {
     "http": lambda: http,
+    "in-step": lambda: in_step,
     "api": ApiTarget,
     "config": ConfigTarget,
     "json": lambda: json_text,

@@ -40,6 +40,14 @@ def test_parser(scale: Scale, seed: int) -> None:
     assert outcomes["Continue"] > count // 200
 
 
+def test_no_client_is_ever_out_of_step(scale: Scale, seed: int) -> None:
+    count = scale(1000, FULL)
+    outcomes = run("in-step", seed, count)
+    assert outcomes["answers"] > count
+    assert outcomes["refused"] > count // 10
+    assert outcomes["closed"] > count // 20
+
+
 def test_whole_requests(scale: Scale, seed: int) -> None:
     count = scale(1000, FULL)
     outcomes = run("api", seed, count)

@@ -5,14 +5,16 @@ response headers, the status line without a reason phrase, the texts for what is
 bytes shows as the limit of a line. What it leaves to chance is settled here: however the bytes are cut up on their
 way, the outcome is the same, also after an error.
 
-After an error the connection stays open and the rest of the bad request is skipped: its headers, up to an empty line
-or to a line that is a request line, and then its body. Where the end of the body cannot be known, the parser is
-``closed``.
+A client that follows RFC 9112 is never out of step: it gets one response for each request, and the one that belongs
+to it. After an error the connection stays open and the rest of the bad request is skipped: its headers, up to an empty
+line or to a line that is a request line, and then its body. Where the end of the body cannot be known, or the client
+would misunderstand the response, the parser is ``closed``.
 """
 
 from __future__ import annotations
 
 from base.lean_typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+from vmm.api.chunked import ChunkedBody, ChunkError, ChunksTooLargeError
 from vmm.errors import VmmError
 from vmm.json.text import WHITE_SPACE
 
@@ -27,6 +29,8 @@ HEADERS_LIMIT: Final = 64 << 10
 #: A body that is too large is skipped up to this size; beyond it the connection is closed after the response.
 SKIP_LIMIT: Final = 1 << 20
 _MAX_CONTENT_LENGTH: Final = (1 << 32) - 1
+#: Headers without which it is not known where the next request begins.
+_DELIMITING: Final = frozenset((b"content-length", b"transfer-encoding", b"expect"))
 
 SERVER_FULL: Final = (
     b"HTTP/1.1 503\r\nServer: Firecracker API\r\nConnection: close\r\nContent-Length: 40\r\n\r\n"
@@ -35,7 +39,7 @@ SERVER_FULL: Final = (
 
 
 class Request(NamedTuple):
-    """A complete request. ``body`` is None when Content-Length is absent or 0."""
+    """A complete request. ``body`` is None when there is none, or an empty one."""
 
     method: str
     uri: str
@@ -97,15 +101,21 @@ class _BadRequestError(VmmError):
 
 
 class _Headers:
-    """The headers that matter for finding the end of the request."""
+    """The headers that matter for finding the end of the request. ``content_length`` is None where there is none."""
 
-    __slots__ = ("content_length", "length_known", "expect", "size")
+    __slots__ = ("content_length", "chunked", "length_known", "expect", "size")
 
     def __init__(self) -> None:
-        self.content_length = 0
+        self.content_length: int | None = None
+        self.chunked = False
         self.length_known = True
         self.expect = False
         self.size = 0
+
+    @property
+    def has_body(self) -> bool:
+        """Whether a body follows the headers."""
+        return self.chunked or bool(self.content_length)
 
 
 # States of the parser. The last four skip what is left of a bad request.
@@ -119,7 +129,7 @@ class RequestParser:
     could be understood.
     """
 
-    __slots__ = ("payload_limit", "_buffer", "_state", "_line", "_headers", "_remaining")
+    __slots__ = ("payload_limit", "_buffer", "_state", "_line", "_headers", "_chunks", "_remaining")
 
     def __init__(self, payload_limit: int) -> None:
         self.payload_limit = payload_limit
@@ -128,6 +138,8 @@ class RequestParser:
         #: Method, URI and version.
         self._line = ("", "", "")
         self._headers = _Headers()
+        #: The body, if it comes in chunks.
+        self._chunks: ChunkedBody | None = None
         #: Bytes of a body that are still to be skipped.
         self._remaining = 0
 
@@ -156,7 +168,7 @@ class RequestParser:
         try:
             while self._state != _CLOSED:
                 if self._state == _BODY:
-                    return self._take_body()
+                    return self._take_body() if self._chunks is None else self._take_chunks(self._chunks)
                 if self._state == _SKIP_BODY:
                     if not self._skip_body_bytes():
                         return None
@@ -168,10 +180,16 @@ class RequestParser:
                 if event is not None:
                     return event
         except _BadRequestError as error:
-            if self._state != _SKIP_LINE:
-                self._state = _SKIP_HEADERS if self._headers.length_known else _CLOSED
+            if not self._headers.length_known:
+                self._close()
+            elif self._state != _SKIP_LINE:
+                self._state = _SKIP_HEADERS
             return ProtocolError(str(error))
         return None
+
+    def _close(self) -> None:
+        self._state = _CLOSED
+        self._buffer.clear()
 
     def _take_line(self) -> bytes | None:
         """Return the next line without its CR LF; None if it is not complete. Raises _BadRequestError if it is long."""
@@ -186,19 +204,32 @@ class RequestParser:
             return None
         state = self._state
         self._state = _SKIP_LINE
+        head = bytes(self._buffer[:LINE_LIMIT])
         if state == _REQUEST_LINE:
-            self._headers = _Headers()
+            self._begin(head)
             raise _BadRequestError("Invalid request.")
+        if _header_name(head) in _DELIMITING:
+            self._headers.length_known = False
         if state == _HEADERS:
-            head = bytes(self._buffer[:LINE_LIMIT]).decode(errors="replace")
-            raise _header_error(f"Invalid content length. Header: {head}")
+            raise _header_error(f"Invalid content length. Header: {head.decode(errors='replace')}")
+        if not self._headers.length_known:
+            self._close()
+            return None
         return self._take_line()
+
+    def _begin(self, line: bytes) -> None:
+        """Begin a request with its first line, or the first bytes of it."""
+        self._headers = _Headers()
+        self._chunks = None
+        # It is refused, and its client would take the body of the response for the next response.
+        self._headers.length_known = not line.startswith(b"HEAD ")
 
     def _process_line(self, line: bytes) -> Event | None:
         if self._state == _REQUEST_LINE:
-            self._headers = _Headers()
-            self._line = parse_request_line(line)
-            self._state = _HEADERS
+            if line:  # RFC 9112, 2.2: an empty line before a request is nothing
+                self._begin(line)
+                self._line = parse_request_line(line)
+                self._state = _HEADERS
         elif self._state == _SKIP_HEADERS:
             self._look_at_skipped(line)
         elif line:
@@ -211,21 +242,41 @@ class RequestParser:
         return None
 
     def _end_headers(self) -> Event | None:
-        length = self._headers.content_length
-        if not length:
+        headers = self._headers
+        if headers.chunked:
+            headers.length_known = headers.content_length is None and self._line[2] == HTTP_1_1
+            if not headers.length_known:  # RFC 9112, 6.1
+                raise _header_error("Transfer-Encoding with Content-Length, or in a request of HTTP/1.0.")
+            self._chunks = ChunkedBody(self.payload_limit)
+        if not headers.has_body:
             self._state = _REQUEST_LINE
             return Request(*self._line, None)
-        if length > self.payload_limit:
+        if not headers.chunked and (headers.content_length or 0) > self.payload_limit:
             self._skip_body()
-            limit = self.payload_limit
-            return ProtocolError(
-                f"Request payload with size {length} is larger than the limit of {limit} allowed by server."
-            )
+            return self._too_large(headers.content_length or 0)
         self._state = _BODY
-        return Continue(self._line[2]) if self._headers.expect else None
+        return Continue(self._line[2]) if headers.expect else None
+
+    def _too_large(self, size: int) -> ProtocolError:
+        limit = self.payload_limit
+        return ProtocolError(f"Request payload with size {size} is larger than the limit of {limit} allowed by server.")
+
+    def _take_chunks(self, chunks: ChunkedBody) -> Request | ProtocolError | None:
+        try:
+            if not chunks.take(self._buffer):
+                return None
+        except ChunksTooLargeError:
+            chunks.discard(SKIP_LIMIT)
+            self._state = _SKIP_BODY
+            return self._too_large(chunks.size)
+        except ChunkError:
+            self._close()
+            return ProtocolError("Invalid request.")
+        self._state = _REQUEST_LINE
+        return Request(*self._line, bytes(chunks.data) or None)
 
     def _take_body(self) -> Request | None:
-        length = self._headers.content_length
+        length = self._headers.content_length or 0
         if len(self._buffer) < length:
             return None
         body = bytes(self._buffer[:length])
@@ -243,28 +294,41 @@ class RequestParser:
         except _BadRequestError:
             pass
         else:
-            self._headers = _Headers()
+            self._begin(line)
             self._state = _HEADERS
             return
         try:
             parse_header_line(self._headers, line)
         except _BadRequestError:  # one response for a bad request is enough
             if not self._headers.length_known:
-                self._state = _CLOSED
+                self._close()
 
     def _skip_body(self) -> None:
         """Arrange for the body of a request that was refused to be skipped."""
-        length = self._headers.content_length
-        if self._headers.expect or not length:  # a client that asked for leave does not send what was refused
+        headers = self._headers
+        length = headers.content_length
+        if not headers.has_body:
             self._state = _REQUEST_LINE
-        elif length > SKIP_LIMIT:
-            self._state = _CLOSED
+        elif headers.expect or (length is not None and (headers.chunked or length > SKIP_LIMIT)):
+            self._close()  # who asked for leave and did not get it may send the body all the same, or not
         else:
             self._state = _SKIP_BODY
-            self._remaining = length
+            self._remaining = length or 0
+            if headers.chunked:
+                self._chunks = ChunkedBody(0)
+                self._chunks.discard(SKIP_LIMIT)
 
     def _skip_body_bytes(self) -> bool:
         """Drop bytes of a refused body; True when its end was reached."""
+        if self._chunks is not None:
+            try:
+                ended = self._chunks.take(self._buffer)
+            except (ChunkError, ChunksTooLargeError):  # answered already
+                self._close()
+                return False
+            if ended:
+                self._state = _REQUEST_LINE
+            return ended
         skipped = min(self._remaining, len(self._buffer))
         del self._buffer[:skipped]
         self._remaining -= skipped
@@ -284,6 +348,10 @@ class RequestParser:
         del self._buffer[: end + 2]
         self._state = _SKIP_HEADERS
         return True
+
+
+def _header_name(line: bytes) -> bytes:
+    return line.partition(b":")[0].strip().lower()
 
 
 def _header_error(reason: str) -> _BadRequestError:
@@ -316,6 +384,7 @@ def parse_header_line(headers: _Headers, line: bytes) -> None:
     try:
         text = line.decode()
     except UnicodeDecodeError as error:
+        headers.length_known = _header_name(line) not in _DELIMITING
         raise _header_error(f"Header contains invalid characters. Key: {_utf8_error(error)}") from None
     name, colon, value = text.partition(":")
     if not colon:
@@ -323,10 +392,17 @@ def parse_header_line(headers: _Headers, line: bytes) -> None:
     key = name.strip(WHITE_SPACE).lower()
     if key == "content-length":
         length = _unsigned(value.strip(WHITE_SPACE))
-        if length is None:
+        if length is None or headers.content_length not in (None, length):
             headers.length_known = False
             raise _header_error(f"Invalid value. Key:{name}; Value:{value}")
         headers.content_length = length
+    elif key == "transfer-encoding":
+        coding = value.strip(WHITE_SPACE).lower()
+        if coding != "identity":
+            if coding != "chunked" or headers.chunked:
+                headers.length_known = False
+                raise _header_error(f"Unsupported value. Key:{name}; Value:{value}")
+            headers.chunked = True
     elif key == "expect":
         if value.strip(WHITE_SPACE) == "100-continue":
             headers.expect = True
@@ -371,9 +447,11 @@ def render_response(
     allow: tuple[str, ...] = (),
     version: str = HTTP_1_1,
     content_type: str = "application/json",
+    closing: bool = False,
 ) -> bytes:
     """Return a response. 100 and 204 have no body headers; every other status has Content-Length, if only 0."""
-    head = [f"{version} {status} \r\nServer: Firecracker API\r\nConnection: keep-alive\r\n"]
+    connection = "close" if closing else "keep-alive"
+    head = [f"{version} {status} \r\nServer: Firecracker API\r\nConnection: {connection}\r\n"]
     if deprecation:
         head.append("Deprecation: true\r\n")
     if allow:
@@ -384,7 +462,10 @@ def render_response(
     return "".join(head).encode() + (body or b"")
 
 
-def render_protocol_error(text: str) -> bytes:
-    """Return the response to a malformed request. The text is not escaped: clients know it as it is."""
+def render_protocol_error(text: str, *, closing: bool = False) -> bytes:
+    """Return the response to a malformed request. The text is not escaped: clients know it as it is.
+
+    ``closing``: the connection is closed after it.
+    """
     body = f'{{ "error": "{text}\nAll previous unanswered requests will be dropped." }}'
-    return render_response(400, body.encode())
+    return render_response(400, body.encode(), closing=closing)

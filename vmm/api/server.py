@@ -229,7 +229,7 @@ class ApiServer:
         event = connection.parser.next_event()
         if event is not None:
             self._stop_timer(connection)  # the response, and the request after it, have their own time
-            answer = self._answer(event)
+            answer = self._answer(event, closing=connection.parser.closed)
             if isinstance(answer, TakeOver):
                 self._hand_over(connection, answer)
                 return
@@ -247,13 +247,13 @@ class ApiServer:
         del self._connections[connection.fd]
         answer.adopt(connection.socket)
 
-    def _answer(self, event: Request | Continue | ProtocolError) -> bytes | TakeOver:
+    def _answer(self, event: Request | Continue | ProtocolError, *, closing: bool) -> bytes | TakeOver:
         if isinstance(event, Continue):
             return render_response(100, version=event.version)
         self.requests += 1
         if isinstance(event, ProtocolError):
             self._logger.error(f"A malformed API request was refused: {event.text}", thread=API_THREAD)
-            return render_protocol_error(event.text)
+            return render_protocol_error(event.text, closing=closing)
         return self.exclusively(lambda: self._handle(event))
 
     def exclusively(self, operation: Callable[[], Result]) -> Result:

@@ -15,7 +15,7 @@ JsonValue: TypeAlias = (
     "bool | int | float | str | list[JsonValue] | tuple[JsonValue, ...] | dict[str, JsonValue] | None"
 )
 
-#: Unicode's White_Space, which Rust's trim() takes away; str.strip() without arguments also takes the separators 0x1c to 0x1f.
+#: Unicode's White_Space, which Rust's trim() takes away. str.strip() also takes the separators 0x1c to 0x1f.
 WHITE_SPACE: Final = (
     "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
     "\u2028\u2029\u202f\u205f\u3000"

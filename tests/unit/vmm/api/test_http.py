@@ -110,6 +110,25 @@ def test_refused_request_lines(line, text):
         (b"Content-Length: 1 2", "Invalid value. Key:Content-Length; Value: 1 2"),
         ("Content-Length: ²".encode(), "Invalid value. Key:Content-Length; Value: ²"),
         (b"Content-Length:", "Invalid value. Key:Content-Length; Value:"),
+        (b"Content-Length: 5\r\nContent-Length: 6", "Invalid value. Key:Content-Length; Value: 6"),
+        (
+            b"Content-Length: 5\xff",
+            "Header contains invalid characters. Key: invalid utf-8 sequence of 1 bytes from index 17",
+        ),
+        (b"Transfer-Encoding: gzip", "Unsupported value. Key:Transfer-Encoding; Value: gzip"),
+        (b"Transfer-Encoding: gzip, chunked", "Unsupported value. Key:Transfer-Encoding; Value: gzip, chunked"),
+        (
+            b"Transfer-Encoding: chunked\r\ntransfer-encoding:chunked",
+            "Unsupported value. Key:transfer-encoding; Value:chunked",
+        ),
+        (
+            b"Transfer-Encoding: chunked\r\nContent-Length: 0",
+            "Transfer-Encoding with Content-Length, or in a request of HTTP/1.0.",
+        ),
+        (
+            b"Content-Length: 5\r\nTransfer-Encoding: chunked",
+            "Transfer-Encoding with Content-Length, or in a request of HTTP/1.0.",
+        ),
         (b"Accept-Encoding: gzip, identity;q=0", "Invalid value. Key:Accept-Encoding; Value: identity;q=0"),
         (b"Accept-Encoding: *;q=0", "Invalid value. Key:Accept-Encoding; Value:*;q=0"),
     ],
@@ -127,7 +146,7 @@ def test_header_without_a_value_for_accept_encoding():
     [
         b"Content-Type: nonsense",
         b"Accept: image/png",
-        b"Transfer-Encoding: chunked",
+        b"Transfer-Encoding: identity",
         b"Expect: 103-checkpoint",
         b"Accept-Encoding: *;q=0, identity",
         b"Host: a: b",
@@ -180,18 +199,84 @@ def test_body_limit():
     assert outcome(head % 260 + b"x" * 260 + GET) == ([(ProtocolError, text), GET_REQUEST], False)
 
 
-def test_body_that_was_refused_before_leave_was_given_is_not_awaited():
-    head = b"PUT /a HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 260\r\n\r\n"
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"PUT /a HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 260\r\n\r\n",
+        b"POST /a HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 26\r\n\r\n",
+        b"POST /a HTTP/1.1\r\nExpect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n",
+    ],
+)
+def test_a_body_that_was_refused_before_leave_was_given_may_come_or_not(head):
+    """RFC 9110, 10.1.1: the client need not wait, nor send it. What follows may be either: nothing is read."""
     found, closed = outcome(head + GET)
-    assert [type(found[0][0]), found[1]] == [type, GET_REQUEST]
-    assert not closed
+    assert [kind for kind, _ in found] == [ProtocolError]
+    assert closed
 
 
 def test_what_cannot_be_delimited_closes_the_connection():
     assert outcome(b"PUT /a HTTP/1.1\r\nContent-Length: x\r\n\r\n" + GET)[1]
     assert outcome(b"BAD\r\nContent-Length: x\r\n\r\n" + GET)[1]
+    assert outcome(b"PUT /a HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + GET)[1]
+    for header in (b"Content-Length", b"transfer-encoding ", b"EXPECT"):
+        for line in (b"PUT /a HTTP/1.1", b"BAD"):
+            found, closed = outcome(line + b"\r\n" + header + b":" + b" " * LINE_LIMIT + b"5\r\n\r\n" + GET)
+            assert (len(found), closed) == (1, True)
     assert outcome(b"PUT /a HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % (SKIP_LIMIT + 1))[1]
     assert not outcome(b"PUT /a HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % SKIP_LIMIT)[1]
+
+
+def test_the_response_to_head_would_be_misread():
+    """Its client takes no body, and would take ours for the next response."""
+    for uri in (b"/", b"/" + b"x" * LINE_LIMIT):
+        found, closed = outcome(b"HEAD " + uri + b" HTTP/1.1\r\n\r\n" + GET)
+        assert (len(found), closed) == (1, True)
+
+
+def test_empty_lines_between_requests_are_nothing():
+    assert outcome(b"\r\n\r\n" + GET + b"\r\n" + GET + b"\r\n") == ([GET_REQUEST] * 2, False)
+
+
+def test_chunked_bodies():
+    head = b"PUT /a HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    chunks = b"3 ;x\r\nabc\r\n00A;x=y\r\n0123456789\r\n0\r\nTrailer: x\r\n\r\n"
+    wanted = Request("PUT", "/a", "HTTP/1.1", b"abc0123456789")
+    assert outcome(head + chunks + GET) == ([wanted, GET_REQUEST], False)
+    assert outcome(head + b"0\r\n\r\n" + GET) == ([wanted._replace(body=None), GET_REQUEST], False)
+    leave = b"PUT /a HTTP/1.1\r\nExpect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert outcome(leave) == ([(Continue, "HTTP/1.1")], False)
+    assert outcome(leave + chunks + GET)[0] == [(Continue, "HTTP/1.1"), wanted, GET_REQUEST]
+
+
+def test_limit_of_a_chunked_body():
+    head = b"PUT /a HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    fits = b"fa\r\n" + b"x" * 250 + b"\r\n"
+    assert outcome(head + fits + b"0\r\n\r\n")[0] == [Request("PUT", "/a", "HTTP/1.1", b"x" * 250)]
+    text = "Request payload with size 255 is larger than the limit of 250 allowed by server."
+    assert errors(head + fits + b"5\r\n") == [text]  # at once, not when the body has come
+    rest = b"5\r\nabcde\r\n1\r\nx\r\n0\r\nX: y\r\n\r\n"
+    assert outcome(head + fits + rest + GET) == ([(ProtocolError, text), GET_REQUEST], False)
+    assert outcome(head + b"%x\r\n" % (SKIP_LIMIT + 1) + GET)[1]
+    assert not outcome(head + b"%x\r\n" % SKIP_LIMIT + GET)[1]
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        b"\r\n", b"g\r\n", b"-1\r\n", b"0x1\r\n", b"+1\r\n", b" 1\r\n", b"1_0\r\n", b"100000000\r\n", "１\r\n".encode(),
+        b"1\nx\r\n", b"1;a\nb\r\n", b"1;a\rb\r\n", b"1\r\nxx\r\n", b"1\r\nx\n", b"1\r\nx0\r\n", b"0\r\nno colon\r\n",
+        b"1;" + b"e" * LINE_LIMIT, b"0\r\nX: " + b"t" * LINE_LIMIT, b"0\r\n" + (b"X: " + b"t" * 900 + b"\r\n") * 80,
+        (b"1;" + b"e" * 900 + b"\r\nx\r\n") * 80,
+    ],
+)  # fmt: skip
+def test_malformed_chunks_are_answered_once_and_end_the_connection(chunks):
+    head = b"PUT /a HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert outcome(head + chunks + GET) == ([(ProtocolError, "Invalid request.")], True)
+    # The same where the request was refused before: the one answer stays the only one.
+    assert outcome(b"POST" + head[3:] + chunks + GET) == (
+        [(ProtocolError, "Invalid HTTP Method: Unsupported HTTP method.")],
+        True,
+    )
 
 
 def test_after_an_error_the_next_request_is_understood():
@@ -224,6 +309,9 @@ STREAMS = [
     b"POST / HTTP/1.1\r\nContent-Length: 2\r\n\r\n\r\n" + GET,
     b"PUT / HTTP/1.1\r\nContent-Length: 251\r\n\r\n" + b"\r" * 251 + GET,
     b"PUT / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n\r\n\r\n" + GET,
+    b"PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n4;a\r\n\r\n\r\n\r\n1\r\n0\r\n0\r\nX: y\r\n\r\n" + GET,
+    b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n12\r\nGET / HTTP/1.1\r\n\r\n\r\n0\r\n\r\n" + GET,
+    b"PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nfb\r\n" + b"\r" * 251 + b"\r\n0\r\n\r\n" + GET,
 ]
 
 
@@ -255,6 +343,9 @@ pieces = st.sampled_from(
         b"Content-Length: 251\r\n",
         b"Content-Length: x\r\n",
         b"Expect: 100-continue\r\n",
+        b"Transfer-Encoding: chunked\r\n",
+        b"5\r\nhello\r\n",
+        b"0\r\n\r\n",
         b"no colon\r\n",
         b"hello",
         b"x" * 300,
