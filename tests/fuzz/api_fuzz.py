@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from itertools import accumulate
 from types import FrameType
 
-from tests.fuzz import conforming_client
+from tests.harness import conforming_client
 from tests.harness.api import Api, parse_response
 from vmm.api.http import LINE_LIMIT, ProtocolError, Request, RequestParser, render_protocol_error
 from vmm.config import file as config_file

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness.api import Api
+from tests.harness.api_server import Host
 
 
 @pytest.fixture
@@ -32,3 +33,11 @@ def running(api: Api, kernel: str) -> Api:
     assert api.send("PUT", "/boot-source", {"kernel_image_path": kernel}) == (204, None)
     assert api.send("PUT", "/actions", {"action_type": "InstanceStart"}) == (204, None)
     return api
+
+
+@pytest.fixture
+def host(api: Api, tmp_path: Path) -> Iterator[Host]:
+    """A server of this API, whose socket is served when the test says so."""
+    host = Host(str(tmp_path / "api.socket"), api.dispatcher, api.logger)
+    yield host
+    host.close()

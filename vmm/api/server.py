@@ -3,11 +3,15 @@
 One request is executed at a time over all connections. While one is, connections are accepted but not read. A
 connection whose response has not been taken by the client is not read either, so that what is kept per connection is
 bounded: at most one response out, and in what one read brings beyond a request, or one body within the limit.
+
+Clients that have hung up do not count as connections, though it may be noticed only later, in their turn: what they
+have sent is executed as that of others.
 """
 
 from __future__ import annotations
 
 import errno
+import select
 import time
 
 from base.errno_text import errno_text
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
     from vmm.observe.logger import Logger
 
 MAX_CONNECTIONS: Final = 10
+#: Connections of clients that have hung up, beside them, until what they have sent is read.
+MAX_GONE: Final = 128
 #: Connections that the kernel may hold until they are accepted.
 BACKLOG: Final = 128
 #: Connections accepted in one turn of the loop.
@@ -148,13 +154,30 @@ class ApiServer:
                     self._pause_accepting()
                 return
             client.setblocking(False)
-            if len(self._connections) >= MAX_CONNECTIONS:
+            if self._is_full():
                 self.refused_connections += 1
                 _refuse(client)
                 continue
             connection = _Connection(client, self._payload_limit)
             self._connections[connection.fd] = connection
             self._wait(connection)
+
+    def _is_full(self) -> bool:
+        """Tell whether there are no more connections for clients to come. Call after a client was accepted.
+
+        Who opens a connection for each request has closed the last one before.
+        """
+        count = len(self._connections)
+        if count < MAX_CONNECTIONS:
+            return False
+        if count >= MAX_CONNECTIONS + MAX_GONE:
+            return True
+        poll = select.poll()
+        for fd in self._connections:
+            poll.register(fd, 0)
+        # Hang-up: the client has closed its socket, not only the direction in which it sends.
+        gone = sum(bool(events & (select.POLLHUP | select.POLLERR)) for _, events in poll.poll(0))
+        return count - gone >= MAX_CONNECTIONS
 
     def _pause_accepting(self) -> None:
         """Leave the listening socket alone for a while: it would keep the loop awake."""

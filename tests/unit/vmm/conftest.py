@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.harness.api_fixtures import api, kernel, running
+from tests.harness.api_fixtures import api, host, kernel, running
 from tests.harness.cells import Controller
 
-__all__ = ["api", "kernel", "running"]
+__all__ = ["api", "host", "kernel", "running"]
 
 
 @pytest.fixture

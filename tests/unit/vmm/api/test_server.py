@@ -10,87 +10,18 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import requests_unixsocket
 
-from base.event_manager import EventManager
-from tests.harness.api import Api, parse_response
+from tests.harness.api import parse_response
+from tests.harness.api_server import GET, VERSION, Host, drain
 from vmm.api import server as module
-from vmm.api.http import SERVER_FULL, Request, render_response
-from vmm.api.server import MAX_CONNECTIONS, ApiServer, ApiSocketError, bind
+from vmm.api.http import Request, render_response
+from vmm.api.server import ApiSocketError, bind
 from vmm.observe.logger import Logger, LoggerConfig
 
-GET = b"GET /version HTTP/1.1\r\n\r\n"
-VERSION = render_response(200, b'{"firecracker_version":"1.17.0-dev"}')
-LIMIT = 250
 SECOND = 1_000_000_000
-
-
-class Host:
-    """A server in this thread: nothing happens until ``pump`` is called, so that tests see every step."""
-
-    def __init__(self, path: str, handle: Any, logger: Logger) -> None:
-        self.path = path
-        self.manager = EventManager()
-        self.server = ApiServer(bind(path), handle, logger, LIMIT)
-        self.number = self.manager.add_subscriber(self.server)
-        self.clients: list[socket.socket] = []
-
-    def client(self) -> socket.socket:
-        client = socket.socket(socket.AF_UNIX)
-        client.settimeout(10)
-        client.connect(self.path)
-        self.clients.append(client)
-        return client
-
-    def pump(self) -> None:
-        """Run the loop until nothing happens any more."""
-        while self.manager.run(0):
-            pass
-
-    def exchange(self, client: socket.socket, data: bytes) -> bytes:
-        """Send bytes, let the server work, and return what has come back."""
-        client.sendall(data)
-        self.pump()
-        return drain(client)
-
-    @property
-    def connections(self) -> int:
-        return len(self.server._connections)
-
-    def close(self) -> None:
-        for client in self.clients:
-            client.close()
-        self.manager.remove_subscriber(self.number)
-        self.server.close()
-        self.manager.close()
-
-
-def drain(client: socket.socket) -> bytes:
-    """Return what can be received now; ends at the first lack of data, or with an end mark when the peer has closed."""
-    data = b""
-    client.setblocking(False)
-    try:
-        while True:
-            part = client.recv(1 << 16)
-            if not part:
-                return data + b"<closed>"
-            data += part
-    except BlockingIOError:
-        return data
-    except ConnectionResetError:
-        return data + b"<closed>"
-    finally:
-        client.settimeout(10)
-
-
-@pytest.fixture
-def host(api: Api, tmp_path) -> Iterator[Host]:
-    host = Host(str(tmp_path / "api.socket"), api.dispatcher, api.logger)
-    yield host
-    host.close()
 
 
 # -- requests and connections -----------------------------------------------------------------------------------------
@@ -236,27 +167,6 @@ def test_what_a_client_sends_is_bounded_while_it_does_not_take_its_responses(hos
                 pass
         host.pump()
     assert received == VERSION * 4000
-
-
-def test_the_eleventh_connection_is_turned_away(host):
-    clients = [host.client() for _ in range(MAX_CONNECTIONS)]
-    for client in clients:
-        assert host.exchange(client, GET) == VERSION
-    extra = host.client()
-    assert host.exchange(extra, GET) in (SERVER_FULL + b"<closed>", SERVER_FULL)
-    assert host.server.refused_connections == 1
-    assert host.exchange(clients[0], GET) == VERSION
-    clients[1].close()
-    host.pump()
-    assert host.exchange(host.client(), GET) == VERSION
-
-
-def test_many_clients_at_once(host):
-    clients = [host.client() for _ in range(100)]
-    host.pump()
-    assert host.connections == MAX_CONNECTIONS
-    assert host.server.refused_connections == 100 - MAX_CONNECTIONS
-    assert sum(drain(client).startswith(SERVER_FULL) for client in clients) == 100 - MAX_CONNECTIONS
 
 
 def test_when_descriptors_run_out_the_server_tries_again(host, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.fuzz import conforming_client
+from tests.harness import conforming_client
 from vmm.api.chunked import ChunkedBody, ChunkError, ChunksTooLargeError
 from vmm.api.http import ProtocolError, Request, RequestParser
 
