@@ -109,7 +109,14 @@ def test_launchers_are_recognisable_and_start(tmp_path, monkeypatch):
 
 def test_missing_packages_are_named():
     assert setup.missing_debian_packages(["dpkg", "no-such-package-at-all"]) == ["no-such-package-at-all"]
-    assert setup.missing_debian_packages(setup.DEBIAN_PACKAGES) == []
+    assert setup.missing_debian_packages(setup.needed_debian_packages()) == []
+
+
+def test_a_program_that_is_there_needs_no_package(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert setup.needed_debian_packages() == [*setup.DEBIAN_PACKAGES, "golang-go", "nodejs"]
+    (tmp_path / "go").symlink_to("/bin/true")
+    assert setup.needed_debian_packages() == [*setup.DEBIAN_PACKAGES, "nodejs"]
 
 
 def test_hardware_paging_is_read_from_the_modules():

@@ -1,0 +1,1 @@
+"""Clients in other languages, with their own HTTP: what people drive microVMs with."""
