@@ -1,4 +1,4 @@
-"""How the clients are started: NAME.go is compiled (cached by content, without the network), NAME.mjs is run by node."""
+"""How the clients are started: NAME.go is compiled (offline, cached by content), NAME.mjs is run by node."""
 
 from __future__ import annotations
 
