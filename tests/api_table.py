@@ -417,7 +417,7 @@ def _type_error(rust: str, value: int, body: str) -> str:
 
 def _float_error(rust: str, body: str) -> str:
     column = body.index("VALUE") + len(str(1 << 64))
-    return f"{JSON}invalid type: floating point `1.8446744073709552e19`, expected {rust} at line 1 column {column}."
+    return f"{JSON}invalid type: floating point `1.8446744073709552e+19`, expected {rust} at line 1 column {column}."
 
 
 def _u(  # noqa: PLR0917

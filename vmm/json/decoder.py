@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from base.lean_typing import Final, NoReturn
 from vmm.errors import VmmError
+from vmm.json.number import MAX_EXPONENT, scaled, significand
 from vmm.json.text import JsonValue, debug_string, float_text
 
 #: Objects and arrays may be nested less deeply than this.
 RECURSION_LIMIT: Final = 128
-_MAX_U64: Final = (1 << 64) - 1
 _MIN_I64: Final = -(1 << 63)
 
 _EOF_VALUE = "EOF while parsing a value"
@@ -174,7 +174,11 @@ class Reader:
             return
         if byte is None:
             raise self.peek_error(_EOF_LIST)
-        raise self.peek_error("trailing comma" if byte == _COMMA else "trailing characters")
+        if byte == _COMMA:
+            self.index += 1
+            if self.peek() == _CLOSE_LIST:
+                raise self.peek_error("trailing comma")
+        raise self.peek_error("trailing characters")
 
     # -- scalars ------------------------------------------------------------------------------------------------------
 
@@ -258,12 +262,13 @@ class Reader:
         Whole numbers within u64 and i64 are int; all others are float, as serde_json has it, also ``-0``.
         """
         data = self.data
-        start = self.index
-        if data[start] == _MINUS:
+        negative = data[self.index] == _MINUS
+        if negative:
             self.index += 1
             if self.index >= len(data):
                 raise self.error(_EOF_VALUE)
-        first = data[self.index]
+        start = self.index
+        first = data[start]
         self.index += 1
         if first not in _DIGITS:
             raise self.error(_INVALID_NUMBER)
@@ -272,35 +277,45 @@ class Reader:
                 raise self.peek_error(_INVALID_NUMBER)
         else:
             self._skip_digits()
-        whole = True
+        digits = data[start : self.index]
+        fraction = b""
+        is_whole = True
         if self._peek_byte() == _POINT:
-            whole = False
+            is_whole = False
             self.index += 1
+            start = self.index
             if not self._skip_digits():
                 raise self.peek_error(_EOF_VALUE if self.index >= len(data) else _INVALID_NUMBER)
+            fraction = data[start : self.index]
+        number, power = significand(digits, fraction)
         if self._peek_byte() in _EXPONENT:
-            whole = False
-            self._skip_exponent()
-        text = data[start : self.index]
-        if whole and len(text) <= 20:
-            value = int(text)
-            if (_MIN_I64 <= value < 0) or (0 <= value <= _MAX_U64 and text[0] != _MINUS):
-                return value
-        number = float(text)
-        if number in (_INFINITY, -_INFINITY):
+            is_whole = False
+            power += self._exponent(number)
+        if is_whole and not power and (not negative or 0 < number <= -_MIN_I64):
+            return -number if negative else number
+        value = scaled(number, power)
+        if value == _INFINITY:
             raise self.error(_NUMBER_RANGE)
-        return number
+        return -value if negative else value
 
-    def _skip_exponent(self) -> None:
+    def _exponent(self, number: int) -> int:
+        """Consume the exponent of a number and return it, no larger than what makes it 0 or too large."""
         self.index += 1
-        if self._peek_byte() in _SIGNS:
+        sign = self._peek_byte()
+        if sign in _SIGNS:
             self.index += 1
         if self.index >= len(self.data):
             raise self.error(_EOF_VALUE)
         self.index += 1
         if self.data[self.index - 1] not in _DIGITS:
             raise self.error(_INVALID_NUMBER)
-        self._skip_digits()
+        exponent = self.data[self.index - 1] - _DIGITS_ZERO
+        while (byte := self._peek_byte()) in _DIGITS:
+            self.index += 1
+            exponent = min(exponent * 10 + byte - _DIGITS_ZERO, MAX_EXPONENT + 1)
+            if exponent > MAX_EXPONENT and number and sign != _MINUS:
+                raise self.error(_NUMBER_RANGE)
+        return -exponent if sign == _MINUS else exponent
 
     def _peek_byte(self) -> int:
         """Return the next byte, or 0 at the end."""

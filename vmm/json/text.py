@@ -42,7 +42,7 @@ def debug_string(text: str) -> str:
 
 
 def float_text(value: float) -> str:
-    """Return a finite number with a decimal point or an exponent: ``1.5``, ``3.0``, ``1.5e20``, ``0.00001``."""
+    """Return a finite number with a decimal point or an exponent: ``1.5``, ``3.0``, ``1.5e+20``, ``0.00001``."""
     text = repr(value)
     mantissa, separator, exponent = text.partition("e")
     if not separator:
@@ -51,7 +51,7 @@ def float_text(value: float) -> str:
     if power == -5:  # Python writes an exponent here already
         sign = "-" if mantissa.startswith("-") else ""
         return f"{sign}0.0000{mantissa.lstrip('-').replace('.', '')}"
-    return f"{mantissa}e{power}"
+    return f"{mantissa}e{power:+}"
 
 
 def json_text(value: JsonValue) -> str:

@@ -142,7 +142,7 @@ BAD_BODIES: list[tuple[str, str, str, str]] = [
     ("PUT", "/drives/a", '{"rate_limiter": {"ops": {"size": 1}}}',
      f"{JSON}missing field `refill_time` at line 1 column 36."),
     ("PUT", "/drives/a", '{"rate_limiter": {"ops": {"size": 18446744073709551616, "refill_time": 1}}}',
-     f"{JSON}invalid type: floating point `1.8446744073709552e19`, expected u64 at line 1 column 54."),
+     f"{JSON}invalid type: floating point `1.8446744073709552e+19`, expected u64 at line 1 column 54."),
     ("PUT", "/drives/b", '{"drive_id": "a", "is_root_device": true}', IDS),
     ("PUT", "/drives/", '{"drive_id": "a", "is_root_device": true}', "The ID cannot be empty."),
     ("PUT", "/drives", "x", "The ID cannot be empty."),

@@ -103,7 +103,7 @@ BAD_BODIES = [
     ("PUT", "/machine-config", b'{"vcpu_count": 1, "mem_size_mib": 1, "cpu_template": "X"}',
      JSON + "unknown variant `X`, expected one of `C3`, `T2`, `T2S`, `None`, `T2CL`, `T2A` at line 1 column 56."),
     ("PUT", "/machine-config", b'{"vcpu_count": 1, "mem_size_mib": 18446744073709551616}',
-     JSON + "invalid type: floating point `1.8446744073709552e19`, expected usize at line 1 column 54."),
+     JSON + "invalid type: floating point `1.8446744073709552e+19`, expected usize at line 1 column 54."),
     ("PATCH", "/machine-config", b"{}", "Empty PATCH request."),
     ("PATCH", "/machine-config", b'{"smt": null}', "Empty PATCH request."),
     ("PATCH", "/machine-config", b'{"smt": 1}',

@@ -69,7 +69,7 @@ REFUSED = [
     (b'{"count": ', "EOF while parsing a value at line 1 column 10"),
     (
         b'{"count": 1, "memory": 18446744073709551616}',
-        "invalid type: floating point `1.8446744073709552e19`, expected usize at line 1 column 43",
+        "invalid type: floating point `1.8446744073709552e+19`, expected usize at line 1 column 43",
     ),
     (b'{"flag": "random_string"}', 'invalid type: string "random_string", expected a boolean at line 1 column 24'),
     (b'{"flag": null}', "invalid type: null, expected a boolean at line 1 column 13"),
