@@ -39,7 +39,7 @@ class VsockConfig(NamedTuple):
 VSOCK = Object(
     "VsockDeviceConfig",
     VsockConfig,
-    Field("vsock_id", Option(STRING)),
+    Field("vsock_id", Option(STRING), None),
     Field("guest_cid", U32),
     Field("uds_path", STRING),
 )

@@ -1,8 +1,7 @@
 """Typed decoding of request bodies: what serde's derived decoders accept, with their words for what they refuse.
 
 A type is an object with ``decode(reader)``. Types read the text as it comes, so that of several faults in a body the
-same one is reported as by Firecracker. Deliberate difference: serde also takes a list for an object, in the order of
-its fields; that is refused here.
+same one is reported as by Firecracker.
 """
 
 from __future__ import annotations
@@ -215,22 +214,26 @@ REQUIRED: Final[Any] = object()
 class Field:
     """A field of an object: key, type, and what stands for it when it is absent (``REQUIRED``: an error).
 
-    An ``extension`` is a field that Firecracker does not have: lists of the known fields leave it out.
+    Without a default an ``Option`` may be absent from an object, not from a list that stands for one: a default, None
+    too, is Firecracker's ``serde(default)``. An ``extension`` is a field that Firecracker does not have: lists of the
+    known fields leave it out.
     """
 
-    __slots__ = ("key", "type", "default", "extension")
+    __slots__ = ("key", "type", "default", "list_default", "extension")
 
     def __init__(self, key: str, type_: Type[Any], default: Any = REQUIRED, *, extension: bool = False) -> None:
         self.key = key
         self.extension = extension
         self.type = type_
         self.default = None if default is REQUIRED and isinstance(type_, Option) else default
+        self.list_default = default
 
 
 class Object(Generic[T]):
     """An object with known fields, made into ``build(*values in the order of the fields)``.
 
     ``name`` is the name of Firecracker's type, which errors show. Unknown keys are refused unless ``ignore_unknown``.
+    As with serde a list of the values in the order of the fields, without extensions, stands for the object, too.
     """
 
     __slots__ = ("name", "build", "fields", "ignore_unknown", "_by_key", "_known")
@@ -244,16 +247,39 @@ class Object(Generic[T]):
         self._known = tuple(field.key for field in fields if not field.extension)
 
     def decode(self, reader: Reader) -> T:
-        """Consume an object."""
-        if reader.peek_value() != _OPEN_OBJECT:
+        """Consume an object, or a list of its values."""
+        byte = reader.peek_value()
+        if byte == _OPEN_OBJECT:
+            read, leave = self._fields, reader.leave_object
+        elif byte == _OPEN_LIST:
+            read, leave = self._elements, reader.leave_list
+        else:
             reader.invalid_type(f"struct {self.name}")
         reader.enter()
         try:
-            values = self._fields(reader)
+            values = read(reader)
         except UnplacedError as error:
-            _place(reader, error, reader.leave_object)
-        reader.leave_object()
+            _place(reader, error, leave)
+        leave()
         return self.build(*values)
+
+    def _elements(self, reader: Reader) -> list[Any]:
+        values: list[Any] = []
+        number = 0  # among the fields that are no extensions
+        for field in self.fields:
+            if field.extension:
+                values.append(field.default)
+                continue
+            if reader.next_element(first=not number):
+                values.append(field.type.decode(reader))
+            elif field.list_default is REQUIRED:
+                count = len(self._known)
+                expected = f"struct {self.name} with {count} element{'' if count == 1 else 's'}"
+                raise UnplacedError(f"invalid length {number}, expected {expected}")
+            else:
+                values.append(field.list_default)
+            number += 1
+        return values
 
     def _fields(self, reader: Reader) -> list[Any]:
         values: list[Any] = [_ABSENT] * len(self.fields)

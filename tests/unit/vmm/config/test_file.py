@@ -155,7 +155,7 @@ def test_a_cpu_template_may_be_in_a_file(load, minimal, tmp_path):
     ("document", "message"),
     [
         (b"", "Invalid JSON: EOF while parsing a value at line 1 column 0"),
-        (b"[]", "Invalid JSON: invalid type: sequence, expected struct VmmConfig at line 1 column 0"),
+        (b"[]", "Invalid JSON: invalid length 0, expected struct VmmConfig with 13 elements at line 1 column 2"),
         (b"{}", "Invalid JSON: missing field `drives` at line 1 column 2"),
         (b'{"drives": []}', "Invalid JSON: missing field `boot-source` at line 1 column 14"),
         (b'{"drives": null}', "Invalid JSON: invalid type: null, expected a sequence at line 1 column 15"),

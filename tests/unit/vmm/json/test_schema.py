@@ -86,7 +86,7 @@ REFUSED = [
     (b'{"level": "off" , "count": 1}', "Invalid level at line 1 column 16"),
     # Not an object at all.
     (b'"text"', 'invalid type: string "text", expected struct Outer at line 1 column 6'),
-    (b"[1, 2]", "invalid type: sequence, expected struct Outer at line 1 column 0"),
+    (b"1", "invalid type: integer `1`, expected struct Outer at line 1 column 1"),
     (b'{"count": 1, "memory": 2} x', "trailing characters at line 1 column 27"),
     (b'{"count": 1, "memory": 2', "EOF while parsing an object at line 1 column 24"),
 ]
@@ -133,6 +133,80 @@ def test_lists():
         decode(List(U8), b"null")
     with pytest.raises(JsonError, match="missing field `size` at line 1 column 3"):
         decode(List(INNER), b"[{}]")
+
+
+#: A structure of serde's, which is also read from a list of its values.
+ONE = Object("One", _record, Field("amount_mib", U64))
+BUCKET = Object("Inner", _record, Field("size", U64), Field("burst", Option(U64)), Field("refill_time", U64))
+STRUCTURE = Object(
+    "Outer",
+    _record,
+    Field("vcpu_count", U8),
+    Field("mem", U64),
+    Field("smt", BOOLEAN, False),
+    Field("name", Option(STRING)),
+    Field("ours", Option(STRING), extension=True),
+    Field("opt", Option(U8), None),
+    Field("inner", Option(BUCKET)),
+    Field("list", List(ONE), []),
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (b'[1, 2, true, "x", 5, null]', (1, 2, True, "x", None, 5, None, [])),
+        (b"[1,2,true,null,5,[1,null,3]]", (1, 2, True, None, None, 5, (1, None, 3), [])),
+        (
+            b'[1,2,true,null,5,{"size":1,"refill_time":3},[[1],[2],{"amount_mib":3}]]',
+            (1, 2, True, None, None, 5, (1, None, 3), [(1,), (2,), (3,)]),
+        ),
+        (b'{"vcpu_count":1,"mem":2,"ours":"y","inner":[1,2,3]}', (1, 2, False, None, "y", None, (1, 2, 3), [])),
+    ],
+)
+def test_a_list_stands_for_an_object(text, value):
+    assert decode(STRUCTURE, text) == value
+
+
+@pytest.mark.parametrize(
+    ("type_", "text", "message"),
+    [
+        # What serde_json 1.0.154 says of the same structures.
+        (ONE, b"[]", "invalid length 0, expected struct One with 1 element at line 1 column 2"),
+        (ONE, b"[5,]", "trailing comma at line 1 column 4"),
+        (ONE, b"[5,6]", "trailing characters at line 1 column 4"),
+        (ONE, b"[5 6]", "trailing characters at line 1 column 4"),
+        (ONE, b"[5 ", "EOF while parsing a list at line 1 column 3"),
+        (ONE, b"[", "EOF while parsing a list at line 1 column 1"),
+        (STRUCTURE, b"[]", "invalid length 0, expected struct Outer with 7 elements at line 1 column 2"),
+        (STRUCTURE, b"[1,2]", "invalid length 3, expected struct Outer with 7 elements at line 1 column 5"),
+        (STRUCTURE, b'[1,2,true,"x",5]', "invalid length 5, expected struct Outer with 7 elements at line 1 column 16"),
+        (STRUCTURE, b"[1,2,null]", "invalid type: null, expected a boolean at line 1 column 9"),
+        (STRUCTURE, b"[300]", "invalid value: integer `300`, expected u8 at line 1 column 4"),
+        (
+            STRUCTURE,
+            b"[1,2,true,null,5,[1]]",
+            "invalid length 1, expected struct Inner with 3 elements at line 1 column 20",
+        ),
+        (
+            STRUCTURE,
+            b"[1,2,true,null,5,[1,null\n]\n,]",
+            "invalid length 2, expected struct Inner with 3 elements at line 2 column 1",
+        ),
+        (
+            STRUCTURE,
+            b'{"vcpu_count":1,"mem":2,"inner":[1] , "x":1}',
+            "invalid length 1, expected struct Inner with 3 elements at line 1 column 35",
+        ),
+        (STRUCTURE, b'{"vcpu_count":1,"mem":2,"inner":[1', "EOF while parsing a list at line 1 column 34"),
+        (STRUCTURE, b"[1,2,true,null,5,[1,2,3],[[1],[2]],9]", "trailing characters at line 1 column 36"),
+        (STRUCTURE, b"[1,2,true,null,5,[1,2,3],[[1],[2]],]", "trailing comma at line 1 column 36"),
+    ],
+)
+def test_lists_that_stand_for_no_object(type_, text, message):
+    with pytest.raises(JsonError) as error:
+        decode(type_, text)
+    assert str(error.value) == message
 
 
 def test_an_error_outside_any_object_has_a_place_too():
