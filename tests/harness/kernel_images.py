@@ -26,11 +26,11 @@ class Load(NamedTuple):
     memory_size: int | None = None
 
 
-def note(name: bytes, kind: int, descriptor: bytes, alignment: int = 4) -> bytes:
+def note(name: bytes, kind: int, descriptor: bytes) -> bytes:
     """Encode one ELF note."""
 
     def padded(data: bytes) -> bytes:
-        return data + bytes(-len(data) % alignment)
+        return data + bytes(-len(data) % 4)
 
     return struct.pack("<III", len(name), len(descriptor), kind) + padded(name) + padded(descriptor)
 

@@ -38,6 +38,8 @@ _PT_LOAD = 1
 _PT_NOTE = 4
 _XEN_NAME = b"Xen\0"
 _XEN_PHYS32_ENTRY = 18
+_NOTE_PADDING = 4
+_PVH_ENTRY_SIZE = 4
 _U64_END = 1 << 64
 
 
@@ -59,11 +61,10 @@ class Segment(NamedTuple):
 
 
 class NoteSegment(NamedTuple):
-    """Notes in the file; each field of a note is padded to ``alignment`` (4 or 8)."""
+    """Notes in the file."""
 
     file_offset: int
     size: int
-    alignment: int
 
 
 class ElfImage(NamedTuple):
@@ -112,15 +113,13 @@ def parse_program_headers(header: ElfHeader, table: bytes, file_size: int) -> El
         raise elf_error("kernel.elf.truncated", "Unable to read program header")
     segments: list[Segment] = []
     notes: list[NoteSegment] = []
-    for kind, _, offset, _, address, in_file, in_memory, alignment in _PROGRAM_HEADER.iter_unpack(
-        table[: header.table_size]
-    ):
+    for kind, _, offset, _, address, in_file, in_memory, _ in _PROGRAM_HEADER.iter_unpack(table[: header.table_size]):
         if kind == _PT_LOAD and (in_memory or in_file):
             segment = Segment(offset, in_file, address, max(in_file, in_memory))
             _check_segment(segment, file_size)
             segments.append(segment)
         elif kind == _PT_NOTE and in_file:
-            notes.append(_note_segment(offset, in_file, alignment, file_size))
+            notes.append(_note_segment(offset, in_file, file_size))
     if not segments:
         raise elf_error("kernel.elf.empty", "Unable to read kernel image", "it has no loadable segment")
     if len(notes) > MAX_NOTE_SEGMENTS or sum(note.size for note in notes) > MAX_NOTES_SIZE:
@@ -177,12 +176,10 @@ def _united(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return united
 
 
-def _note_segment(offset: int, size: int, alignment: int, file_size: int) -> NoteSegment:
+def _note_segment(offset: int, size: int, file_size: int) -> NoteSegment:
     if offset + size > file_size:
         raise elf_error("kernel.elf.truncated", "Unable to read note header", "the notes end beyond the file")
-    if alignment not in (0, 1, 2, 4, 8):
-        raise elf_error("kernel.elf.notes", "Invalid alignment", f"{alignment} for notes")
-    return NoteSegment(offset, size, max(alignment, 4))
+    return NoteSegment(offset, size)
 
 
 def check_entry(image: ElfImage, entry: int) -> None:
@@ -193,31 +190,32 @@ def check_entry(image: ElfImage, entry: int) -> None:
     raise elf_error("kernel.elf.entry", "Invalid entry address", f"{entry:#x} is in no loadable segment")
 
 
-def find_pvh_entry(notes: bytes, alignment: int) -> int | None:
-    """Find the 32-bit PVH entry in one note segment; None when it has none. Raises KernelError."""
+def find_pvh_entry(notes: bytes) -> int | None:
+    """Find the 32-bit PVH entry in one note segment; None when it has none. Raises KernelError.
+
+    The fields of a note are padded to 4 bytes, as Linux has it (include/linux/elfnote.h), whatever alignment the
+    program header names.
+    """
     position = 0
     while position + _NOTE_HEADER.size <= len(notes):
         name_size, descriptor_size, kind = _NOTE_HEADER.unpack_from(notes, position)
         name_start = position + _NOTE_HEADER.size
-        start = name_start + -(-name_size // alignment) * alignment
+        start = name_start + -(-name_size // _NOTE_PADDING) * _NOTE_PADDING
         end = start + descriptor_size
         if end > len(notes):
             raise elf_error("kernel.elf.notes", "Unable to read note header", "a note ends beyond its segment")
         if kind == _XEN_PHYS32_ENTRY and notes[name_start : name_start + name_size] == _XEN_NAME:
-            if descriptor_size not in (4, 8):
+            if descriptor_size < _PVH_ENTRY_SIZE:
                 raise elf_error("kernel.elf.notes", "Invalid PVH note header")
-            entry = int.from_bytes(notes[start:end], "little")
-            if entry >= 1 << 32:
-                raise elf_error("kernel.elf.notes", "Invalid PVH note header", f"entry {entry:#x} is not a 32-bit one")
-            return entry
-        position = start + -(-descriptor_size // alignment) * alignment
+            return int.from_bytes(notes[start : start + _PVH_ENTRY_SIZE], "little")
+        position = start + -(-descriptor_size // _NOTE_PADDING) * _NOTE_PADDING
     return None
 
 
 def pvh_entry(image: ElfImage, notes: list[bytes]) -> int | None:
     """Find the PVH entry among the contents of ``image.notes`` (same order). Raises KernelError."""
-    for segment, content in zip(image.notes, notes, strict=True):
-        entry = find_pvh_entry(content, segment.alignment)
+    for content in notes:
+        entry = find_pvh_entry(content)
         if entry is not None:
             check_entry(image, entry)
             return entry

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.harness.api import Api
-from tests.unit.vmm.api.test_server import GET, VERSION, Host, drain
+from tests.harness.api_server import GET, VERSION, Host, drain
 from vmm.api.dispatch import Dispatcher
 from vmm.api.streams import BUFFER_LIMIT, HEAD, LINGER_NS, MAX_STREAMS, EventStreams
 from vmm.observe.event_log import HISTORY, EventLog, event_line
