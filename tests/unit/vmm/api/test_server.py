@@ -132,10 +132,12 @@ def test_a_protocol_error_leaves_the_connection_open(host):
     assert host.exchange(client, GET) == VERSION
 
 
-def test_a_request_that_cannot_be_delimited_ends_the_connection(host):
+@pytest.mark.parametrize("rest", [b"Content-Length: x\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\nx\r\n"])
+def test_a_request_that_cannot_be_delimited_ends_the_connection(host, rest):
     client = host.client()
-    reply = host.exchange(client, b"PUT /a HTTP/1.1\r\nContent-Length: x\r\n\r\n" + GET)
-    assert reply.startswith(b"HTTP/1.1 400 \r\n")
+    reply = host.exchange(client, b"PUT /a HTTP/1.1\r\n" + rest + GET)
+    assert reply.startswith(b"HTTP/1.1 400 \r\nServer: Firecracker API\r\nConnection: close\r\n")
+    assert reply.count(b"HTTP/1.1 ") == 1
     assert reply.endswith(b"<closed>")
     assert host.connections == 0
 
@@ -404,6 +406,10 @@ def test_curl(served, kernel):
     assert (status, body) == (200, {"firecracker_version": "1.17.0-dev"})
     body_text = f'{{"kernel_image_path": "{kernel}"}}'
     assert curl(served, "-X", "PUT", "-d", body_text, "http://localhost/boot-source") == render_response(204)
+    chunked = ("-X", "PUT", "-H", "Transfer-Encoding: chunked", "-d", body_text)
+    assert curl(served, *chunked, "http://localhost/boot-source") == render_response(204)
+    two = curl(served, *chunked, "http://localhost/boot-source", "http://localhost/boot-source")
+    assert two == render_response(204) * 2
     # Larger than the limit, and larger than what curl sends without asking for leave.
     large = curl(served, "-X", "PUT", "-H", "Expect: 100-continue", "-d", "x" * 2000, "http://localhost/boot-source")
     assert b"Request payload with size 2000 is larger than the limit of 250 allowed by server." in large
@@ -413,6 +419,11 @@ def test_requests_unixsocket(served):
     url = f"http+unix://{served.replace('/', '%2F')}"
     with requests_unixsocket.Session() as session:
         assert session.get(f"{url}/").json()["app_name"] == "Firecracker"
+        assert session.patch(f"{url}/machine-config", json={"mem_size_mib": 64}).status_code == 204
+        for size in (65, 66):
+            pieces = iter([b'{"mem_size', b'_mib": %d}' % size])  # sent in chunks
+            assert session.patch(f"{url}/machine-config", data=pieces).status_code == 204
+            assert session.get(f"{url}/machine-config").json()["mem_size_mib"] == size
         assert session.patch(f"{url}/machine-config", json={"mem_size_mib": 64}).status_code == 204
         response = session.put(f"{url}/machine-config", json={"mem_size_mib": 128})
         assert response.status_code == 400
