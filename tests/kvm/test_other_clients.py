@@ -11,7 +11,7 @@ import pytest
 
 from lab.client import launch_unjailed, request
 from tests.clients.build import go_client, node_client
-from tests.conftest import Scale
+from tests.harness.run_options import Scale
 
 COMMANDS = {
     "go": lambda: go_client("in_step"),

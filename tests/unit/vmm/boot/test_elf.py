@@ -108,7 +108,7 @@ def test_notes_are_padded_to_4_bytes_whatever_their_header_says(
 ) -> None:
     notes = images.note(b"GNU\0", 5, bytes(12)) + images.pvh_note(0x10_0004, 4)
     kernel = images.elf([images.Load(0x10_0000, b"x" * 100)], 0x10_0000, notes, alignment)
-    assert load_elf(guest_memory(2 * MIB), open_file(kernel), len(kernel))[1] == 0x10_0004
+    assert load_elf(ImageMemory(guest_memory(2 * MIB)), open_file(kernel), len(kernel))[1] == 0x10_0004
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_segments_below_1_mib_and_larger_than_their_memory_are_loaded(
     loads = [images.Load(0x10_0000, b"high"), images.Load(0x8_A000, b"trampoline"), images.Load(0, b"vectors", 3)]
     kernel = images.elf(loads, 0x10_0000, images.pvh_note(0x10_0000))
     memory = guest_memory(2 * MIB)
-    image, entry = load_elf(memory, open_file(kernel), len(kernel))
+    image, entry = load_elf(ImageMemory(memory), open_file(kernel), len(kernel))
     assert (entry, image.start, image.end) == (0x10_0000, 0, 0x10_0004)
     assert [memory.read(load.address, len(load.data)) for load in loads] == [load.data for load in loads]
 
@@ -172,7 +172,7 @@ def test_overlapping_segments_are_loaded_one_over_the_other(
     if not any(load.data or load.memory_size for load in loads):
         return
     memory = guest_memory(2 * MIB)
-    image, _ = load_elf(memory, open_file(kernel), len(kernel))
+    image, _ = load_elf(ImageMemory(memory), open_file(kernel), len(kernel))
     assert memory.read(0xF_F000, 1 << 15) == expected
     streamed = guest_memory(2 * MIB)
     stream(streamed, kernel, sizes)

@@ -16,6 +16,7 @@ from vmm.boot import loader
 from vmm.boot.cmdline import Cmdline
 from vmm.boot.errors import CmdlineError, InitrdError, KernelError
 from vmm.boot.image_file import Hasher, digest_of_file
+from vmm.boot.image_memory import ImageMemory
 from vmm.layout import LayoutError
 
 MIB = 1 << 20
@@ -58,7 +59,7 @@ def test_an_elf_entry_outside_the_kernel_matters_only_where_it_is_used(
     loads = [images.Load(0x10_0000, b"kernel")]
     kernel = open_file(images.elf(loads, entry, images.pvh_note(0x10_0002)))
     assert load(memory, kernel).registers.rip == 0x10_0002
-    memory.clear()
+    ImageMemory(memory).clear()
     for fd, option in ((kernel, "linux64"), (open_file(images.elf(loads, entry)), "auto")):
         with pytest.raises(KernelError) as caught:
             load(memory, fd, entry=option)
