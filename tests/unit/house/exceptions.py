@@ -21,7 +21,6 @@ ROOM_CIRCLES: set[tuple[str, ...]] = set()
 LONG_FILES: set[str] = {
     "tests/unit/vmm/api/test_devices.py",
     "tests/unit/vmm/api/test_endpoints.py",
-    "tests/unit/vmm/api/test_server.py",
     "tests/unit/vmm/machine/test_vmm.py",
     "vmm/cells/worker.py",
 }
