@@ -9,6 +9,12 @@ class CellblockError(Exception):
     code = "cellblock"
 
 
+class ThreadError(CellblockError):
+    """A thread cannot be made: a limit was reached."""
+
+    code = "threads"
+
+
 class FaultSpecError(CellblockError):
     """A fault specification that cannot be understood, or that names an unknown fault point."""
 

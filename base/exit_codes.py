@@ -30,6 +30,11 @@ BY_SIGNAL: dict[int, int] = {
 }
 
 
+#: Signals that Firecracker leaves alone, so that it dies by them: so does the visible process, after an orderly end.
+#: Where it cannot (process 1 of a namespace does not die by its own signal), its exit code is 128 + the number.
+DIE_BY: tuple[int, ...] = (int(signal.SIGTERM), int(signal.SIGINT), int(signal.SIGQUIT))
+
+
 def of_intercepted(number: int) -> int:
     """Return the exit code for a signal that somebody sent to the visible process.
 

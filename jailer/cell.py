@@ -7,6 +7,7 @@ import sys
 
 from base import faults
 from base.errno_text import errno_text
+from base.errors import CellblockError
 from base.lean_std import signal, socket
 from base.lean_typing import Callable, NamedTuple, NoReturn
 from ipc import descriptors
@@ -87,6 +88,11 @@ class Seal:
     def __init__(self, context: CellContext) -> None:
         self._context = context
         self._channel: socket.socket | None = context.seal
+
+    @property
+    def is_open(self) -> bool:
+        """Has the cell not begun to close its walls? Then the supervisor hears what it says."""
+        return self._channel is not None
 
     def __call__(self) -> None:
         """Install the filter, have the walls read back, become non-dumpable. Raises CellError if a wall differs."""
@@ -170,10 +176,15 @@ def _run(context: CellContext, prepare: Callable[[], tuple[int, ...]], role: Cal
     except (JailerError, IpcError, OSError) as error:
         report_failure(context, errno_text(error) if isinstance(error, OSError) else str(error))
         return EXIT_FAILED
+    seal = Seal(context)
     try:
-        return role(Seal(context))
-    except JailerError as error:
-        _complain(context, str(error))
+        return role(seal)
+    except Exception as error:
+        text = str(error) if isinstance(error, CellblockError) else describe_error(error)
+        if seal.is_open:
+            report_failure(context, text)
+        else:
+            _complain(context, text)
         return EXIT_FAILED
 
 

@@ -53,7 +53,10 @@ class Setup(NamedTuple):
 class Cell:
     """One child: the controller or a worker."""
 
-    __slots__ = ("assignment", "deadline", "index", "listener", "pid", "pidfd", "role", "seal", "wall")
+    __slots__ = (
+        "assignment", "deadline", "filtered", "index", "killed", "listener", "pid", "pidfd", "role", "seal", "text",
+        "wall",
+    )  # fmt: skip
 
     def __init__(self, role: str, index: int, pid: int, pidfd: int, seal: socket.socket) -> None:
         self.role = role
@@ -66,6 +69,12 @@ class Cell:
         self.assignment: Assignment | None = None
         self.deadline = time.monotonic() + SEAL_TIMEOUT_S
         self.wall = ""
+        #: Why it could not start, in its own words.
+        self.text = ""
+        #: Its own filter is on.
+        self.filtered = False
+        #: It was killed on purpose, by us or because the controller asked for it.
+        self.killed = False
 
     @property
     def name(self) -> str:
@@ -74,6 +83,7 @@ class Cell:
 
     def kill(self) -> None:
         """Send SIGKILL; nothing happens if the cell is gone."""
+        self.killed = True
         try:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
         except ProcessLookupError:

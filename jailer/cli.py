@@ -47,7 +47,7 @@ _OURS = (
     _Flag("check", "", "test this host without launching anything; exit status 1 if something is missing"),
     _Flag("cleanup", "", "keep a janitor that removes the jail and its cgroups when the microVM ends"),
     _Flag("purge", "ID", "remove what an ended microVM left behind, and exit"),
-    _Flag("wall-log", "FILE", "append the report on the walls of each cell here instead of standard error"),
+    _Flag("wall-log", "FILE", "append the report on the walls of each cell, and the supervisor's lines, here"),
     _Flag("seccomp-mode", "kill|report|off", "what a forbidden system call does", default=SECCOMP_KILL),
     _Flag("without", "STEP", "switch a wall off, for tests (always logged)", repeatable=True),
     _Flag("vcpu-cgroup", "FILE=VALUE", "give each vCPU worker a cgroup of its own, with this value", repeatable=True),
@@ -130,6 +130,8 @@ def _check_ours(options: Options) -> None:
         name = word.partition("=")[0]
         if name in _FIRECRACKER_OWNED:
             raise ArgumentError(f"{name} is not supported yet")
+        if name == "--wall-log":  # firecracker's own flag of that name is for launches without a jail
+            raise ArgumentError(f"{name} stands before the --, with the other flags of the jailer")
 
 
 def answer(arguments: Sequence[str]) -> str | None:
@@ -181,3 +183,13 @@ def print_error(text: str) -> None:
         sys.stderr.flush()
     except (OSError, ValueError, AttributeError):
         pass  # no standard error, or nobody reads it: the exit status still tells
+
+
+def end_interrupted() -> int:
+    """Ctrl-C before there was anything to end in order: die by SIGINT; return an exit status where that cannot be."""
+    from base.lean_std import signal
+    from jailer.steps import process
+
+    print_error("interrupted")
+    process.die_by(signal.SIGINT)
+    return 128 + int(signal.SIGINT)

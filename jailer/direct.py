@@ -20,11 +20,11 @@ from jailer.start import (
     hold_signals,
     open_host,
     signal_descriptor,
+    supervise,
     wait_entered,
 )
 from jailer.steps import identity, process
 from jailer.steps.worker_cgroups import WorkerCgroups
-from jailer.supervisor import Supervisor
 
 _ATTEMPTS = 100
 
@@ -50,15 +50,24 @@ def make_ipc_directory() -> str:
 
 
 def launch(
-    arguments: tuple[str, ...], microvm_id: str, started: plan.Started, load_roles: Callable[[], template.Roles]
+    arguments: tuple[str, ...],
+    microvm_id: str,
+    started: plan.Started,
+    load_roles: Callable[[], template.Roles],
+    wall_log: str = "",
 ) -> int:
-    """Launch, supervise, return the exit code of the microVM. Raises JailerError."""
+    """Launch, supervise, return the exit code of the microVM. Raises JailerError.
+
+    ``wall_log`` is the path of a file for the walls' reports and the supervisor's lines.
+    """
     timeline.mark("prepare")
     hold_signals()
     process.ensure_standard_descriptors()
     inherited = process.inherited_descriptors()
     proc = verify.open_proc()
     log = Log(2, microvm_id)
+    if wall_log:
+        log.open_reports(wall_log)
     mode = SECCOMP_OFF if "--no-seccomp" in arguments else SECCOMP_KILL
     timeline.mark("load filters")
     filters = load_filters(mode, janitor=True)
@@ -102,4 +111,4 @@ def launch(
     os.close(host.null)
     if filters.warning:
         log.warning(filters.warning)
-    return Supervisor(setup, controller, channel, signals).run()
+    return supervise(setup, controller, channel, signals)

@@ -32,7 +32,6 @@ def main(argv: list[str]) -> int:
 
 def _launch(arguments: list[str], command_line: CommandLine) -> int:
     from base import timeline
-    from base.errno_text import errno_text
     from jailer import cli
     from jailer.errors import JailerError
 
@@ -48,15 +47,21 @@ def _launch(arguments: list[str], command_line: CommandLine) -> int:
         def load_roles() -> template.Roles:
             return template.load_roles(kernel_cache=command_line.kernel_cache is not None)
 
-        return direct.launch(tuple(arguments), command_line.id, plan.started_now(), load_roles)
+        wall_log = command_line.wall_log or ""
+        return direct.launch(tuple(arguments), command_line.id, plan.started_now(), load_roles, wall_log)
     except JailerError as error:
-        cli.print_error(str(error))
+        text = str(error)
     except OSError as error:
-        cli.print_error(f"{error.filename or 'firecracker'}: {errno_text(error)}")
+        from base import threads
+
+        text = f"{error.filename or 'firecracker'}: {threads.explain(error)}"
     except KeyboardInterrupt:
-        cli.print_error("interrupted")
+        return cli.end_interrupted()
     except Exception as error:
         from jailer.cell import describe_error
 
-        cli.print_error(f"internal error: {describe_error(error)}")
-    return EXIT_FAILED
+        text = f"internal error: {describe_error(error)}"
+    cli.print_error(text)
+    from vmm import main as controller
+
+    return controller.log_refusal(command_line, text, EXIT_FAILED)  # there is no controller that would

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from base import faults, timeline
+from base import faults, threads, timeline
 from base.errno_text import errno_text
 from base.errors import FaultSpecError
 from base.lean_std import socket
@@ -24,7 +24,6 @@ from jailer.memory import MemoryMaker, ReserveMemory
 from jailer.operations import Operation, Plan
 from jailer.settings import Settings
 from jailer.steps import cgroups, detach, devices, directories, identity, process, roots
-from jailer.supervisor import Supervisor
 
 _NO_SECCOMP = "--no-seccomp"
 
@@ -76,7 +75,7 @@ class JailedLaunch:
             setup, channel, controller, signals = self._fork_controller(proc, host, filters, roles, memory)
         except (OSError, IpcError) as error:
             self._undo()
-            raise StepError(errno_text(error) if isinstance(error, OSError) else str(error)) from None
+            raise StepError(threads.explain(error) if isinstance(error, OSError) else str(error)) from None
         except BaseException:
             self._undo()
             raise
@@ -90,18 +89,14 @@ class JailedLaunch:
         for warning in (filters.warning, self._switches_warning()):
             if warning:
                 self._log.warning(warning)
-        return Supervisor(setup, controller, channel, signals).run()
+        return start.supervise(setup, controller, channel, signals)
 
     # ------------------------------------------------------------ on the host
 
     def _open_wall_log(self) -> None:
         path = self._options.value("wall-log")
         if path:
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-            try:
-                self._log.descriptor = os.open(path, flags, 0o600)
-            except OSError as error:
-                raise StepError(f"Failed to open file {path}: {errno_text(error)}") from None
+            self._log.open_reports(path)
 
     def _arm(self) -> None:
         armed = self._options.values_of("drill")

@@ -10,7 +10,9 @@ import select
 import time
 from _json import encode_basestring_ascii  # by itself: the json package loads re and six others at each start
 
+from base.errno_text import errno_text
 from base.lean_typing import Any
+from jailer.errors import StepError
 
 #: A pipe is writable for poll(2) when PIPE_BUF bytes fit, so a longer line could block.
 MAX_LINE = 4096
@@ -23,7 +25,18 @@ class Log:
         self.descriptor = descriptor
         self.name = name
         self.lost = 0
+        #: Whether somebody wants the walls' reports, which are for programs.
+        self.reports = False
         self._id = microvm_id
+
+    def open_reports(self, path: str) -> None:
+        """``--wall-log``: append everything to this file from now on, the walls' reports included. Raises StepError."""
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            self.descriptor = os.open(path, flags, 0o600)
+        except OSError as error:
+            raise StepError(f"Failed to open file {path}: {errno_text(error)}") from None
+        self.reports = True
 
     def error(self, text: str) -> None:
         """Report what went wrong."""

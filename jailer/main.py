@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         cli.print_error(f"{error.filename or 'jailer'}: {errno_text(error)}")
     except KeyboardInterrupt:
-        cli.print_error("interrupted")
+        return cli.end_interrupted()
     except Exception as error:
         from jailer.cell import describe_error
 

@@ -41,6 +41,7 @@ class Sealing:
             return
         with owned:
             if frame == cell.FILTERED:
+                record.filtered = True
                 if len(owned):
                     record.listener = owned.take()
                 self._verify(record)
@@ -48,7 +49,8 @@ class Sealing:
                 self._finish(record)
             elif frame.startswith(cell.FAILED):
                 text = frame[len(cell.FAILED) :].decode("utf-8", "replace")
-                self._fail(record, f"{record.name} (pid {record.pid}) cannot be confined: {text}")
+                record.text = text
+                self._fail(record, f"{record.name} (pid {record.pid}) cannot start: {text}")
             elif frame != cell.ENTERED:
                 record.seal.close()  # at the end of the channel the exit status tells the rest
                 record.seal = None

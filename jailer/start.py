@@ -17,6 +17,7 @@ from jailer.errors import CellError
 from jailer.log import Log
 from jailer.seccomp.install import Filter, install
 from jailer.steps import detach, identity, process
+from jailer.supervisor import Supervisor
 
 
 class Host(NamedTuple):
@@ -136,3 +137,12 @@ def close_supervisor(setup: Setup, host: Host, name: str, *, dumpable_wall: bool
     chosen = setup.filters.get(ROLE_SUPERVISOR)
     if chosen is not None:
         install(chosen)
+
+
+def supervise(setup: Setup, controller: Cell, channel: socket.socket, signals: int) -> int:
+    """Be the supervisor until the microVM has ended; return its exit code, or die by the signal that ended it."""
+    supervisor = Supervisor(setup, controller, channel, signals)
+    code = supervisor.run()
+    if supervisor.dies_by:
+        process.die_by(supervisor.dies_by)
+    return code

@@ -11,7 +11,8 @@ import struct
 import sys
 import time
 
-from base import exit_codes, faults, timeline
+from base import exit_codes, faults, threads, timeline
+from base.errno_text import errno_text
 from base.lean_std import signal, signal_name, socket
 from base.lean_typing import Any, Callable
 from ipc import descriptors
@@ -44,6 +45,9 @@ SHUTDOWN_GRACE_S = 0.6
 CLOSING_GRACE_S = 5.0
 #: How long killed cells may take to disappear.
 REAP_TIMEOUT_S = 5.0
+#: What is meant when a cell ends by SIGABRT before its filter is on, or by SIGSYS: abort(3) is forbidden by the filter
+#: that a worker inherits. ZeroMQ does that when it gets no thread although there was room a moment ago.
+ABORTED = f"a library has given up, as it does when no thread can be made: {threads.ADVICE}"
 
 
 class Supervisor:
@@ -60,6 +64,8 @@ class Supervisor:
         self._cells: dict[int, Cell] = {controller.pid: controller}
         self._pid = os.getpid()
         self._exit_code: int | None = None
+        #: The signal that the visible process has to die by, 0 if its exit code says how the microVM ended.
+        self.dies_by = 0
         self._end_deadline = 0.0
         self._ended = False
         self._sealing = Sealing(setup, controller, self._fail_cell)
@@ -173,6 +179,8 @@ class Supervisor:
         if self._exit_code is not None:
             return
         self._exit_code = exit_codes.of_intercepted(number)
+        if number in exit_codes.DIE_BY:
+            self.dies_by = number
         text = f"Shutting down VM after intercepting signal {number}, code {code}."
         self._log.error(text)
         if self._controller.seal is None and self._send(Shutdown(self._exit_code, text)):
@@ -198,21 +206,22 @@ class Supervisor:
         code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 0
         if record.seal is not None and not record.wall:
             self._sealing.drain(record)
-        if number == signal.SIGSYS and not record.wall:
+        name = f"{record.name} (pid {record.pid})"
+        if number in (signal.SIGSYS, signal.SIGABRT) and not record.filtered:
+            record.text = record.text or ABORTED
+            self._log.error(f"{name} cannot start: {record.text}")
+        elif number == signal.SIGSYS and not record.wall:
             record.wall = WALL_SECCOMP
-            self._log.error(
-                f"{record.name} (pid {record.pid}): wall seccomp: ended by the filter for a forbidden system call"
-            )
-        elif number and not record.wall and (record is self._controller or self._exit_code is None):
-            # When the microVM is ending, workers are killed by the controller or by ourselves.
-            self._log.error(f"{record.name} (pid {record.pid}) was ended by signal {number} ({signal_name(number)})")
+            self._log.error(f"{name}: wall seccomp: ended by the filter for a forbidden system call")
+        elif number and not record.wall and not (number == signal.SIGKILL and record.killed):
+            self._log.error(f"{name} was ended by signal {number} ({signal_name(number)})")
         if record is self._controller:
             self._controller_ended(record, number, code)
         elif self._ahead is not None and record is self._ahead[1]:
             self._ahead[2].close()
             self._ahead = None  # the controller does not know of it; when it asks, another one is forked
         else:
-            self._send(CellEnded(record.index, record.pid, code, number, record.wall))
+            self._send(CellEnded(record.index, record.pid, code, number, record.wall, record.text))
         record.close()
 
     def _controller_ended(self, record: Cell, number: int, code: int) -> None:
@@ -294,6 +303,8 @@ class Supervisor:
         if request.signal not in _CELL_SIGNALS or record is None or not is_worker:
             self._send(Failed("supervisor.signal", "no such worker, or not a signal that may be sent"), sequence)
             return
+        if request.signal == signal.SIGKILL:
+            record.killed = True
         try:
             signal.pidfd_send_signal(record.pidfd, request.signal)
         except ProcessLookupError:
@@ -308,7 +319,8 @@ class Supervisor:
         try:
             descriptor = self._setup.memory.make(request.size)
         except OSError as error:
-            self._send(Failed("supervisor.memory", f"cannot make guest memory: {error.strerror}"), sequence)
+            text = f"Invalid Memory Configuration: Cannot create mmap region: {errno_text(error)}"
+            self._send(Failed("supervisor.memory", text), sequence)
             return
         faults.visit("supervisor.memory")
         self._send(MemoryCreated(request.size), sequence, (descriptor,))
@@ -329,7 +341,7 @@ class Supervisor:
         try:
             record, ours = self._take_ahead(request) or self._fork_worker(Assignment(*request))
         except OSError as error:
-            self._send(Failed("supervisor.fork", f"cannot fork a worker: {error.strerror}"), sequence)
+            self._send(Failed("supervisor.fork", f"cannot fork a worker: {threads.explain(error)}"), sequence)
             return
         try:
             descriptors.send(ours, ENDPOINT_BOUND)

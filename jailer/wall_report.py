@@ -1,4 +1,4 @@
-"""One JSON line per cell in the log: the walls that were asked for, the walls that were found, the filter's digest."""
+"""One JSON line per cell in the wall log, if there is one: the walls asked for and found, the filter's digest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DYING_MS = 100
 
 
 def compare(setup: Setup, role: str, index: int, pid: int, pidfd: int) -> list[str] | None:
-    """Compare a process with its walls, write the line, return the differences.
+    """Compare a process with its walls, write the line if it is wanted, return the differences.
 
     None if the process (``pidfd``, -1 for ourselves) died meanwhile: a dead process has no walls.
     """
@@ -26,6 +26,8 @@ def compare(setup: Setup, role: str, index: int, pid: int, pidfd: int) -> list[s
     differences = verify.differences(wanted, actual)
     if differences and pidfd >= 0 and _ended(pidfd):
         return None
+    if not setup.log.reports:
+        return differences
     chosen = setup.filters.get(role)
     setup.log.record(
         {

@@ -10,12 +10,14 @@ import time
 import zmq
 
 from base import faults
+from base import threads as base_threads
+from base.errors import CellblockError
 from base.exit_codes import GENERIC_ERROR
 from base.lean_std import socket
 from base.lean_typing import Any, Callable
 from ipc.channel import Channel, PairChannel
 from ipc.descriptors import receive
-from ipc.errors import ChannelError, IpcError
+from ipc.errors import ChannelError
 from ipc.launch_plan import ENDPOINT_BOUND, PLACEMENT_SPLIT, Assignment, LaunchPlan, endpoint
 from ipc.messages.descriptors import DESCRIPTORS
 from ipc.messages.records import WORKER
@@ -47,14 +49,24 @@ def run(
     """Be the worker ``assignment`` until the controller says Finish or is gone; return the exit code of the cell.
 
     ``channel`` is our end of the descriptor channel, ``kvm_fd`` an open /dev/kvm; both are taken over. ``seal`` is
-    called once, when every thread exists, before anything of the guest is read. No exception leaves this function.
+    called once, when every thread exists, before anything of the guest is read. What goes wrong before it returns is
+    raised, for the supervisor to tell; afterwards no exception leaves this.
     """
+    sealed = False
+
+    def close_walls() -> None:
+        nonlocal sealed
+        seal()
+        sealed = True
+
     try:
-        return _run(plan, assignment, channel, kvm_fd, seal)
-    except (WorkerError, IpcError) as error:
-        return _complain(assignment.worker, str(error))
-    except Exception as error:  # a cell prints no traceback
-        return _complain(assignment.worker, f"internal error: {type(error).__name__}: {error}")
+        return _run(plan, assignment, channel, kvm_fd, close_walls)
+    except Exception as error:
+        if not sealed:
+            raise
+        expected = isinstance(error, CellblockError)
+        text = str(error) if expected else f"internal error: {type(error).__name__}: {error}"
+        return _complain(assignment.worker, text)
 
 
 def _complain(worker: int, text: str) -> int:
@@ -82,6 +94,7 @@ def _run(
     completions = Completions()
     made = _prepare(system, plan, assignment, completions)
     os.close(kvm_fd)
+    base_threads.check_room(base_threads.ZEROMQ_THREADS)
     context = zmq.Context(io_threads=1)
     control_channel = Channel(context, WORKER, plan.epoch)
     _await_endpoint(channel)

@@ -14,6 +14,7 @@ import ctypes
 import os
 from _queue import SimpleQueue
 
+from base import threads
 from base.lean_std import deque, signal
 from base.lean_typing import Any, Callable
 
@@ -71,9 +72,9 @@ class VcpuThread:
         self._identity = 0
 
     def start(self) -> None:
-        """Start the thread and wait until it is parked. Not possible after seal()."""
+        """Start the thread and wait until it is parked. Not possible after seal(). Raises ThreadError."""
         with self._parked:
-            self._identity = _thread.start_new_thread(self._main, ())
+            self._identity = threads.start(self._main)
             self._parked.acquire()  # the thread releases it
 
     def submit(self, job: Job, done: Done) -> None:

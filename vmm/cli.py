@@ -109,6 +109,7 @@ _CELLBLOCK_FLAGS = (
     _Flag("kernel-entry", "How the kernel is entered.", default=KERNEL_ENTRIES[0], choices=KERNEL_ENTRIES),
     _Flag("console", "Where the serial console goes without serial_out_path.", default=CONSOLES[0], choices=CONSOLES),
     _Flag("exerciser", "Add the test device.", takes_value=False),
+    _Flag("wall-log", "Append the report on the walls of each cell, and the supervisor's lines, to this file."),
     _Flag(
         "dump-cpu-config",
         "Build the microVM of --config-file, write its CPUID and MSRs to this file as a CPU template, and end.",
@@ -148,6 +149,7 @@ class CommandLine:
         "kernel_entry",
         "console",
         "exerciser",
+        "wall_log",
         "dump_cpu_config",
     )
 
@@ -181,6 +183,7 @@ class CommandLine:
     kernel_entry: str
     console: str
     exerciser: bool
+    wall_log: str | None
     dump_cpu_config: str | None
 
     def __repr__(self) -> str:

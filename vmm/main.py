@@ -15,7 +15,7 @@ from base.version import FIRECRACKER_VERSION
 from ipc.launch_plan import ROLE_VMM, LaunchPlan
 from vmm import file_limit
 from vmm.api.dispatch import Dispatcher
-from vmm.api.server import ApiServer, bind
+from vmm.api.server import ApiServer, ApiSocketError, bind
 from vmm.api.streams import EventStreams
 from vmm.boot import loader
 from vmm.cells.supervisor import SupervisorClient
@@ -25,7 +25,7 @@ from vmm.config.resources import VmResources
 from vmm.config.start_options import StartOptions
 from vmm.machine.builder import MicrovmBuilder
 from vmm.observe.event_log import EVENTS
-from vmm.observe.logger import LOG, LoggerConfig
+from vmm.observe.logger import LOG, LoggerConfig, LoggerConfigError
 from vmm.observe.metrics import METRICS, MetricsConfig, read_logger
 from vmm.session import Session
 
@@ -44,15 +44,35 @@ def run(plan: LaunchPlan, supervisor: socket.socket, seal: Callable[[], None]) -
     try:
         return Program(plan, parse(plan.arguments), supervisor).run(seal)
     except CommandLineError as error:
-        return _complain(str(error), error.exit_code)
+        return _refuse(str(error), error.exit_code)
+    except ApiSocketError as error:
+        return _refuse(f"RunWithApiError error: {error}", exit_codes.GENERIC_ERROR)
     except CellblockError as error:
-        return _complain(str(error), exit_codes.GENERIC_ERROR)
+        return _refuse(str(error), exit_codes.GENERIC_ERROR)
     except Exception as error:  # a cell prints no traceback
-        return _complain(f"internal error: {type(error).__name__}: {error}", exit_codes.UNEXPECTED_ERROR)
+        return _refuse(f"internal error: {type(error).__name__}: {error}", exit_codes.UNEXPECTED_ERROR)
 
 
-def _complain(text: str, code: int) -> int:
-    os.write(2, f"{text}\n".encode(errors="backslashreplace"))
+def _refuse(text: str, code: int) -> int:
+    """Say why the program ends, on standard error and in the log: nobody may be reading one of them."""
+    try:
+        os.write(2, f"{text}\n".encode(errors="backslashreplace"))
+    except OSError:
+        pass  # nobody listens
+    LOG.error(text)
+    return _log_end(code)
+
+
+def log_refusal(line: CommandLine, text: str, code: int) -> int:
+    """Tell the log of ``--log-path`` why a program ends that got no controller; return ``code``."""
+    if line.log_path is not None:
+        LOG.instance_id = line.id
+        try:
+            LOG.configure(LoggerConfig.of(line))
+        except LoggerConfigError:
+            return code  # what went wrong first was told
+        LOG.error(text)
+        _log_end(code)
     return code
 
 
@@ -85,13 +105,14 @@ class Program:
     def run(self, seal: Callable[[], None]) -> int:
         """Serve until the end; return the exit code."""
         LOG.info(f"Running Firecracker v{FIRECRACKER_VERSION}")
-        if not self._command_line.no_api:
-            self._listener = bind(self._command_line.api_sock)
         try:
+            if not self._command_line.no_api:
+                self._listener = bind(self._command_line.api_sock)
             self._events.add_subscriber(self._supervisor)
             self._builder.bind()
             self._builder.prepare()  # the worker starts while our walls are being closed
             seal()
+            _log_walls(self._plan)
             _run_drills(self._plan)
             faults.visit("vmm.start")
             code = self._serve()
@@ -158,6 +179,12 @@ def _log_end(code: int) -> int:
     else:
         LOG.error(f"Firecracker exiting with error. exit_code={code}")
     return code
+
+
+def _log_walls(plan: LaunchPlan) -> None:
+    """One line for people; the report on each wall is for programs, and in the supervisor's wall log."""
+    off = f", switched off: {', '.join(plan.switched_off)}" if plan.switched_off else ""
+    LOG.info(f"Walls of {ROLE_VMM} verified (seccomp: {plan.seccomp}{off}).")
 
 
 def _run_drills(plan: LaunchPlan) -> None:

@@ -114,7 +114,7 @@ class Session:
 
     def _fail_start(self, text: str) -> None:
         self.logger.error(text)
-        self._exit_code = exit_codes.BAD_CONFIGURATION
+        self._exit_code = exit_codes.GENERIC_ERROR
 
     def _dump_cpu_config(self, path: str) -> None:
         self.resources.check_startable()

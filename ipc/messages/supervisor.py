@@ -53,7 +53,7 @@ class MemoryCreated(NamedTuple):
 class CellEnded(NamedTuple):
     """Supervisor → controller: a cell ended. ``signal`` is 0 when it exited with ``status``.
 
-    ``wall`` names the wall that ended it ("seccomp"), or is empty.
+    ``wall`` names the wall that ended it ("seccomp"), or is empty; ``text`` says why it could not start, or is empty.
     """
 
     worker: int
@@ -61,6 +61,7 @@ class CellEnded(NamedTuple):
     status: int
     signal: int
     wall: str
+    text: str = ""
 
 
 class Shutdown(NamedTuple):
@@ -91,6 +92,15 @@ SUPERVISOR.register(4, SignalCell, worker=WORKER_FIELD, pid=Int(U32, 1), signal=
 SUPERVISOR.register(5, Signalled)
 SUPERVISOR.register(6, CreateMemory, size=Int(MAX_MEMORY_BYTES, 1))
 SUPERVISOR.register(7, MemoryCreated, size=Int(MAX_MEMORY_BYTES, 1))
-SUPERVISOR.register(8, CellEnded, worker=WORKER_FIELD, pid=Int(U32, 1), status=Int(U8), signal=Int(64), wall=Text(64))
+SUPERVISOR.register(
+    8,
+    CellEnded,
+    worker=WORKER_FIELD,
+    pid=Int(U32, 1),
+    status=Int(U8),
+    signal=Int(64),
+    wall=Text(64),
+    text=TEXT_FIELD,
+)
 SUPERVISOR.register(9, Shutdown, code=Int(U8), text=TEXT_FIELD)
 SUPERVISOR.register(10, SignalNoticed, signal=Int(64, 1), text=TEXT_FIELD)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 
+from base import threads
 from base.errno_text import errno_text
 from jailer import syscalls
 from jailer.errors import StepError
@@ -66,7 +67,7 @@ def detach(daemonize: bool, new_pid_namespace: bool) -> Launcher:
             if leads_session:
                 os.setsid()  # or the terminal would hang up on us when the leader ends
     except OSError as error:
-        raise StepError(f"Failed cloning into a new child process: {errno_text(error)}") from None
+        raise StepError(f"Failed cloning into a new child process: {threads.explain(error)}") from None
     os.close(read_end)
     return Launcher(write_end)
 

@@ -20,6 +20,7 @@ import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
 
+from base.errors import ThreadError  # noqa: E402
 from ipc.channel import PairChannel  # noqa: E402
 from ipc.launch_plan import ENDPOINT_BOUND, FORKED_AHEAD, Assignment, LaunchPlan  # noqa: E402
 from ipc.messages.supervisor import SUPERVISOR, CellEnded, CreateMemory, Shutdown, SignalCell, Spawn  # noqa: E402
@@ -79,6 +80,7 @@ def one_worker(plan: LaunchPlan, client: Client) -> int:
     client.ask(Spawn(0, (0,), ()))
     message = client.notice()
     say(f"ended {message.worker} status={message.status} signal={message.signal} wall={message.wall!r}")
+    say(f"text {message.text}")
     return 0
 
 
@@ -234,6 +236,10 @@ def fail_early() -> int:
     return 7
 
 
+def no_thread() -> int:
+    raise ThreadError("no thread can be made")
+
+
 #: What happens instead of, or before, the seal.
 BEFORE_SEAL: dict[str, Callable[[], int | None]] = {
     "fail-early": fail_early,
@@ -241,6 +247,8 @@ BEFORE_SEAL: dict[str, Callable[[], int | None]] = {
     "never-seal": lambda: time.sleep(60),
     "lower-limit": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (100, 2048)),
     "extra-group": lambda: None,
+    "abort": os.abort,
+    "no-thread": no_thread,
 }
 
 

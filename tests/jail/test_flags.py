@@ -293,10 +293,10 @@ def test_worker_that_cannot_join_its_cgroup(base: Path) -> None:
         os.rmdir(f"/sys/fs/cgroup/cpu/firecracker/{jailed.id}/vcpu-1")
         with pytest.raises(AssertionError, match="/actions"):
             jailed.boot(vcpu_count=2, vcpu_placement="Split")
-        text = "cannot be confined: cannot join the cgroup of worker 1: No such device (os error 19)"
+        text = "cannot start: cannot join the cgroup of worker 1: No such device (os error 19)"
         wait_for(lambda: text in jailed.log(), jailed.describe)
         assert jailed.api("GET", "/").body["state"] == "Not started"
-        assert jailed.stop() == 143
+        assert jailed.stop() == -signal.SIGTERM
     wait_for(lambda: not list(Path("/sys/fs/cgroup").glob(f"*/firecracker/{jailed.id}")), "the cgroups to be removed")
 
 

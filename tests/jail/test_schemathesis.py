@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -108,4 +109,4 @@ def test_generated_requests(base: Path, state: str, scale: Scale, seed: int) -> 
         assert jailed.api("GET", "/version").status == 200
         assert is_alive(jailed.pid)
         assert "Internal VMM error: unexpected" not in jailed.output()
-        assert jailed.stop() == 143
+        assert jailed.stop() == -signal.SIGTERM

@@ -115,7 +115,7 @@ def test_as_root(directory: Path, no_leftovers: NoLeftovers) -> None:
         sockets = ipc_directory(cells["vmm"])
         assert sockets.is_dir()
         running.process.terminate()
-        assert running.process.wait(10) == 143
+        assert running.process.wait(10) == -signal.SIGTERM
     wait_for(lambda: not sockets.exists(), "the janitor")
 
 

@@ -226,7 +226,7 @@ def check_life(jailed: JailedMicrovm, events: Events, case: Case, name: str, rep
         (vcpu,) = jailed.api("GET", "/vcpus").body
         assert vcpu["replacements"] == int(case.outcome == "replaced")
         wait_for(lambda: workers(jailed) == [vcpu["pid"]], "the end of the other worker")
-    assert jailed.stop() == 143, jailed.describe()
+    assert jailed.stop() == -signal.SIGTERM, jailed.describe()
     assert events.until("ended")["exit_code"] == 143
 
 
@@ -259,6 +259,6 @@ def test_a_worker_that_stops_and_goes_on(base: Path, no_leftovers: NoLeftovers, 
         assert reply is None or reply.status == 204, reply.body
         wanted = "Paused" if case.state == "paused" or case.fault == "vcpu.pause" else "Running"
         assert jailed.api("GET", "/").body["state"] == wanted
-        assert jailed.stop() == 143, jailed.describe()
+        assert jailed.stop() == -signal.SIGTERM, jailed.describe()
         events.close()
         _after_the_janitor(jailed)

@@ -7,6 +7,7 @@ with workers of its own, and the machine that is started is real.
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class Program:
     def close(self) -> None:
         self._client.close()
         self.vm.process.terminate()
-        assert self.vm.wait() == 143
+        assert self.vm.wait() == -signal.SIGTERM
         self.vm.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -78,4 +79,4 @@ def test_the_program_answers_as_the_table_says(state: str, tmp_path: Path) -> No
         }  # fmt: skip
         client.close()
         vm.process.terminate()
-        assert vm.wait() == 143
+        assert vm.wait() == -signal.SIGTERM

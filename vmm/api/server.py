@@ -83,7 +83,12 @@ def bind(path: str) -> socket.socket:
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        raise ApiSocketError(f"Failed to open the API socket at: {path}. Check that it is not already used.") from error
+        if error.errno == errno.EADDRINUSE:
+            text = f"Failed to open the API socket at: {path}. Check that it is not already used."
+        else:  # without a number: the path does not fit into an address
+            reason = "path must be shorter than SUN_LEN" if error.errno is None else errno_text(error)
+            text = f"Failed to bind and run the HTTP server: IO error: {reason}"
+        raise ApiSocketError(text) from error
     return listener
 
 

@@ -93,7 +93,7 @@ class WorkerProcess:
     # ------------------------------------------------------------ end
 
     def kill(self) -> None:
-        """SIGKILL by pidfd or, where the pidfd may not be used, by the supervisor; returns at once.
+        """SIGKILL by the supervisor or, where there is none any more, by pidfd; returns at once.
 
         A worker that was asked for and whose pidfd is not here yet is killed when it comes.
         """
@@ -109,12 +109,13 @@ class WorkerProcess:
             self._send_kill()
 
     def _send_kill(self) -> None:
+        # By the supervisor, as long as there is one: so it knows that nobody else has ended the worker.
+        if self._supervisor.signal(self.index, self.pid, signal.SIGKILL):
+            return
         try:
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         except OSError:
-            self._supervisor.signal(self.index, self.pid, signal.SIGKILL)
+            pass  # it has ended, or nobody can end it but the kernel, which does as the supervisor is gone
 
     def _has_exited(self, patience_ms: int) -> bool:
         if self._pidfd < 0:
@@ -143,6 +144,8 @@ class WorkerProcess:
         """Say how the process ended, in words that follow its name."""
         if self.ended is None:
             return f"is {self.state.value}"
+        if self.ended.text:
+            return f"could not start: {self.ended.text}"
         if self.ended.wall:
             return f"was ended by its {self.ended.wall} wall"
         if self.ended.signal:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import select
 import time
 
+from base.errno_text import errno_text
 from base.event_manager import EventManager, EventOps, Events
 from base.lean_std import socket
 from base.lean_typing import Any, Callable, TypeVar
 from ipc.channel import PairChannel
 from ipc.descriptors import OwnedDescriptors
-from ipc.errors import IpcError
-from ipc.launch_plan import Assignment
+from ipc.errors import IpcError, MessageError
+from ipc.launch_plan import MAX_MEMORY_BYTES, Assignment
 from ipc.messages.records import Failed
 from ipc.messages.supervisor import (
     SUPERVISOR,
@@ -25,6 +27,7 @@ from ipc.messages.supervisor import (
     Spawned,
 )
 from vmm.errors import SupervisorError
+from vmm.observe.logger import LOG
 
 REQUEST_TIMEOUT_NS = 30_000_000_000
 #: A reply brings two descriptors at the most (pidfd and descriptor channel).
@@ -81,6 +84,8 @@ class SupervisorClient:
         """Send a request without waiting; :meth:`collect` waits for its reply. Raises SupervisorError."""
         try:
             sequence = self._channel.send(message)
+        except MessageError as error:  # names records of ours, which nobody knows: for the log
+            raise SupervisorError(internal_error("a request to the supervisor", error)) from None
         except IpcError as error:
             raise SupervisorError(f"The supervisor cannot be asked: {error}") from None
         self._awaited.add(sequence)
@@ -123,18 +128,22 @@ class SupervisorClient:
 
     def create_memory(self, size: int) -> int:
         """Return the descriptor of a new guest memory of ``size`` bytes. Raises SupervisorError."""
+        if size > MAX_MEMORY_BYTES:  # more than any guest has addresses for
+            text = errno_text(errno.ENOMEM)
+            raise SupervisorError(f"Invalid Memory Configuration: Cannot create mmap region: {text}")
         _, owned = self.collect(self.submit(CreateMemory(size)), MemoryCreated)
         with owned:
             if len(owned) != 1:
                 raise SupervisorError("The supervisor did not hand over the guest memory.")
             return owned.take()
 
-    def signal(self, worker: int, pid: int, number: int) -> None:
-        """Have a signal sent to a worker; does not wait, and does nothing if the supervisor is gone."""
+    def signal(self, worker: int, pid: int, number: int) -> bool:
+        """Have a signal sent to a worker; does not wait. False if the supervisor is gone."""
         try:
             self._channel.send(SignalCell(worker, pid, number))
         except IpcError:
-            pass  # the end of the channel is noticed where it is read
+            return False  # the end of the channel is noticed where it is read
+        return True
 
     def close(self) -> None:
         """Close the channel; the supervisor takes that as the controller's end."""
@@ -142,3 +151,9 @@ class SupervisorClient:
             owned.close()
         self._replies.clear()
         self._channel.close()
+
+
+def internal_error(what: str, error: Exception) -> str:
+    """Log in our own terms what cannot be sent, and return what a client is told: nothing of it is its fault."""
+    LOG.error(f"Internal error: {what} breaks its own schema: {error}")
+    return f"Internal error: {what} cannot be sent. The log says more."

@@ -12,7 +12,7 @@ from base.event_manager import EventManager, EventOps, Events
 from base.lean_std import socket
 from base.lean_typing import Any, Callable, NamedTuple, Sequence, TypeVar
 from ipc.channel import Channel, PairChannel
-from ipc.errors import IpcError
+from ipc.errors import IpcError, MessageError
 from ipc.launch_plan import Assignment, LaunchPlan, endpoint
 from ipc.messages.descriptors import DESCRIPTORS
 from ipc.messages.ghosts import GhostEvent, GhostRecovered
@@ -38,7 +38,7 @@ from vmm.cells.descriptors import WorkerDescriptors, receive_run_pages, send_des
 from vmm.cells.lifecycle import DEADLINES, SECOND_NS, WorkerEvent, WorkerState
 from vmm.cells.process import DYING_MS, WorkerProcess
 from vmm.cells.replies import Replies
-from vmm.cells.supervisor import SupervisorClient
+from vmm.cells.supervisor import SupervisorClient, internal_error
 from vmm.errors import MicrovmEndedError, StateError, SupervisorError, VmmError, WorkerError
 
 __all__ = ["SECOND_NS", "Worker", "WorkerDescriptors"]
@@ -337,6 +337,9 @@ class Worker(WorkerProcess):
             raise self.error()
         try:
             sequence = self._channel.send(message, deadline=deadline)
+        except MessageError as error:  # it is us who break it, and clients know no names of our messages
+            self._fail(internal_error("a command to a worker", error))
+            raise self.error() from None
         except IpcError as error:
             if not self._has_exited(DYING_MS):
                 self.breach(str(error))

@@ -7,7 +7,7 @@ import time
 
 import zmq
 
-from base import faults
+from base import faults, threads
 from base.errors import CellblockError
 from base.event_manager import EventManager
 from base.lean_typing import Any, Callable, Sequence
@@ -68,7 +68,11 @@ class MicrovmBuilder:
         supervisor.on_cell_ended = self._cell_ended
 
     def bind(self) -> None:
-        """Make the endpoint of worker 0. That starts ZeroMQ's threads, which have to exist when the filter goes on."""
+        """Make the endpoint of worker 0. That starts ZeroMQ's threads, which have to exist when the filter goes on.
+
+        Raises WorkerError, ThreadError.
+        """
+        threads.check_room(threads.ZEROMQ_THREADS)
         self._worker(0).bind()
 
     def prepare(self) -> None:

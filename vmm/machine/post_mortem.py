@@ -52,6 +52,8 @@ def of_end(worker: Worker, notice: CellEnded) -> Failure:
         failure = Failure(Cause.SIGNAL, number, text, exit_codes.of_signal(notice.signal))
     if notice.wall:
         failure = failure._replace(cause=Cause.WALL, detail=notice.wall, text=f"{text}, by its {notice.wall} wall")
+    if notice.text:
+        failure = failure._replace(text=f"{name} could not start: {notice.text}")
     return failure._replace(text=f"{failure.text}.")
 
 
