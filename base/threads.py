@@ -70,3 +70,32 @@ def _exists(number: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+class MadeByLibrary:
+    """Around the making of ``count`` threads by a library that ends the process when it does not get one.
+
+    Room for them is tried first. Others may take it in between; so what the library says then goes to
+    ``last_words``, a descriptor of whoever has to report the end.
+    """
+
+    #: Set in a cell before its role runs: its seal channel. -1: standard error is as good.
+    last_words = -1
+
+    __slots__ = ("_count", "_saved")
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._saved = -1
+
+    def __enter__(self) -> None:
+        """Raises ThreadError."""
+        check_room(self._count)
+        if self.last_words >= 0:
+            self._saved = os.dup(2)
+            os.dup2(self.last_words, 2)
+
+    def __exit__(self, *_: object) -> None:
+        if self._saved >= 0:
+            os.dup2(self._saved, 2)
+            os.close(self._saved)

@@ -10,6 +10,7 @@ from base.errno_text import errno_text
 from base.errors import CellblockError
 from base.lean_std import signal, socket
 from base.lean_typing import Callable, NamedTuple, NoReturn
+from base.threads import MadeByLibrary
 from ipc import descriptors
 from ipc.errors import IpcError
 from ipc.launch_plan import ROLE_VMM, LaunchPlan, cell_name
@@ -17,6 +18,7 @@ from jailer import walls
 from jailer.errors import CellError, JailerError
 from jailer.seccomp.install import Filter, install
 from jailer.steps import identity
+from jailer.steps.title import TITLE
 
 # Frames of a seal channel, cell → supervisor. ENTERED: the controller is in its jail (with the locked pid file, if
 # there is one). FILTERED brings the listener in report mode. FAILED is followed by a text.
@@ -79,6 +81,7 @@ def confine(context: CellContext) -> None:
     # Readable for the supervisor until it has verified the walls; the seal makes it non-dumpable.
     identity.set_dumpable(True)
     identity.set_name(context.name)
+    TITLE.show_role(context.name)
     faults.visit("cell.confined")
 
 
@@ -177,6 +180,7 @@ def _run(context: CellContext, prepare: Callable[[], tuple[int, ...]], role: Cal
         report_failure(context, errno_text(error) if isinstance(error, OSError) else str(error))
         return EXIT_FAILED
     seal = Seal(context)
+    MadeByLibrary.last_words = context.seal.fileno()
     try:
         return role(seal)
     except Exception as error:

@@ -54,8 +54,8 @@ class Cell:
     """One child: the controller or a worker."""
 
     __slots__ = (
-        "assignment", "deadline", "filtered", "index", "killed", "listener", "pid", "pidfd", "role", "seal", "text",
-        "wall",
+        "assignment", "deadline", "filtered", "index", "killed", "last_words", "listener", "pid", "pidfd", "role", "seal",
+        "text", "wall",
     )  # fmt: skip
 
     def __init__(self, role: str, index: int, pid: int, pidfd: int, seal: socket.socket) -> None:
@@ -71,6 +71,8 @@ class Cell:
         self.wall = ""
         #: Why it could not start, in its own words.
         self.text = ""
+        #: What a library of it said before it ended the process.
+        self.last_words = ""
         #: Its own filter is on.
         self.filtered = False
         #: It was killed on purpose, by us or because the controller asked for it.

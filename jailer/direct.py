@@ -24,8 +24,11 @@ from jailer.start import (
     wait_entered,
 )
 from jailer.steps import identity, process
+from jailer.steps.title import TITLE
 from jailer.steps.worker_cgroups import WorkerCgroups
 
+#: What the visible process is called.
+PROGRAM = "firecracker"
 _ATTEMPTS = 100
 
 
@@ -62,6 +65,7 @@ def launch(
     """
     timeline.mark("prepare")
     hold_signals()
+    TITLE.find(PROGRAM)
     process.ensure_standard_descriptors()
     inherited = process.inherited_descriptors()
     proc = verify.open_proc()
@@ -107,7 +111,7 @@ def launch(
     setup = Setup(
         launch_plan, roles, asked, proc, host.kvm_fd, host.kvm_error, filters.by_role, memory, log, WorkerCgroups()
     )
-    close_supervisor(setup, host, "firecracker", dumpable_wall=True)
+    close_supervisor(setup, host, PROGRAM, dumpable_wall=True)
     os.close(host.null)
     if filters.warning:
         log.warning(filters.warning)

@@ -24,6 +24,7 @@ from jailer.memory import MemoryMaker, ReserveMemory
 from jailer.operations import Operation, Plan
 from jailer.settings import Settings
 from jailer.steps import cgroups, detach, devices, directories, identity, process, roots
+from jailer.steps.title import TITLE
 
 _NO_SECCOMP = "--no-seccomp"
 
@@ -52,6 +53,7 @@ class JailedLaunch:
         timeline.mark("prepare")
         settings = self._settings
         start.hold_signals()
+        TITLE.find(settings.exec_name)
         proc = verify.open_proc()
         self._open_wall_log()
         self._arm()
@@ -123,7 +125,8 @@ class JailedLaunch:
         settings = self._settings
         off = frozenset(self._off)
         root = directories.MakeJailRoot(settings.jail_root)
-        operations: list[Operation] = [*parent.operations, root]
+        program = directories.CopyExecFile(settings.exec_file, settings.jail_root, self._uid, self._gid)
+        operations: list[Operation] = [*parent.operations, root, program]
         if settings.netns:
             operations.append(process.JoinNetworkNamespace(settings.netns))
         reserve = ReserveMemory(settings.limits.file_size is not None and walls.LIMITS not in off)

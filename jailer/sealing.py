@@ -51,7 +51,9 @@ class Sealing:
                 text = frame[len(cell.FAILED) :].decode("utf-8", "replace")
                 record.text = text
                 self._fail(record, f"{record.name} (pid {record.pid}) cannot start: {text}")
-            elif frame != cell.ENTERED:
+            elif frame and frame != cell.ENTERED:
+                record.last_words = frame.decode("utf-8", "replace").strip()
+            elif not frame:
                 record.seal.close()  # at the end of the channel the exit status tells the rest
                 record.seal = None
 

@@ -17,6 +17,7 @@ from jailer.errors import CellError
 from jailer.log import Log
 from jailer.seccomp.install import Filter, install
 from jailer.steps import detach, identity, process
+from jailer.steps.title import TITLE
 from jailer.supervisor import Supervisor
 
 
@@ -132,6 +133,7 @@ def close_supervisor(setup: Setup, host: Host, name: str, *, dumpable_wall: bool
         if descriptor >= 0:
             os.close(descriptor)
     identity.set_name(name)
+    TITLE.show_arguments(setup.plan.arguments)
     if dumpable_wall:
         identity.set_dumpable(False)
     chosen = setup.filters.get(ROLE_SUPERVISOR)

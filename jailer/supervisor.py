@@ -5,6 +5,7 @@ Single-threaded, driven by poll(2), forks only from here. What the controller ma
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import struct
@@ -12,7 +13,7 @@ import sys
 import time
 
 from base import exit_codes, faults, threads, timeline
-from base.errno_text import errno_text
+from base.errno_text import errno_text, strerror
 from base.lean_std import signal, signal_name, socket
 from base.lean_typing import Any, Callable
 from ipc import descriptors
@@ -45,9 +46,6 @@ SHUTDOWN_GRACE_S = 0.6
 CLOSING_GRACE_S = 5.0
 #: How long killed cells may take to disappear.
 REAP_TIMEOUT_S = 5.0
-#: What is meant when a cell ends by SIGABRT before its filter is on, or by SIGSYS: abort(3) is forbidden by the filter
-#: that a worker inherits. ZeroMQ does that when it gets no thread although there was room a moment ago.
-ABORTED = f"a library has given up, as it does when no thread can be made: {threads.ADVICE}"
 
 
 class Supervisor:
@@ -208,7 +206,7 @@ class Supervisor:
             self._sealing.drain(record)
         name = f"{record.name} (pid {record.pid})"
         if number in (signal.SIGSYS, signal.SIGABRT) and not record.filtered:
-            record.text = record.text or ABORTED
+            record.text = record.text or _given_up(record.last_words)
             self._log.error(f"{name} cannot start: {record.text}")
         elif number == signal.SIGSYS and not record.wall:
             record.wall = WALL_SECCOMP
@@ -452,6 +450,18 @@ class Supervisor:
         self._cells.clear()
         if self._ahead is not None:
             self._ahead[2].detach()
+
+
+def _given_up(last_words: str) -> str:
+    """Say what it means that a cell ended by SIGABRT before its filter was on, or by SIGSYS.
+
+    abort(3) is forbidden by the filter that a worker inherits. ZeroMQ calls it when it gets no thread although there
+    was room a moment ago, after words like "Resource temporarily unavailable (src/thread.cpp:241)".
+    """
+    words = last_words.partition(" (")[0]
+    if words == strerror(errno.EAGAIN):
+        return f"no thread can be made: {errno_text(errno.EAGAIN)}: {threads.ADVICE}"
+    return f"a library has given up: {words or 'it has not said why'}"
 
 
 def _refuse_assignment(request: Spawn) -> str:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from devtool.project import PYTHON, ROOT, say
 from devtool.testing import has_hardware_paging
 from lab.client import CHROOT_BASE, ClientError, Jail, Microvm, descendants, without_log
+
+if TYPE_CHECKING:
+    from lab.guest_image import GuestImage
 
 MICROVM_ID = "demo"
 UID = 10000
@@ -41,7 +47,13 @@ def _demonstrate() -> int:
     from lab.guest_image import ensure
 
     image = ensure()
-    before = _traces()
+    with tempfile.NamedTemporaryFile(prefix="cellblock-demo-") as walls:
+        before = _traces()
+        _run(image, Path(walls.name))
+        return _show_traces(before)
+
+
+def _run(image: GuestImage, walls: Path) -> None:
     jail = Jail(MICROVM_ID, UID, UID)
     say(f"jail root: {jail.root}")
     kernel = jail.add(image.vmlinuz, "vmlinuz")
@@ -49,7 +61,7 @@ def _demonstrate() -> int:
     # fmt: off
     options = [
         "--cleanup", "--new-pid-ns", "--cgroup-version", "2" if _cgroup_v2() else "1",
-        "--cgroup", "pids.max=64", "--resource-limit", "no-file=1024",
+        "--cgroup", "pids.max=64", "--resource-limit", "no-file=1024", "--wall-log", str(walls),
     ]
     # fmt: on
     say("$ " + " ".join(jail.command(options)))
@@ -65,13 +77,13 @@ def _demonstrate() -> int:
         print(microvm.expect("CELLBLOCK-READY", BOOT_TIMEOUT), flush=True)
         _show_guest(microvm)
         _show_cells(jail)
+        _show_walls(walls)
         _show_pause(microvm)
         say("the guest reboots, which ends the microVM")
         microvm.type("exit\n")
         print(microvm.expect("CELLBLOCK-DONE", 60.0), flush=True)
         pid = _supervisor_pid(jail)
         _wait_for_end(pid)
-    return _show_traces(before)
 
 
 def _cgroup_v2() -> bool:
@@ -98,6 +110,19 @@ def _show_cells(jail: Jail) -> None:
     say("its cells:")
     for pid in descendants(_supervisor_pid(jail)):
         print(describe_cell(pid))
+    sys.stdout.flush()
+
+
+def _show_walls(path: Path) -> None:
+    """Show what the supervisor read back of each cell's walls before it let the cell go on."""
+    say("its walls, as the supervisor has read them back:")
+    for line in path.read_text().splitlines():
+        if line.startswith('{"walls"'):
+            report = json.loads(line)
+            verdict = "as asked for" if report["verified"] else f"NOT as asked for: {report['differences']}"
+            print(f"  {report['walls']}: {verdict}")
+            for name, value in report["found"].items():
+                print(f"    {name}: {json.dumps(value)}")
     sys.stdout.flush()
 
 

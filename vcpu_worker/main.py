@@ -10,11 +10,11 @@ import time
 import zmq
 
 from base import faults
-from base import threads as base_threads
 from base.errors import CellblockError
 from base.exit_codes import GENERIC_ERROR
 from base.lean_std import socket
 from base.lean_typing import Any, Callable
+from base.threads import ZEROMQ_THREADS, MadeByLibrary
 from ipc.channel import Channel, PairChannel
 from ipc.descriptors import receive
 from ipc.errors import ChannelError
@@ -94,9 +94,9 @@ def _run(
     completions = Completions()
     made = _prepare(system, plan, assignment, completions)
     os.close(kvm_fd)
-    base_threads.check_room(base_threads.ZEROMQ_THREADS)
     context = zmq.Context(io_threads=1)
-    control_channel = Channel(context, WORKER, plan.epoch)
+    with MadeByLibrary(ZEROMQ_THREADS):
+        control_channel = Channel(context, WORKER, plan.epoch)
     _await_endpoint(channel)
     control_channel.connect(endpoint(plan.worker_ipc_directory, assignment.worker))
     faults.visit("vcpu.hello")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -10,7 +11,6 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -245,21 +245,18 @@ class JailedMicrovm:
             self.process.wait()
         if self.pid_file.exists():
             text = self.pid_file.read_text()
-            if text and is_alive(int(text)) and str(self.root) in _roots(int(text)):
+            if text and is_alive(int(text)) and _is_locked(self.pid_file):
                 os.kill(int(text), signal.SIGKILL)
 
 
-def _roots(pid: int) -> str:
-    """Return the command line of a process, which names its base directory (pids are reused)."""
-    try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-    words = [os.fsdecode(word) for word in command]
-    if "--chroot-base-dir" not in words or "--id" not in words or "--exec-file" not in words:
-        return ""
-    value = dict(pairwise(words))
-    return f"{value['--chroot-base-dir']}/{Path(value['--exec-file']).name}/{value['--id']}/root"
+def _is_locked(pid_file: Path) -> bool:
+    """Tell whether the supervisor of that jail lives, and hence still has this pid (pids are reused)."""
+    with pid_file.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
 
 from base.errors import ThreadError  # noqa: E402
+from base.threads import MadeByLibrary  # noqa: E402
 from ipc.channel import PairChannel  # noqa: E402
 from ipc.launch_plan import ENDPOINT_BOUND, FORKED_AHEAD, Assignment, LaunchPlan  # noqa: E402
 from ipc.messages.supervisor import SUPERVISOR, CellEnded, CreateMemory, Shutdown, SignalCell, Spawn  # noqa: E402
@@ -236,6 +237,18 @@ def fail_early() -> int:
     return 7
 
 
+def abort() -> int:
+    with MadeByLibrary(0):
+        os.write(2, b"Too many open files (src/signaler.cpp:345)\n")
+        os.abort()
+
+
+def abort_without_a_thread() -> int:
+    with MadeByLibrary(0):
+        os.write(2, b"Resource temporarily unavailable (src/thread.cpp:241)\n")
+        os.abort()
+
+
 def no_thread() -> int:
     raise ThreadError("no thread can be made")
 
@@ -247,7 +260,8 @@ BEFORE_SEAL: dict[str, Callable[[], int | None]] = {
     "never-seal": lambda: time.sleep(60),
     "lower-limit": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (100, 2048)),
     "extra-group": lambda: None,
-    "abort": os.abort,
+    "abort": abort,
+    "abort-without-a-thread": abort_without_a_thread,
     "no-thread": no_thread,
 }
 

@@ -109,7 +109,7 @@ def test_the_controller_cannot_either(base: Path, attack: str) -> None:
 def test_the_controller_sees_only_its_jail_root(base: Path) -> None:
     with microvm(base, "--drill", "vmm:open") as jailed:
         jailed.start()
-        assert _outcome(jailed, "open") == "succeeded (/ with ['dev', 'firecracker.pid', 'run'])"
+        assert _outcome(jailed, "open") == "succeeded (/ with ['dev', 'firecracker', 'firecracker.pid', 'run'])"
 
 
 def test_unknown_drill(base: Path) -> None:

@@ -109,6 +109,52 @@ def test_foreign_program_is_refused(base: Path) -> None:
     assert os.listdir(base) == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("symbolic", "Failed to open {path}: Symbolic link loop (os error 40)\n"),
+        ("hard", "Detected hard link at: {path}\n"),
+        ("fifo", "Failed to open {path}: No such device or address (os error 6)\n"),
+        ("directory", "Failed to open {path}: Is a directory (os error 21)\n"),
+    ],
+)
+def test_what_is_in_the_place_of_the_program_file(base: Path, kind: str, text: str) -> None:
+    """It is not written to, as its other name may be anybody's file."""
+    path = base / "firecracker" / "errors" / "root" / "firecracker"
+    path.parent.mkdir(parents=True)
+    other = base / "other"
+    other.write_text("mine")
+    if kind == "symbolic":
+        path.symlink_to(other)
+    elif kind == "hard":
+        path.hardlink_to(other)
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    assert _run(base) == (1, text.format(path=path))
+    assert other.read_text() == "mine"
+    assert other.stat().st_uid == os.getuid()
+    assert os.listdir(path.parent) == ["firecracker"]
+
+
+def test_the_program_file_is_in_the_jail(base: Path) -> None:
+    """Also where an earlier launch has left one, whoever owns it by now."""
+    with microvm(base) as jailed:
+        path = jailed.root / "firecracker"
+        jailed.root.mkdir(parents=True)
+        path.write_bytes(b"x" * 10000)
+        path.chmod(0o755)
+        jailed.boot()
+        assert path.read_bytes() == FIRECRACKER.read_bytes()
+        status = path.stat()
+        assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (jailed.uid, jailed.gid, 0o755)
+    with microvm(base, microvm_id="fresh") as jailed:
+        jailed.boot()
+        status = (jailed.root / "firecracker").stat()
+        assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (jailed.uid, jailed.gid, 0o755)
+
+
 def test_same_id_twice(base: Path, no_leftovers: NoLeftovers) -> None:
     with microvm(base) as first:
         first.boot()

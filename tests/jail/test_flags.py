@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -49,8 +50,8 @@ def test_layout_of_the_jail_root(base: Path) -> None:
             assert (os.major(entry.st_rdev), os.minor(entry.st_rdev)) == number
         assert _mode(jailed.api_socket)[1:] == (UID, GID)
         assert jailed.pid_file.read_text() == str(jailed.process.pid)
-        # Nothing of a program was copied, and the ipc directory is not visible outside the cells' namespaces.
-        assert sorted(os.listdir(jailed.root)) == ["dev", "firecracker.pid", "kernel", "run"]
+        # The ipc directory is not visible outside the cells' namespaces.
+        assert sorted(os.listdir(jailed.root)) == ["dev", "firecracker", "firecracker.pid", "kernel", "run"]
         assert os.listdir(jailed.root / "run" / "cellblock") == []
 
 
@@ -369,3 +370,28 @@ def test_uid_zero_is_possible_and_has_no_capability(base: Path) -> None:
         for name, pid in jailed.wait_cells(*ALL).items():
             assert status(pid)["Uid"].split() == ["0"] * 4, name
             assert status(pid)["CapEff"] == NO_CAPABILITIES, name
+
+
+def test_pidof_and_ps_know_the_program_by_its_name(base: Path) -> None:
+    """``pidof`` names the visible process, and none of the others."""
+    name = f"fc{os.getpid()}"
+    with microvm(base, "--daemonize", exec_file=_copy_of_the_launcher(base, name)) as jailed:
+        jailed.boot()
+        cells = jailed.wait_cells(*ALL)
+        found = subprocess.run(["pidof", name], capture_output=True, text=True, check=True).stdout
+        assert found.split() == [str(jailed.pid)]
+        shown = {role: _arguments(pid) for role, pid in cells.items()}
+        assert shown["vmm"] == f"{name}: vmm"
+        assert shown["vcpu 0"] == f"{name}: vcpu 0"
+        assert shown["supervisor"].startswith(f"{name} --id jail-test --start-time-us ")
+
+
+def _copy_of_the_launcher(base: Path, name: str) -> Path:
+    copy = base.parent / name
+    shutil.copy(FIRECRACKER, copy)
+    return copy
+
+
+def _arguments(pid: int) -> str:
+    done = subprocess.run(["ps", "-o", "args=", "-ww", "-p", str(pid)], capture_output=True, text=True, check=True)
+    return done.stdout.rstrip()

@@ -65,8 +65,8 @@ def _remove_shared_parents(base: Path) -> None:
 #: What stays of a microVM without --cleanup (docs/jailer.md), besides the directory that all of one program share.
 DOCUMENTED = (
     "", "/root", "/root/dev", "/root/dev/kvm", "/root/dev/net", "/root/dev/net/tun", "/root/dev/urandom",
-    "/root/dev/userfaultfd", "/root/firecracker.pid", "/root/kernel", "/root/run", "/root/run/cellblock",
-    "/root/run/firecracker.socket",
+    "/root/dev/userfaultfd", "/root/firecracker", "/root/firecracker.pid", "/root/kernel", "/root/run",
+    "/root/run/cellblock", "/root/run/firecracker.socket",
 )  # fmt: skip
 
 

@@ -230,13 +230,15 @@ def test_a_controller_that_is_killed_at_a_step_of_its_start_ends_the_launch(
     [
         ("no-thread", "no thread can be made"),
         # What a library of C++ does; abort(3) is forbidden by the filter that a worker inherits.
-        ("abort", "a library has given up, as it does when no thread can be made: raise the limit on processes"),
+        ("abort", "a library has given up: Too many open files"),
+        ("abort-without-a-thread", "no thread can be made: Resource temporarily unavailable (os error 11): raise the"),
     ],
 )
 def test_a_worker_that_cannot_start_says_why(base: Path, behaviour: str, text: str) -> None:
     jailed = stand_in(base, "one-worker", arguments=("one-worker", behaviour))
     assert jailed.run() == 0, jailed.describe()
     assert any(line.startswith(f"text {text}") for line in _lines(jailed)), jailed.describe()
+    assert ".cpp" not in jailed.output()
     (line,) = jailed.log().splitlines()
     assert "vcpu 0 (pid " in line
     assert f") cannot start: {text}" in line

@@ -72,8 +72,8 @@ class MicrovmBuilder:
 
         Raises WorkerError, ThreadError.
         """
-        threads.check_room(threads.ZEROMQ_THREADS)
-        self._worker(0).bind()
+        with threads.MadeByLibrary(threads.ZEROMQ_THREADS):
+            self._worker(0).bind()
 
     def prepare(self) -> None:
         """Ask for worker 0 without waiting for it."""
