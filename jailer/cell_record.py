@@ -54,8 +54,8 @@ class Cell:
     """One child: the controller or a worker."""
 
     __slots__ = (
-        "assignment", "deadline", "filtered", "index", "killed", "last_words", "listener", "pid", "pidfd", "role", "seal",
-        "text", "wall",
+        "assignment", "deadline", "filtered", "index", "killed", "last_words", "listener", "pid", "pidfd", "role",
+        "seal", "text", "wall",
     )  # fmt: skip
 
     def __init__(self, role: str, index: int, pid: int, pidfd: int, seal: socket.socket) -> None:
