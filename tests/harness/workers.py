@@ -209,6 +209,9 @@ class Controller:
         try:
             self._upper.close()
             status = main.run(self.plan, Assignment(0, (0,), (), self._affinity), lower, kvm_fd, seal)
+        except Exception as error:  # before its seal; the jailer's code hands it to the supervisor
+            os.write(2, f"{type(error).__name__}: {error}\n".encode())
+            status = 1
         finally:
             os._exit(status)
 

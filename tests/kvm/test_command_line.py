@@ -71,7 +71,8 @@ def _arguments_text(text: str) -> str:
          ("Cannot initialize the metrics system due to bad user input: No such file or directory (os error 2)")),
         ("--describe-snapshot /nix/s", 1,
          "When printing Snapshot Data format: Unable to open snapshot state file: No such file"),
-        ("--api-sock /nix/s", 1, "Failed to open the API socket at: /nix/s. Check that it is not already used."),
+        ("--api-sock /nix/s", 1,
+         "Failed to bind and run the HTTP server: IO error: No such file or directory (os error 2)"),
     ],
 )  # fmt: skip
 def test_what_is_refused(arguments, code, text, tmp_path):

@@ -86,7 +86,7 @@ def _run(slave: int, arguments: list[str], background: bool) -> None:
         if os.WIFSTOPPED(status):
             os.kill(job, signal.SIGKILL)
             os._exit(100 + os.WSTOPSIG(status))
-        os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+        os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))  # as a shell says it
     finally:
         os._exit(99)
 
