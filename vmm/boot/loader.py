@@ -7,6 +7,7 @@ import stat
 
 from base.errno_text import errno_text
 from base.lean_typing import NamedTuple, Sequence
+from ipc.guest_mapping import HUGE_PAGE_SIZE
 from ipc.guest_memory import GuestMemory
 from ipc.messages.records import BootRegisters
 from vmm import layout
@@ -125,7 +126,7 @@ def load_kernel(
         if initrd_fd is not None:
             initrd = _load_initrd(content, initrd_fd, kernel)
             timings.done("initrd")
-        if _prepare_first_used(content, kernel.end, initrd):
+        if kernel.end - kernel.start >= HUGE_PAGE_SIZE and _prepare_first_used(content, kernel.end, initrd):
             timings.done("huge pages")
         memory.write(layout.COMMAND_LINE_ADDRESS, command_line)
         system_memory = layout.SystemMemory()
@@ -248,6 +249,7 @@ def _prepare_first_used(memory: ImageMemory, kernel_end: int, initrd: tuple[int,
 
     Its page allocator hands out the lowest addresses behind the kernel first, its early allocator (memory map, hash
     tables) the highest below the initrd. Little enough that no guest leaves it unused: 5/32 of RAM, 40 MiB at most.
+    (What is smaller than a huge page is no Linux, and is not asked for: it may need a hundredth of that.)
     """
     ram = memory.guest.regions[0].size
     behind = min(_BEHIND_KERNEL, ram // 8)

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from ipc.guest_memory import GuestMemory
+from tests.guests.build import build
 from tests.harness import kernel_images as images
 from tests.harness.memory_fixtures import FileFactory, MemoryFactory
+from vmm import layout
 from vmm.boot import loader
 from vmm.boot.cmdline import Cmdline
 from vmm.boot.errors import CmdlineError, InitrdError, KernelError
@@ -422,3 +424,14 @@ def test_nothing_of_a_damaged_entry_stays_in_guest_memory(
     load(memory, open_file(bzimage), cache_fd=fd)
     # Zeros of the kernel are not written: they must still be there.
     assert memory.read(0x10_0000, 300_008) == b"start" + bytes(300_000) + b"end"
+
+
+def test_a_guest_smaller_than_a_huge_page_takes_no_memory_ahead(open_file: FileFactory) -> None:
+    """What a Linux takes first is 20 MiB here; a tiny guest would never touch it."""
+    fd = os.memfd_create("guest")
+    os.ftruncate(fd, 128 * MIB)
+    memory = GuestMemory(fd, 128 * MIB, layout.ram_regions(128 * MIB), huge_pages=True)
+    load(memory, open_file(build("spin").read_bytes()))
+    assert os.fstat(fd).st_blocks * 512 < MIB
+    memory.close()
+    os.close(fd)
