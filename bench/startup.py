@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from bench import template
+from bench.control_group import MIB, ControlGroup
 from bench.measure import BenchError, CpuAccount, Started, median, spread, start, table, verdict
 from devtool.project import LAUNCHERS
 from lab.client import Jail, descendants, request
@@ -43,6 +44,8 @@ INSTANCE_START = "jailer: InstanceStart → first instruction"
 AIMS = ((JAILER_COLD, 2.0), (DIRECT_COLD, 2.0), (WARM_JAILER, 0.2), (WARM_DIRECT, 0.2), (INSTANCE_START, 0.15))
 PRIVATE_DIRTY_AIM_MIB = 7.0
 PROPORTIONAL_ANONYMOUS_AIM_MIB = 16.0
+#: What is charged to the microVM's control group at the most, beside the memory of its guest.
+PEAK_AIM_MIB = 10.0
 
 Value = TypeVar("Value")
 Launch = Callable[[str, list[str]], Started]
@@ -231,6 +234,20 @@ class Bench:
         jail.remove()
         return cells
 
+    def peak(self) -> tuple[float, float]:
+        """Start a jailed microVM, cold; return the peak of its control group and the shared memory in it, in MiB."""
+        jail = self._jail()
+        config = jail.write(json.dumps(self._config(jail.add(self._kernel, "kernel"))), "config.json")
+        group = ControlGroup(jail.id)
+        with self.cold("jailer", jail.command(group.options(), ("--no-api", "--config-file", config))[1:]) as started:
+            started.pipes.wait_for(FIRST_BYTE)
+            time.sleep(SETTLE_SECONDS)
+            found = group.peak() / MIB, group.part("shmem") / MIB
+            started.end()
+        group.wait_removed()
+        jail.remove()
+        return found
+
     def memory(self) -> dict[str, dict[str, float]]:
         """Memory of each cell of a cold-started, jailed microVM whose guest sleeps, and of QEMU: MiB by kind."""
         cells = self.settled(_rollup)
@@ -344,6 +361,7 @@ def main() -> int:
             traces = [bench.steps() for _ in range(min(options.rounds, 5))]
             warm_traces = [bench.steps(bench.warm_traced) for _ in range(min(options.rounds, 5))]
             memory = [bench.memory() for _ in range(3)]
+            peaks = [bench.peak() for _ in range(3)]
         ratios = _report_times(samples)
         print()
         _report_steps("jailer, cold", traces)
@@ -352,11 +370,15 @@ def main() -> int:
         print()
         sums = _report_memory(memory)
         print()
+        peak, shared = (median([each[column] for each in peaks]) for column in (0, 1))
+        print(f"peak of the control group: {peak:.1f} MiB, of it guest memory: {shared:.1f} MiB")
+        print()
         for name, limit in AIMS:
             if name in ratios:
                 print(verdict(f"{name}, wall / QEMU", ratios[name], limit))
         print(verdict("sum of private dirty, MiB", sums["Private_Dirty"], PRIVATE_DIRTY_AIM_MIB))
         print(verdict("sum of proportional anonymous, MiB", sums["Pss_Anon"], PROPORTIONAL_ANONYMOUS_AIM_MIB))
+        print(verdict("peak of the control group beside guest memory, MiB", peak - shared, PEAK_AIM_MIB))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return 0

@@ -6,9 +6,12 @@ for them; what a peer sends all the same is dropped by the kernel and the messag
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import struct
 
+from base.errno_text import errno_text
 from base.lean_std import socket
 from base.lean_typing import Sequence
 from ipc.errors import DescriptorError
@@ -16,6 +19,7 @@ from ipc.schema import MAX_FRAME_SIZE
 
 #: SCM_MAX_FD of the kernel is 253; no message of ours needs more than a few.
 MAX_DESCRIPTORS = 64
+ADVICE = "raise the limit on open files (--resource-limit no-file, RLIMIT_NOFILE)"
 _INT_SIZE = struct.calcsize("i")
 
 
@@ -88,6 +92,18 @@ def receive(channel: socket.socket, maximum: int = 0, flags: int = 0) -> tuple[b
         owned.close()
         raise DescriptorError(f"message brought {len(numbers)} descriptors, at most {maximum} are expected")
     if received_flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        if maximum and _no_room(channel):
+            owned.close()
+            raise DescriptorError(f"no descriptor can be received: {errno_text(errno.EMFILE)}: {ADVICE}")
         owned.close()
         raise DescriptorError("message was cut: too long, or descriptors that nobody expects")
     return frame, owned
+
+
+def _no_room(channel: socket.socket) -> bool:
+    """Tell whether this process may have no more descriptors: then the kernel drops what a message brings."""
+    try:
+        os.close(fcntl.fcntl(channel.fileno(), fcntl.F_DUPFD_CLOEXEC, 0))
+    except OSError:
+        return True
+    return False

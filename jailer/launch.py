@@ -70,6 +70,8 @@ class JailedLaunch:
         host = start.open_host(proc, self._open_kernel_cache(), self._options.arguments, self._log)
         cgroup_plan = cgroups.plan_parent_only(settings)
         cgroup_items = cgroups.plan_items(settings)
+        timeline.mark("warm")
+        template.warm()  # before the cgroup is joined: what it moves is charged to who starts us, as all imports are
         memory = self._act_on_host(cgroup_plan, cgroup_items)
         try:
             timeline.mark("detach")
@@ -167,8 +169,6 @@ class JailedLaunch:
             identity.forbid_core_files()
         if self._has(walls.CAPABILITIES):
             identity.clear_bounding_set()
-        timeline.mark("warm")
-        template.warm()
         controller, channel = start.fork_controller(
             launch_plan,
             roles,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import os
+import resource
 import socket
 
 import pytest
@@ -317,3 +318,18 @@ def test_unexpected_descriptors_end_the_channel(channels):
     os.close(fresh[0])
     with pytest.raises(DescriptorError, match="cut"):
         theirs.receive()
+
+
+def test_a_limit_on_open_files_is_named(pair):
+    """The kernel says of a descriptor that it has no room for what it says of one that nobody expects."""
+    ours, theirs = pair
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    descriptors.send(theirs, b"frame", (0,))
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        with pytest.raises(DescriptorError, match=r"No file descriptors available \(os error 24\): raise the limit"):
+            descriptors.receive(ours, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
