@@ -430,8 +430,8 @@ def test_a_guest_smaller_than_a_huge_page_takes_no_memory_ahead(open_file: FileF
     """What a Linux takes first is 20 MiB here; a tiny guest would never touch it."""
     fd = os.memfd_create("guest")
     os.ftruncate(fd, 128 * MIB)
-    memory = GuestMemory(fd, 128 * MIB, layout.ram_regions(128 * MIB), huge_pages=True)
-    load(memory, open_file(build("spin").read_bytes()))
+    memory = GuestMemory(fd, 128 * MIB, layout.ram_regions(128 * MIB))
+    load(memory, open_file(build("spin").read_bytes()), huge_pages=True)
     assert os.fstat(fd).st_blocks * 512 < MIB
     memory.close()
     os.close(fd)
