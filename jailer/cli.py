@@ -183,13 +183,3 @@ def print_error(text: str) -> None:
         sys.stderr.flush()
     except (OSError, ValueError, AttributeError):
         pass  # no standard error, or nobody reads it: the exit status still tells
-
-
-def end_interrupted() -> int:
-    """Ctrl-C before there was anything to end in order: die by SIGINT; return an exit status where that cannot be."""
-    from base.lean_std import signal
-    from jailer.steps import process
-
-    print_error("interrupted")
-    process.die_by(signal.SIGINT)
-    return 128 + int(signal.SIGINT)

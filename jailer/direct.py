@@ -15,6 +15,7 @@ from jailer.filters import JANITOR, load_filters
 from jailer.log import Log
 from jailer.memory import MemoryMaker
 from jailer.start import (
+    Host,
     close_supervisor,
     fork_controller,
     hold_signals,
@@ -103,16 +104,20 @@ def launch(
     wait_entered(controller)
     for descriptor in inherited:  # the controller has them, for paths like /dev/fd/63
         os.close(descriptor)
-    timeline.mark("confine supervisor")
-    identity.clear_capabilities()
-    identity.set_no_new_privileges()
     asked = verify.Asked(host.facts, None, "", False, False, None)
     memory = MemoryMaker(False)
     setup = Setup(
         launch_plan, roles, asked, proc, host.kvm_fd, host.kvm_error, filters.by_role, memory, log, WorkerCgroups()
     )
-    close_supervisor(setup, host, PROGRAM, dumpable_wall=True)
-    os.close(host.null)
+    _confine_supervisor(setup, host)
     if filters.warning:
         log.warning(filters.warning)
     return supervise(setup, controller, channel, signals)
+
+
+def _confine_supervisor(setup: Setup, host: Host) -> None:
+    timeline.mark("confine supervisor")
+    identity.clear_capabilities()
+    identity.set_no_new_privileges()
+    close_supervisor(setup, host, PROGRAM, dumpable_wall=True)
+    os.close(host.null)

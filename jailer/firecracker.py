@@ -56,7 +56,9 @@ def _launch(arguments: list[str], command_line: CommandLine) -> int:
 
         text = f"{error.filename or 'firecracker'}: {threads.explain(error)}"
     except KeyboardInterrupt:
-        return cli.end_interrupted()
+        from jailer import ending
+
+        return ending.end_interrupted()
     except Exception as error:
         from jailer.cell import describe_error
 

@@ -29,7 +29,9 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         cli.print_error(f"{error.filename or 'jailer'}: {errno_text(error)}")
     except KeyboardInterrupt:
-        return cli.end_interrupted()
+        from jailer import ending
+
+        return ending.end_interrupted()
     except Exception as error:
         from jailer.cell import describe_error
 

@@ -11,7 +11,7 @@ from base.lean_std import signal, socket
 from base.lean_typing import Callable, NamedTuple
 from ipc import descriptors
 from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VMM, LaunchPlan
-from jailer import cell, syscalls, template, verify
+from jailer import cell, ending, syscalls, template, verify
 from jailer.cell_record import BLOCKED_SIGNALS, Cell, Setup
 from jailer.errors import CellError
 from jailer.log import Log
@@ -146,5 +146,5 @@ def supervise(setup: Setup, controller: Cell, channel: socket.socket, signals: i
     supervisor = Supervisor(setup, controller, channel, signals)
     code = supervisor.run()
     if supervisor.dies_by:
-        process.die_by(supervisor.dies_by)
+        ending.die_by(supervisor.dies_by)
     return code

@@ -9,7 +9,6 @@ import posix
 import resource
 
 from base.errno_text import errno_text
-from base.lean_std import signal
 from base.lean_typing import Iterable
 from jailer import syscalls, walls
 from jailer.errors import StepError
@@ -66,19 +65,6 @@ def ensure_standard_descriptors() -> None:
             os.close(descriptor)
             return
         os.set_inheritable(descriptor, True)
-
-
-def die_by(number: int) -> None:
-    """End this process by a signal, as if it had never been held back; returns if the kernel does not let it.
-
-    It does not let process 1 of a process namespace: signals that it sends to itself do nothing there by default.
-    By pidfd, since the supervisor's filter allows no other way.
-    """
-    pidfd = os.pidfd_open(os.getpid())
-    signal.signal(number, signal.SIG_DFL)
-    signal.pidfd_send_signal(pidfd, number)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (number,))
-    os.close(pidfd)
 
 
 class JoinNetworkNamespace(Operation):

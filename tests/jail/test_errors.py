@@ -120,7 +120,7 @@ def test_foreign_program_is_refused(base: Path) -> None:
 )
 def test_what_is_in_the_place_of_the_program_file(base: Path, kind: str, text: str) -> None:
     """It is not written to, as its other name may be anybody's file."""
-    path = base / "firecracker" / "errors" / "root" / "firecracker"
+    path = base / "firecracker" / id_of(base) / "root" / "firecracker"
     path.parent.mkdir(parents=True)
     other = base / "other"
     other.write_text("mine")
@@ -149,7 +149,7 @@ def test_the_program_file_is_in_the_jail(base: Path) -> None:
         assert path.read_bytes() == FIRECRACKER.read_bytes()
         status = path.stat()
         assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (jailed.uid, jailed.gid, 0o755)
-    with microvm(base, microvm_id="fresh") as jailed:
+    with microvm(base, microvm_id=f"{id_of(base)}-fresh") as jailed:
         jailed.boot()
         status = (jailed.root / "firecracker").stat()
         assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (jailed.uid, jailed.gid, 0o755)

@@ -383,7 +383,7 @@ def test_pidof_and_ps_know_the_program_by_its_name(base: Path) -> None:
         shown = {role: _arguments(pid) for role, pid in cells.items()}
         assert shown["vmm"] == f"{name}: vmm"
         assert shown["vcpu 0"] == f"{name}: vcpu 0"
-        assert shown["supervisor"].startswith(f"{name} --id jail-test --start-time-us ")
+        assert shown["supervisor"].startswith(f"{name} --id {jailed.id} --start-time-us ")
 
 
 def _copy_of_the_launcher(base: Path, name: str) -> Path:

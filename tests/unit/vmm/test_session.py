@@ -25,7 +25,7 @@ from vmm.observe.logger import Logger, LoggerConfig
 from vmm.observe.metrics import Metrics, MetricsConfig
 from vmm.session import Session
 
-FAILED_START = exit_codes.BAD_CONFIGURATION
+FAILED_START = exit_codes.GENERIC_ERROR
 
 
 class Machine(FakeVmm):
