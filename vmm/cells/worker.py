@@ -1,28 +1,23 @@
-"""The controller's side of one worker: handshake, commands and replies, descriptors, what it reports by itself."""
+"""The controller's side of one worker: commands and replies, descriptors, what it reports by itself."""
 
 from __future__ import annotations
 
 import mmap
-import select
 import time
 
 import zmq
 
-from base.event_manager import EventManager, EventOps, Events
-from base.lean_std import socket
-from base.lean_typing import Any, Callable, NamedTuple, Sequence, TypeVar
-from ipc.channel import Channel, PairChannel
+from base.event_manager import EventManager
+from base.lean_typing import Any, Callable, Sequence, TypeVar
 from ipc.errors import IpcError, MessageError
-from ipc.launch_plan import Assignment, LaunchPlan, endpoint
-from ipc.messages.descriptors import DESCRIPTORS
+from ipc.launch_plan import Assignment, LaunchPlan
 from ipc.messages.ghosts import GhostEvent, GhostRecovered
-from ipc.messages.records import WORKER, Failed, Route
+from ipc.messages.records import Failed, Route
 from ipc.messages.supervisor import CellEnded
 from ipc.messages.worker import (
     Configure,
     Configured,
     Finish,
-    Hello,
     Pause,
     Paused,
     Ping,
@@ -32,20 +27,18 @@ from ipc.messages.worker import (
     RoutesSet,
     SetRoutes,
     VcpuExited,
-    Welcome,
 )
 from vmm.cells.descriptors import WorkerDescriptors, receive_run_pages, send_descriptors
+from vmm.cells.handshake import WorkerHandshake
 from vmm.cells.lifecycle import DEADLINES, SECOND_NS, WorkerEvent, WorkerState
-from vmm.cells.process import DYING_MS, WorkerProcess
-from vmm.cells.replies import Replies
+from vmm.cells.process import DYING_MS
 from vmm.cells.supervisor import SupervisorClient, internal_error
-from vmm.errors import MicrovmEndedError, StateError, SupervisorError, VmmError, WorkerError
+from vmm.errors import MicrovmEndedError, SupervisorError, VmmError, WorkerError
 
 __all__ = ["SECOND_NS", "Worker", "WorkerDescriptors"]
 
 #: How long a command may take for which nobody says otherwise.
 COMMAND_TIMEOUT_NS = 30 * SECOND_NS
-KVM_API_VERSION = 12
 
 Reply = TypeVar("Reply")
 
@@ -53,19 +46,7 @@ Reply = TypeVar("Reply")
 _LEAVING = (WorkerState.FINISHING, WorkerState.REPLACED)
 
 
-class Kvm(NamedTuple):
-    """The host's KVM as a worker found it; the controller itself has no descriptor of it.
-
-    ``vcpu_mmap_size`` is in bytes; the limits are those of one VM, and each worker has a VM of its own.
-    """
-
-    api_version: int
-    vcpu_mmap_size: int
-    max_vcpus: int
-    max_memslots: int
-
-
-class Worker(WorkerProcess):
+class Worker(WorkerHandshake):
     """One worker process. Every wait runs the event loop, so that exits go on being served meanwhile."""
 
     def __init__(
@@ -76,30 +57,18 @@ class Worker(WorkerProcess):
         events: EventManager,
         supervisor: SupervisorClient,
     ) -> None:
-        super().__init__(index, events, supervisor)
+        super().__init__(index, plan, context, events, supervisor)
         self.tsc_khz = 0
-        #: What the worker said of the host's KVM.
-        self.kvm = Kvm(0, 0, 0, 0)
         #: How far the kvmclock of its VM is ahead of that of worker 0, in ns; None if that was not measured.
         self.clock_ahead_ns: int | None = None
         self.vcpu_exit: VcpuExited | None = None
         self.on_vcpu_exited: Callable[[Worker, VcpuExited], None]
-        self.on_failed: Callable[[Worker, str], None]
         self.on_ended: Callable[[Worker, CellEnded], None]
         self.on_ghost_event: Callable[[Worker, GhostEvent], None]
         self.on_ghost_recovered: Callable[[Worker, GhostRecovered], None]
         self._forget_owner()
-        self._plan = plan
-        self._context = context
-        self._channel: Channel | None = None
-        self._descriptors: PairChannel | None = None
-        self._subscription = 0
-        #: What came is being read, further up on the stack.
-        self._receiving = False
-        self._replies = Replies()
         self._vcpus: set[int] = set()
         self._run_pages: dict[int, mmap.mmap] = {}
-        self._vcpu_mmap_size = 0
 
     def _forget_owner(self) -> None:
         self.on_vcpu_exited = lambda worker, event: None
@@ -108,103 +77,16 @@ class Worker(WorkerProcess):
         self.on_ghost_event = lambda worker, event: worker.breach("a ghost event before it was configured")
         self.on_ghost_recovered = lambda worker, event: None
 
-    # ------------------------------------------------------------ spawn and handshake
-
-    def bind(self) -> None:
-        """Make the endpoint that the worker will connect to. Raises WorkerError."""
-        self._release()
-        path = endpoint(self._plan.controller_ipc_directory, self.index)
-        self._channel = Channel(self._context, WORKER, self._plan.epoch)
-        try:
-            self._channel.bind(path)
-        except IpcError as error:
-            self._release()
-            raise WorkerError(f"The worker of vCPU {self.index} cannot be started: {error}") from None
-        self._subscription = self._events.add_subscriber(self)
-
     def spawn(self, assignment: Assignment | None = None) -> None:
-        """Ask the supervisor for the process; does not wait, a refusal shows in :meth:`wait_greeted`.
-
-        Raises WorkerError or SupervisorError when it cannot even be asked.
-        """
-        if self._channel is None:
-            self.bind()
-        self.assignment = assignment or self.assignment
+        """As :meth:`WorkerHandshake.spawn`; what belonged to the process before is forgotten."""
         self.vcpu_exit = None
         self._forget_owner()
-        self._submit_spawn()
+        super().spawn(assignment)
 
-    def _take_descriptor_channel(self, pair: socket.socket) -> None:
-        pair.setblocking(False)  # a worker that does not read must not stop us
-        self._descriptors = PairChannel(pair, DESCRIPTORS, self._plan.epoch)
-
-    def handshake_is_over(self) -> bool:
-        """Look whether the worker has said HELLO by now, or never will (:meth:`handshake_refusal`)."""
-        if self._spawn_request and self._spawn_answered():
-            try:
-                self._collect_spawn()
-            except SupervisorError:
-                return True
-        if self.state is WorkerState.GREETED:
-            return not self._spawn_request
-        return self.state is not WorkerState.SPAWNED
-
-    def handshake_refusal(self) -> str:
-        """Say why the worker never will say HELLO, or nothing."""
-        return "" if self.state is WorkerState.GREETED else str(self.error())
-
-    def wait_greeted(self) -> None:
-        """Wait until the worker has said HELLO. Raises WorkerError or SupervisorError."""
-        deadline = time.monotonic_ns() + DEADLINES[WorkerState.SPAWNED].nanoseconds
-        self._events.run_until(self._spawn_answered, deadline)
-        if self._spawn_request:
-            self._collect_spawn()
-
-        def settled() -> bool:
-            return self.state is not WorkerState.SPAWNED or self._supervisor.closed
-
-        self._events.run_until(settled, deadline)
-        if self._supervisor.closed:
-            raise SupervisorError("The supervisor is gone.")
-        if self.state is WorkerState.SPAWNED:
-            self.expire()
-        if self.state is not WorkerState.GREETED:
-            raise self.error()
-
-    # ------------------------------------------------------------ event loop
-
-    def init(self, ops: EventOps) -> None:
-        """Subscriber: watch the control channel."""
-        assert self._channel is not None
-        # ZeroMQ's descriptor is edge-triggered by nature: it becomes readable when its state may have changed.
-        ops.add(self._channel.fileno(), select.EPOLLIN)
-
-    def process(self, events: Events, ops: EventOps) -> None:
-        """Subscriber: read everything that came on the control channel."""
-        self._receive()
-
-    def _receive(self) -> None:
-        # What an honest worker sends is bounded by what it was asked; anything else is a breach, which closes the
-        # channel: so this ends, however fast a worker sends.
-        outer, self._receiving = self._receiving, True
-        try:
-            while self._channel is not None:
-                envelope = self._channel.receive(time.monotonic_ns())
-                if envelope is None:
-                    return
-                if not envelope.reply_to:
-                    self._handle_event(envelope.message)
-                elif not self._replies.arrive(envelope.reply_to, envelope.message):
-                    self.breach(f"{type(envelope.message).__name__} in answer to nothing")
-        except (IpcError, StateError) as error:
-            self.breach(str(error))
-        finally:
-            self._receiving = outer
+    # ------------------------------------------------------------ what it says by itself, and how it ends
 
     def _handle_event(self, message: Any) -> None:
-        if isinstance(message, Hello):
-            self._greet(message)
-        elif isinstance(message, VcpuExited) and message.vcpu in self._vcpus:
+        if isinstance(message, VcpuExited) and message.vcpu in self._vcpus:
             self._vcpus.discard(message.vcpu)
             self._move(WorkerEvent.VCPU_EXITED)
             if self.vcpu_exit is None:
@@ -215,47 +97,7 @@ class Worker(WorkerProcess):
         elif isinstance(message, GhostRecovered) and message.vcpu in self.assignment.ghosts:
             self.on_ghost_recovered(self, message)
         else:
-            self.breach(f"{type(message).__name__} that nobody asked for")
-
-    def _greet(self, hello: Hello) -> None:
-        assert self._channel is not None
-        if hello.worker != self.index or self.state is not WorkerState.SPAWNED:
-            self.breach("HELLO of another worker, or a second one")
-            return
-        if hello.kvm_api_version != KVM_API_VERSION:
-            self._fail(f"The KVM API version is {hello.kvm_api_version}, not {KVM_API_VERSION}.")
-            return
-        self._vcpu_mmap_size = hello.vcpu_mmap_size
-        self.kvm = Kvm(hello.kvm_api_version, hello.vcpu_mmap_size, hello.max_vcpus, hello.max_memslots)
-        self._channel.unlink()
-        self._move(WorkerEvent.HELLO)
-        try:
-            self._channel.send(Welcome())
-        except IpcError:
-            pass  # it has died since, or will: the supervisor says how
-
-    def breach(self, text: str) -> None:
-        """The worker broke the protocol: it is not believed any more, and killed."""
-        self._fail(f"The worker of vCPU {self.index} broke the protocol: {text}.")
-
-    def expire(self) -> None:
-        """The deadline of its state is over: it is killed."""
-        limit = DEADLINES[self.state]
-        if self.state is WorkerState.SPAWNED:
-            seconds = f"{limit.nanoseconds / SECOND_NS:g} s"
-            self._fail(f"The worker of vCPU {self.index} {limit.text} within {seconds}.", WorkerEvent.EXPIRED)
-        else:
-            self._move(WorkerEvent.EXPIRED)
-            self.kill()
-
-    def _fail(self, text: str, event: WorkerEvent = WorkerEvent.BREACH) -> None:
-        if self.failure or not self.alive:
-            return
-        self.failure = text
-        self._move(event)
-        self._close_channel()
-        self.kill()
-        self.on_failed(self, text)
+            super()._handle_event(message)
 
     def cell_ended(self, notice: CellEnded) -> None:
         """The supervisor reaped the process."""
@@ -277,13 +119,7 @@ class Worker(WorkerProcess):
         """Return what to raise where the worker cannot do what is asked."""
         if self.vcpu_exit is not None and not self.failure:
             return MicrovmEndedError(f"vCPU {self.vcpu_exit.vcpu} left its run loop: {self.vcpu_exit.reason}.")
-        return WorkerError(self._cause())
-
-    def _cause(self) -> str:
-        """Say why the worker cannot do what is asked, as precisely as we know."""
-        if self.failure:
-            return self.failure
-        return f"{self.name} {self.ended_how()}."
+        return super().error()
 
     # ------------------------------------------------------------ commands
 
@@ -423,7 +259,7 @@ class Worker(WorkerProcess):
         assert self._descriptors is not None
         self.tsc_khz = reply.tsc_khz
         try:
-            self._run_pages = receive_run_pages(self._descriptors, message.vcpus, self._vcpu_mmap_size)
+            self._run_pages = receive_run_pages(self._descriptors, message.vcpus, self.kvm.vcpu_mmap_size)
         except WorkerError as error:
             self._wait_if_exited()
             self.breach(str(error))
@@ -509,14 +345,6 @@ class Worker(WorkerProcess):
         """Another worker runs its vCPUs from now on."""
         self.note(WorkerEvent.REPLACED)
         self._forget_owner()
-
-    def _close_channel(self) -> None:
-        if self._subscription:
-            self._events.remove_subscriber(self._subscription)
-            self._subscription = 0
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
 
     def _release(self) -> None:
         super()._release()

@@ -13,8 +13,9 @@ from ipc.messages.supervisor import CellEnded
 from ipc.messages.worker import DumpCpuConfig, DumpedCpuConfig, SavedState, SaveState, VcpuExited
 from vmm.cells.exits import ExitExecutor, read_exits
 from vmm.cells.ghosts import GhostForwarder
+from vmm.cells.handshake import Kvm
 from vmm.cells.heartbeat import Heartbeat
-from vmm.cells.worker import Kvm, Worker
+from vmm.cells.worker import Worker
 from vmm.devices.legacy.console import ConsoleInput, ConsoleOutput
 from vmm.devices.manager import DeviceManager, read_devices
 from vmm.errors import DeviceError, MicrovmEndedError, StateError, VmmError, WorkerError
