@@ -18,6 +18,7 @@ import struct
 from time import monotonic_ns
 
 from ipc.errors import RingError
+from ipc.launch_plan import MAX_WORKERS
 from ipc.shared_memory import PAGE_SIZE, fence
 
 MAGIC = 0x3130_474E_4952_4243  # "CBRING01" in little-endian byte order
@@ -38,6 +39,7 @@ WORD_DONE = 16  # consumer: sequence number of the last entry that was executed
 WORD_ASLEEP = 17  # consumer: when the doorbell must be rung, AWAKE, ASLEEP or NAPPING
 WORD_ANSWER = 18  # consumer: value for the last synchronous read
 WORD_COUNTERS = 32  # producer: statistics, COUNTER_* below
+WORD_GHOSTS = 64  # producer: GHOST_WORDS words for each vCPU, if the worker has a ghost of it; in one of its rings
 
 # Counters, relative to WORD_COUNTERS.
 COUNTER_EXITS = 0
@@ -68,6 +70,14 @@ COUNTER_NAMES = (
     "ioapic_eoi",
 )
 
+# What is counted of a ghost, relative to its first word.
+GHOST_STUB = 0  # 1 when it runs the stub
+GHOST_EXITS = 1  # those that reached user space: the rest was forwarded in the kernel
+GHOST_STARTUPS = 2
+GHOST_NMIS = 3
+GHOST_RECOVERIES = 4
+GHOST_WORDS = 8
+
 _ENTRIES_OFFSET = PAGE_SIZE
 _STRING_OFFSET = PAGE_SIZE + ENTRY_COUNT * ENTRY_SIZE
 
@@ -76,7 +86,8 @@ _ENTRY = struct.Struct("<QQQQBBBxI24x")
 _TIME = struct.Struct("<8xQ")
 assert _ENTRY.size == ENTRY_SIZE
 assert RING_SIZE == 6 * PAGE_SIZE
-assert (WORD_COUNTERS + COUNTER_COUNT) * 8 <= PAGE_SIZE
+assert WORD_COUNTERS + COUNTER_COUNT <= WORD_GHOSTS
+assert (WORD_GHOSTS + MAX_WORKERS * GHOST_WORDS) * 8 <= PAGE_SIZE
 assert ENTRY_COUNT & (ENTRY_COUNT - 1) == 0
 
 KIND_PIO_READ = 1
@@ -167,6 +178,11 @@ class ExitRingProducer:
         """Go on where the producer before has stopped, which will not use the ring any more."""
         self._sequence = self.words[WORD_POSTED]
         self.words[WORD_WAITING] = 0
+
+    def ghost_counters(self, vcpu: int) -> memoryview:
+        """Return the words (GHOST_*) of the worker's ghost of this vCPU; release them before :meth:`close`."""
+        first = WORD_GHOSTS + vcpu * GHOST_WORDS
+        return self.words[first : first + GHOST_WORDS]
 
     def _publish(  # noqa: PLR0917
         self, kind: int, address: int, size: int, data: int, flags: int, count: int, lazy: int
@@ -398,6 +414,11 @@ class ExitRingConsumer:
             words[WORD_ASLEEP] = AWAKE
             return False
         return True
+
+    def ghost_counters(self, vcpu: int) -> tuple[int, ...]:
+        """Return what the worker has counted of its ghost of this vCPU (GHOST_*); any numbers, if it lies."""
+        first = WORD_GHOSTS + vcpu * GHOST_WORDS
+        return tuple(self._words[first : first + GHOST_WORDS])
 
     def linger(self) -> bool:
         """Look for a next entry for some microseconds; True if there is one."""

@@ -144,6 +144,8 @@ class Control:
             self._advance(Event.FAIL)  # half a configuration cannot be repeated
             raise
         ghosts = self._ghosts
+        if not command.resumes_other:  # else those of the worker before still count there
+            ghosts.publish()
         results: list[Any] = []
         expected = len(self._runners)
 

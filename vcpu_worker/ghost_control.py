@@ -12,9 +12,7 @@ from ipc.messages.ghosts import (
     GhostEvent,
     GhostEventDone,
     GhostRecovered,
-    GhostReport,
     GhostsParked,
-    GhostsReported,
     InitVcpu,
     InterruptRaised,
     IpiPathOpen,
@@ -27,7 +25,6 @@ from ipc.messages.ghosts import (
     RaiseInterrupt,
     ReadClock,
     ReadQuiescence,
-    ReportGhosts,
     SetClock,
     StartVcpu,
     StubPlaced,
@@ -155,7 +152,6 @@ class GhostControl:
             ReadQuiescence: self._read_quiescence,
             ReadClock: self._read_clock,
             SetClock: self._set_clock,
-            ReportGhosts: self._report,
         }
 
     # ------------------------------------------------------------ events of ghosts
@@ -196,6 +192,13 @@ class GhostControl:
         for runner in self._runners.values():
             runner.thread.submit(bind(runner.ghost.configure, configure), done)
         return len(self._runners)
+
+    def publish(self) -> None:
+        """Let every ghost count where the controller sees it: in the ring of the worker's first vCPU. None may run."""
+        ring = self._machine.vcpus[0].ring
+        assert ring is not None
+        for vcpu, runner in self._runners.items():
+            runner.ghost.count_in(ring.ghost_counters(vcpu))
 
     def place_first(self, done: Done) -> bool:
         """Make the ghost of vCPU 0, which runs from the beginning, the stub. False: it is no ghost here."""
@@ -284,17 +287,6 @@ class GhostControl:
         if not self._runners:
             answer()
 
-    def _report(self, command: ReportGhosts, reply: Reply) -> None:
-        ghosts = [runner.ghost for runner in self._runners.values()]
-        reply(
-            GhostsReported(
-                tuple(
-                    GhostReport(each.index, each.is_stub, each.exits, each.startups, each.nmis, each.recoveries)
-                    for each in ghosts
-                )
-            )
-        )
-
     # ------------------------------------------------------------ starting vCPUs, interrupts
 
     def _place_stub(self, command: PlaceStub, reply: Reply) -> None:
@@ -357,6 +349,7 @@ class GhostControl:
         by_vcpu = {state.vcpu: state for state in states}
         if by_vcpu.keys() != self._runners.keys():
             raise ConfigurationError(f"this worker has the ghosts {sorted(self._runners)}, not {sorted(by_vcpu)}")
+        self.publish()
 
         def go_on(runner: GhostRunner) -> None:
             state = by_vcpu[runner.ghost.index]

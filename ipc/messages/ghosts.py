@@ -156,27 +156,6 @@ class ClockSet(NamedTuple):
     nanoseconds: int
 
 
-class ReportGhosts(NamedTuple):
-    """Report the counters of every ghost."""
-
-
-class GhostReport(NamedTuple):
-    """Counters of one ghost. ``exits`` are those that reached user space: the rest was forwarded in the kernel."""
-
-    vcpu: int
-    stub: bool
-    exits: int
-    startups: int
-    nmis: int
-    recoveries: int
-
-
-class GhostsReported(NamedTuple):
-    """The counters of every ghost of the worker."""
-
-    ghosts: tuple[GhostReport, ...]
-
-
 class GhostRecovered(NamedTuple):
     """Worker → controller: a ghost left its stub and was put back, or (``fatal``) does so too often."""
 
@@ -193,9 +172,6 @@ _CLOCK_FIELDS: dict[str, Field] = {
     "realtime": Int(U64),
     "flags": Int(U32),
 }
-_GHOST = RecordOf(
-    GhostReport, vcpu=VCPU_FIELD, stub=Flag(), exits=Int(U64), startups=Int(U64), nmis=Int(U64), recoveries=Int(U64)
-)
 WORKER.register(21, GhostEvent, event=_EVENT, vcpu=VCPU_FIELD, vector=VECTOR_FIELD)
 WORKER.register(22, GhostEventDone, event=_EVENT, vcpu=VCPU_FIELD, vector=VECTOR_FIELD)
 WORKER.register(23, Noted)
@@ -213,8 +189,6 @@ WORKER.register(34, ReadClock)
 WORKER.register(35, ClockRead, **_CLOCK_FIELDS)
 WORKER.register(36, SetClock, **_CLOCK_FIELDS)
 WORKER.register(37, ClockSet, measured=Flag(), ahead=Flag(), nanoseconds=Int(U64))
-WORKER.register(38, ReportGhosts)
-WORKER.register(39, GhostsReported, ghosts=ListOf(_GHOST, MAX_WORKERS))
 WORKER.register(40, GhostRecovered, vcpu=VCPU_FIELD, fatal=Flag(), text=TEXT_FIELD)
 _QUIESCENT_GHOST = RecordOf(
     QuiescentGhost,

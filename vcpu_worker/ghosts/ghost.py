@@ -10,6 +10,7 @@ import fcntl
 import time
 
 from base.lean_typing import Callable
+from ipc.exit_ring import GHOST_EXITS, GHOST_NMIS, GHOST_RECOVERIES, GHOST_STARTUPS, GHOST_STUB, GHOST_WORDS
 from ipc.messages.ghosts import GHOST_INIT, GHOST_INTERRUPT, GHOST_NMI, GHOST_STARTUP, QuiescentGhost
 from ipc.messages.records import MsrValue
 from ipc.messages.replacement import GhostState
@@ -74,10 +75,8 @@ class Ghost:
     def __init__(self, kvm: KvmVcpu, report: Report, recovered: ReportRecovery, *, single_step: bool) -> None:
         self.kvm = kvm
         self.is_stub = False
-        self.exits = 0
-        self.startups = 0
-        self.nmis = 0
-        self.recoveries = 0
+        #: Words GHOST_* of ipc.exit_ring: our own until :meth:`count_in`.
+        self.counters = memoryview(bytearray(8 * GHOST_WORDS)).cast("Q")
         self._report = report
         self._recovered = recovered
         self._single_step = single_step
@@ -121,6 +120,11 @@ class Ghost:
         if not self.is_stub and self.kvm.get_mp_state() != abi.MP_STATE_INIT_RECEIVED:
             self._place()
 
+    def count_in(self, words: memoryview) -> None:
+        """Count in shared memory from now on; only while ``run`` is not executing."""
+        words[:] = self.counters
+        self.counters = words
+
     def state(self) -> GhostState:
         """Tell another worker's ghost of the same vCPU how to go on; only while nothing is on its way through it."""
         waiting = self.kvm.get_mp_state() == abi.MP_STATE_INIT_RECEIVED
@@ -150,6 +154,7 @@ class Ghost:
         kvm.set_regs(stub.regs(self.index))
         kvm.set_mp_state(abi.MP_STATE_RUNNABLE)
         self.is_stub = True
+        self.counters[GHOST_STUB] = 1
 
     def _arm(self) -> None:
         """Trap a renewed INIT and SIPI, which would make the ghost run the guest's own start-up code here.
@@ -189,7 +194,7 @@ class Ghost:
                 elif not self._await_startup():
                     return IDLE
                 continue
-            self.exits += 1
+            self.counters[GHOST_EXITS] += 1
             reason = run32[abi.RUN_EXIT_REASON // 4]
             if reason == abi.EXIT_IO:
                 self._output()
@@ -212,7 +217,7 @@ class Ghost:
         vector = int.from_bytes(sregs[abi.SREGS_CS + 12 : abi.SREGS_CS + 14], "little") >> _REAL_MODE_SHIFT
         self._startup_vector = vector
         self._place()
-        self.startups += 1
+        self.counters[GHOST_STARTUPS] += 1
         self._init_told = False
         self._report(GHOST_STARTUP, self.index, vector)
 
@@ -224,7 +229,7 @@ class Ghost:
         if port != stub.PORT + self.index or not kvm.run8[abi.RUN_IO_DIRECTION]:
             self._recover(f"access to port {port:#x}")
         elif vector == stub.NMI_VECTOR:
-            self.nmis += 1
+            self.counters[GHOST_NMIS] += 1
             events = bytearray(kvm.get_events())
             events[_EVENTS_NMI_MASKED] = 0
             events[_EVENTS_FLAGS : _EVENTS_FLAGS + 4] = bytes(4)
@@ -304,7 +309,7 @@ class Ghost:
     def _recover(self, text: str) -> None:
         """Put it back into the stub. What was being delivered is passed on, what its LAPIC has requested stays."""
         now = time.monotonic_ns()
-        self.recoveries += 1
+        self.counters[GHOST_RECOVERIES] += 1
         self._recovery_times = [each for each in self._recovery_times if now - each < RECOVERY_WINDOW_NS] + [now]
         where = stub.where(self.kvm.get_regs(), self.kvm.get_sregs())
         self._settle()
@@ -312,7 +317,7 @@ class Ghost:
         for vector in in_service:
             self._report(GHOST_INTERRUPT, self.index, vector)
         if self.kvm.get_events()[_EVENTS_NMI_INJECTED]:
-            self.nmis += 1
+            self.counters[GHOST_NMIS] += 1
             self._report(GHOST_NMI, self.index, stub.NMI_VECTOR)
         self._place()
         # Not by KVM_SET_LAPIC: that would take back what comes meanwhile.

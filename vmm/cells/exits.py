@@ -101,6 +101,10 @@ class ExitExecutor:
         """Return the worker's exit counters, in the order of ipc.exit_ring.COUNTER_NAMES."""
         return tuple(self._ring.counters)
 
+    def ghost_counters(self, vcpu: int) -> tuple[int, ...]:
+        """Return what the worker has counted of its ghost of another vCPU (ipc.exit_ring.GHOST_*)."""
+        return self._ring.ghost_counters(vcpu)
+
     def init(self, ops: EventOps) -> None:
         """Subscriber: watch the doorbell."""
         self._ops = ops

@@ -1,25 +1,19 @@
-"""What clients are told of a microVM: GET /, and what GET /vcpus shows of the workers' ghosts.
+"""What clients are told of a microVM: GET /, and GET /vcpus.
 
 ``exits`` of a vCPU are those that were answered until the last heartbeat. ``ghosts`` are those of its worker (the
-worker's other vCPUs show the same); null if the worker does not answer.
+worker's other vCPUs show the same). Both are read from shared memory, which the worker writes.
 """
 
 from __future__ import annotations
 
-import time
-
-from base.event_manager import EventManager
-from base.lean_typing import TYPE_CHECKING, Any, NamedTuple, Sequence
-from ipc.messages.ghosts import GhostsReported, ReportGhosts
-from vmm.cells.lifecycle import SECOND_NS
+from base.lean_typing import TYPE_CHECKING, Callable, Mapping, NamedTuple, Sequence
+from ipc.exit_ring import COUNTER_EXITS, GHOST_EXITS, GHOST_NMIS, GHOST_RECOVERIES, GHOST_STARTUPS, GHOST_STUB
+from vmm.cells.exits import ExitExecutor
 from vmm.cells.worker import Worker
-from vmm.errors import VmmError
+from vmm.placement import Placement
 
 if TYPE_CHECKING:
     from vmm.json.text import JsonValue
-
-#: How long the client waits for a worker's counters.
-REPORT_TIMEOUT_NS = 1 * SECOND_NS
 
 
 class InstanceInfo(NamedTuple):
@@ -38,23 +32,40 @@ class InstanceInfo(NamedTuple):
         return self
 
 
-def ghost_counters(workers: Sequence[Worker], events: EventManager) -> dict[int, JsonValue]:
-    """Ask every worker for the counters of its ghosts; one that does not answer soon is left out."""
-    counters: dict[int, JsonValue] = {}
-    asked: set[int] = set()
-    for worker in workers:
-        if not worker.assignment.ghosts:
-            counters[worker.index] = []
-            continue
+def vcpu_report(
+    workers: Sequence[tuple[int, Worker]],
+    placement: Placement,
+    executors: Mapping[int, ExitExecutor],
+    is_stalled: Callable[[Worker], bool],
+    replacements: Callable[[int], int],
+) -> list[JsonValue]:
+    """Return one record per vCPU. ``workers`` are (vCPU, its worker) in order of the vCPUs."""
+    return [
+        {
+            "index": vcpu,
+            "worker": worker.index,
+            "pid": worker.pid,
+            "placement": placement.kind,
+            "state": "stalled" if is_stalled(worker) else worker.state.value,
+            "exits": executors[vcpu].counters()[COUNTER_EXITS],
+            "affinity": list(placement.affinity[vcpu]) if placement.affinity else None,
+            "clock_ahead_ns": worker.clock_ahead_ns,
+            "ghosts": [
+                _ghost(ghost, executors[worker.assignment.vcpus[0]].ghost_counters(ghost))
+                for ghost in worker.assignment.ghosts
+            ],
+            "replacements": replacements(worker.index),
+        }
+        for vcpu, worker in workers
+    ]
 
-        def answered(reply: Any, index: int = worker.index) -> None:
-            if isinstance(reply, GhostsReported):
-                counters[index] = [each._asdict() for each in reply.ghosts]
 
-        try:
-            worker.submit(ReportGhosts(), answered)  # an answer may come while the next worker is being asked
-            asked.add(worker.index)
-        except VmmError:
-            pass  # it has failed or ended, which its state says
-    events.run_until(lambda: asked <= counters.keys(), time.monotonic_ns() + REPORT_TIMEOUT_NS)
-    return dict(counters)  # an answer that comes too late changes nothing any more
+def _ghost(vcpu: int, counters: Sequence[int]) -> dict[str, JsonValue]:
+    return {
+        "vcpu": vcpu,
+        "stub": bool(counters[GHOST_STUB]),
+        "exits": counters[GHOST_EXITS],
+        "startups": counters[GHOST_STARTUPS],
+        "nmis": counters[GHOST_NMIS],
+        "recoveries": counters[GHOST_RECOVERIES],
+    }

@@ -4,33 +4,30 @@ from __future__ import annotations
 
 from base import exit_codes
 from base.event_manager import EventManager, EventOps, Events
-from base.lean_typing import TYPE_CHECKING, Sequence
+from base.lean_typing import TYPE_CHECKING, Callable
 from base.version import APP_NAME, FIRECRACKER_VERSION
-from ipc.exit_ring import COUNTER_EXITS
-from ipc.guest_memory import GuestMemory
-from ipc.messages.ghosts import GhostRecovered
-from ipc.messages.supervisor import CellEnded
-from ipc.messages.worker import DumpCpuConfig, DumpedCpuConfig, SavedState, SaveState, VcpuExited
+from ipc.messages.worker import DumpCpuConfig, DumpedCpuConfig, SavedState, SaveState
 from vmm.cells.exits import ExitExecutor, read_exits
 from vmm.cells.ghosts import GhostForwarder
 from vmm.cells.handshake import Kvm
 from vmm.cells.heartbeat import Heartbeat
+from vmm.cells.pool import end_workers
 from vmm.cells.worker import Worker
 from vmm.devices.legacy.console import ConsoleInput, ConsoleOutput
 from vmm.devices.manager import DeviceManager, read_devices
 from vmm.errors import DeviceError, MicrovmEndedError, StateError, VmmError, WorkerError
 from vmm.machine.device_operations import DeviceOperations
-from vmm.machine.post_mortem import TAIL_LENGTH, Cause, Failure, of_end, of_vcpu, report
-from vmm.machine.report import InstanceInfo, ghost_counters
+from vmm.machine.ending import Ending
+from vmm.machine.post_mortem import Failure
+from vmm.machine.report import InstanceInfo, vcpu_report
 from vmm.machine.vm import Vm
 from vmm.observe.event_log import EVENTS
 from vmm.observe.logger import LOG
-from vmm.observe.metrics import METRICS, SIGNAL_KEYS
+from vmm.observe.metrics import METRICS
 from vmm.operations import pause
 from vmm.operations.driver import Operation, OperationDriver
 from vmm.operations.quiescence import read_quiescence
 from vmm.operations.replacement import Replacements, Successor
-from vmm.placement import Placement
 from vmm.snapshot.state_file import VERSION as STATE_VERSION
 from vmm.snapshot.state_file import MicrovmState, QuiescentWorker
 
@@ -40,9 +37,6 @@ if TYPE_CHECKING:
 STATE_NOT_STARTED = "Not started"
 STATE_RUNNING = "Running"
 STATE_PAUSED = "Paused"
-
-#: VcpuExited.reason of a triple fault, by which guests reset their machine, too.
-VCPU_SHUTDOWN = "shutdown"
 
 
 class Vmm(DeviceOperations):
@@ -56,50 +50,39 @@ class Vmm(DeviceOperations):
         self,
         microvm_id: str,
         events: EventManager,
-        memory: GuestMemory,
+        vm: Vm,
         device_manager: DeviceManager,
-        placement: Placement,
+        ending: Ending,
+        *,
+        workers: list[Worker],
+        output: ConsoleOutput | None,
+        console_input: ConsoleInput | None,
+        make_successor: Callable[[Worker], Successor],
     ) -> None:
         self._id = microvm_id
         self._events = events
-        self.vm = Vm(memory, placement)
+        self.vm = vm
         self.device_manager = device_manager
-        self.vcpus_handles: list[Worker] = []
+        self.ending = ending
+        self.vcpus_handles = workers
         self._executors: dict[int, ExitExecutor] = {}
         self._ghosts: GhostForwarder | None = None
-        self._subscriptions: list[int] = []
-        self._console_output: ConsoleOutput | None = None
-        self._console_input: ConsoleInput | None = None
+        self._console_output = output
+        self._console_input = console_input
+        consoles = [each for each in (output, console_input) if each is not None]
+        self._subscriptions = [events.add_subscriber(each) for each in consoles]
         self._state = STATE_NOT_STARTED
-        self._shutdown_exit_code: int | None = None
-        #: A guest that reboots gets a machine that starts anew (``restart_wanted``), which is for the owner to do.
-        self.restarts = False
-        self.restart_wanted = False
         self._closed = False
         self._driver = OperationDriver(self, events)
-        self.replacements = Replacements(self, self._driver, events, _cannot_make_successor)
-        self._heartbeat = Heartbeat(self.vcpus_handles, self.has_ended, self._pong)
-        #: Why the microVM failed, if it did.
-        self.failure: Failure | None = None
+        ending.on_lost = self._driver.lost
+        self.replacements = Replacements(self, self._driver, events, make_successor)
+        self._heartbeat = Heartbeat(workers, self.has_ended, self._pong)
 
     def __repr__(self) -> str:
         workers = ", ".join(f"vcpu {worker.index}: {worker.state.value}" for worker in self.vcpus_handles)
         return f"<Vmm {self._id} {self._state.lower()} [{workers}]>"
 
-    # ------------------------------------------------------------ construction (vmm.machine.builder)
-
-    def attach_worker(self, worker: Worker) -> None:
-        """Take a configured worker over."""
-        self._own(worker)
-        self.vcpus_handles.append(worker)
-
-    def _own(self, worker: Worker) -> None:
-        worker.on_vcpu_exited = self._vcpu_exited
-        worker.on_failed = self._worker_failed
-        worker.on_ended = self._worker_ended
-        if self._ghosts is not None:
-            worker.on_ghost_event = self._ghosts.handle
-            worker.on_ghost_recovered = self._ghost_recovered
+    # ------------------------------------------------------------ construction (vmm.machine.assembly)
 
     def attach_executor(self, vcpu: int, executor: ExitExecutor) -> None:
         """Serve the exits of one vCPU."""
@@ -110,26 +93,7 @@ class Vmm(DeviceOperations):
         """Serve the ghosts of all workers."""
         self._ghosts = ghosts
         for worker in self.vcpus_handles:
-            self._own(worker)
-
-    def attach_console(self, output: ConsoleOutput | None, console_input: ConsoleInput | None) -> None:
-        """Connect the UART with the host."""
-        self._console_output = output
-        self._console_input = console_input
-        if output is not None:
-            self._subscriptions.append(self._events.add_subscriber(output))
-        if console_input is not None:
-            self._subscriptions.append(self._events.add_subscriber(console_input))
-
-    def after_exits(self) -> None:
-        """A batch of exits was executed: deliver interrupts, then write what the guest has sent to its UART."""
-        self.device_manager.end_batch()
-        self.flush_console()
-
-    def flush_console(self) -> None:
-        """Write what the guest has sent to its UART."""
-        if self._console_output is not None:
-            self._console_output.flush()
+            worker.on_ghost_event = ghosts.handle
 
     # ------------------------------------------------------------ information
 
@@ -150,11 +114,21 @@ class Vmm(DeviceOperations):
 
     def shutdown_exit_code(self) -> int | None:
         """Return the exit code once the microVM has been stopped, else None."""
-        return self._shutdown_exit_code
+        return self.ending.exit_code
 
     def clear_shutdown_exit_code(self) -> None:
         """Forget the stored exit code."""
-        self._shutdown_exit_code = None
+        self.ending.exit_code = None
+
+    @property
+    def failure(self) -> Failure | None:
+        """Why the microVM failed, if it did."""
+        return self.ending.failure
+
+    @property
+    def restart_wanted(self) -> bool:
+        """Is the guest to get a machine that starts anew?"""
+        return self.ending.restart_wanted
 
     def exit_counters(self) -> dict[int, tuple[int, ...]]:
         """Return each vCPU's exit counters, in the order of ``ipc.exit_ring.COUNTER_NAMES``."""
@@ -162,22 +136,9 @@ class Vmm(DeviceOperations):
 
     def vcpu_report(self) -> list[JsonValue]:
         """Return what GET /vcpus shows: one record per vCPU, in order of their indices (vmm.machine.report)."""
-        ghosts = ghost_counters(self.vcpus_handles, self._events)
-        return [
-            {
-                "index": vcpu,
-                "worker": worker.index,
-                "pid": worker.pid,
-                "placement": self.vm.placement.kind,
-                "state": "stalled" if self._heartbeat.is_stalled(worker) else worker.state.value,
-                "exits": self._executors[vcpu].counters()[COUNTER_EXITS],
-                "affinity": list(self.vm.placement.affinity[vcpu]) if self.vm.placement.affinity else None,
-                "clock_ahead_ns": worker.clock_ahead_ns,
-                "ghosts": ghosts.get(worker.index),
-                "replacements": self.replacements.count(worker.index),
-            }
-            for vcpu, worker in self._by_vcpu()
-        ]
+        return vcpu_report(
+            self._by_vcpu(), self.vm.placement, self._executors, self._heartbeat.is_stalled, self.replacements.count
+        )
 
     def read_metrics(self) -> None:
         """Bring the metrics up to date with what the parts of this microVM have counted."""
@@ -272,12 +233,15 @@ class Vmm(DeviceOperations):
 
     def has_ended(self) -> bool:
         """Has the microVM ended, or is it about to, or to start anew?"""
-        return self._shutdown_exit_code is not None or self.restart_wanted
+        return self.ending.has_come
+
+    def require_alive(self) -> None:
+        """Raise StateError after the end."""
+        self.ending.require_alive()
 
     def cannot_go_on(self, text: str) -> None:
         """An operation could be neither completed nor rolled back."""
-        if self._shutdown_exit_code is None:
-            self._fail(Failure(Cause.OPERATION, "", text, exit_codes.GENERIC_ERROR), None)
+        self.ending.cannot_go_on(text)
 
     def clock_failed(self, count: int) -> None:
         """So many vCPUs could not be told that they were stopped."""
@@ -287,8 +251,9 @@ class Vmm(DeviceOperations):
         """The successor runs the predecessor's vCPUs from now on."""
         self.vcpus_handles[self.vcpus_handles.index(predecessor)] = successor
         predecessor.replaced()
-        self._own(successor)
+        self.ending.watch(successor)
         if self._ghosts is not None:
+            successor.on_ghost_event = self._ghosts.handle
             self._ghosts.forget_sources(predecessor.index)
 
     def _read_quiescence(self) -> tuple[QuiescentWorker, ...]:
@@ -328,88 +293,15 @@ class Vmm(DeviceOperations):
 
     def stop(self, exit_code: int) -> None:
         """End the microVM: the main loop returns with this code. The first code counts, but 0 yields to an error."""
-        if self._shutdown_exit_code is None:
-            LOG.info("Vmm is stopping.")
-            EVENTS.emit("microvm-stopping", exit_code=exit_code)
-        if not self._shutdown_exit_code:
-            self._shutdown_exit_code = exit_code
-
-    def guest_reset(self) -> None:
-        """The guest has reset the machine."""
-        if not self.restarts:
-            self.stop(exit_codes.OK)
-        elif self._shutdown_exit_code is None:
-            self.restart_wanted = True
+        self.ending.stop(exit_code)
 
     def _by_vcpu(self) -> list[tuple[int, Worker]]:
         return sorted((vcpu, worker) for worker in self.vcpus_handles for vcpu in worker.assignment.vcpus)
-
-    def require_alive(self) -> None:
-        """Raise StateError after the end."""
-        if self._shutdown_exit_code is not None:
-            raise StateError("The microVM has ended.")
 
     def _require_paused(self, operation: str) -> None:
         self.require_alive()
         if self._state != STATE_PAUSED:
             raise StateError(f"{operation} needs a paused microVM: save/restore unavailable while running.")
-
-    # ------------------------------------------------------------ what happens to workers
-
-    def _vcpu_exited(self, worker: Worker, event: VcpuExited) -> None:
-        failure = of_vcpu(worker, event)
-        if self._shutdown_exit_code is not None:
-            # A guest that was reset runs on until its worker ends, into a triple fault: that is no news.
-            LOG.debug(failure.text)
-            return
-        if self.restart_wanted or (self.restarts and event.reason == VCPU_SHUTDOWN):
-            LOG.debug(failure.text)
-            self.guest_reset()
-            return
-        EVENTS.emit("vcpu-exited", vcpu=event.vcpu, reason=event.reason, exit_code=event.code)
-        if event.code:
-            METRICS["vcpu"].add("failures")
-            self._fail(failure, worker)
-        else:
-            LOG.info(failure.text)
-            self.stop(0)
-        self._driver.lost(worker, failure.text)
-
-    def _worker_failed(self, worker: Worker, text: str) -> None:
-        self._fail(Failure(Cause.PROTOCOL, "", text, exit_codes.GENERIC_ERROR), worker)
-        self._driver.lost(worker, text)
-
-    def _worker_ended(self, worker: Worker, notice: CellEnded) -> None:
-        if self._shutdown_exit_code is not None:
-            return
-        failure = of_end(worker, notice)
-        if notice.wall == "seccomp":
-            METRICS["seccomp"].add("num_faults")
-        if notice.signal and failure.exit_code in SIGNAL_KEYS:
-            METRICS["signals"].store(SIGNAL_KEYS[failure.exit_code], 1)
-        self._fail(failure, worker)
-        if notice.wall == "seccomp":
-            LOG.error(f"Shutting down VM after intercepting a bad syscall of worker vcpu {worker.index}.")
-        self._driver.lost(worker, failure.text)
-
-    def _fail(self, failure: Failure, worker: Worker | None) -> None:
-        """Report why the microVM cannot go on, and end it."""
-        tail = b"" if self._console_output is None else self._console_output.tail(TAIL_LENGTH)
-        self.failure = self.failure or failure
-        report(failure, worker, tail.decode(errors="backslashreplace"))
-        self.stop(failure.exit_code)
-
-    def _ghost_recovered(self, worker: Worker, event: GhostRecovered) -> None:
-        text = f"Worker vcpu {worker.index}: {event.text}."
-        if not event.fatal:
-            LOG.warn(text)
-        elif self._shutdown_exit_code is None:
-            self._fail(Failure(Cause.INTERRUPT, "ghost", text, exit_codes.GENERIC_ERROR), worker)
-
-    def forwarding_failed(self, text: str) -> None:
-        """An interrupt between vCPUs was lost: the guest cannot go on."""
-        if self._shutdown_exit_code is None:
-            self._fail(Failure(Cause.INTERRUPT, "forwarding", text, exit_codes.GENERIC_ERROR), None)
 
     def init(self, ops: EventOps) -> None:
         """Subscriber: there are deadlines to be armed."""
@@ -426,13 +318,14 @@ class Vmm(DeviceOperations):
         if self._closed:
             return
         self._closed = True
-        if self.restart_wanted and self._shutdown_exit_code is None:
-            self._shutdown_exit_code = exit_codes.OK  # that its workers end now is no news
+        if self.restart_wanted and self.ending.exit_code is None:
+            self.ending.exit_code = exit_codes.OK  # that its workers end now is no news
         try:
             end_workers([*self.vcpus_handles, *self.replacements.retired])
             for executor in self._executors.values():
                 executor.drain()
-            self.flush_console()
+            if self._console_output is not None:
+                self._console_output.flush()
             self._read_metrics()
         finally:
             self._release()
@@ -460,16 +353,4 @@ class Vmm(DeviceOperations):
         self.close()
 
 
-def _cannot_make_successor(worker: Worker) -> Successor:
-    raise StateError(f"Worker {worker.index} cannot be replaced.")
-
-
-def end_workers(workers: Sequence[Worker]) -> None:
-    """Ask all workers to finish, then wait for each; what does not end is killed."""
-    for worker in workers:
-        worker.finish()
-    for worker in workers:
-        worker.wait_ended()
-
-
-__all__ = ["DeviceError", "Vmm", "end_workers"]
+__all__ = ["DeviceError", "Vmm"]

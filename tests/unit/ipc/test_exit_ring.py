@@ -61,6 +61,19 @@ def test_layout_is_pinned(ring):
     assert len(exit_ring.COUNTER_NAMES) <= exit_ring.COUNTER_COUNT
 
 
+def test_ghosts_are_counted_behind_the_vcpus_counters(ring):
+    producer, consumer = ring.producer(), ring.consumer()
+    first, last = producer.ghost_counters(0), producer.ghost_counters(31)
+    first[exit_ring.GHOST_STUB], last[exit_ring.GHOST_RECOVERIES] = 1, U64
+    assert ring.buffer[512 : 512 + 8] == (1).to_bytes(8, "little")
+    assert ring.buffer[512 + 31 * 64 + 4 * 8 : 512 + 31 * 64 + 5 * 8] == U64.to_bytes(8, "little")
+    assert consumer.ghost_counters(0) == (1, 0, 0, 0, 0, 0, 0, 0)
+    assert consumer.ghost_counters(31) == (0, 0, 0, 0, U64, 0, 0, 0)
+    assert consumer.ghost_counters(30) == (0,) * 8
+    for words in (first, last):
+        words.release()
+
+
 @pytest.mark.parametrize("end", [ExitRingConsumer, lambda buffer, fd: ExitRingProducer(buffer, fd, fd)])
 def test_another_object_is_refused_and_can_be_closed(ring, end):
     fresh = mmap.mmap(-1, RING_SIZE)

@@ -74,8 +74,7 @@ KINDS = {
         35: "ClockRead",
         36: "SetClock",
         37: "ClockSet",
-        38: "ReportGhosts",
-        39: "GhostsReported",
+        # 38 and 39 were ReportGhosts and GhostsReported.
         40: "GhostRecovered",
         41: "ReadHostCpu",
         42: "HostCpuRead",

@@ -26,14 +26,10 @@ from tests.harness.cells import (
 )
 from vmm.cells import exits as exits_module
 from vmm.cells import heartbeat as heartbeat_module
-from vmm.cells.descriptors import WorkerDescriptors
-from vmm.cells.exits import ExitExecutor
 from vmm.devices.legacy.console import ConsoleOutput
-from vmm.devices.manager import DeviceManager
 from vmm.errors import DeviceError, MicrovmEndedError, StateError, VmmError, WorkerError
 from vmm.layout import IOAPIC_ADDRESS
-from vmm.machine.vmm import Vmm
-from vmm.observe.logger import LOG
+from vmm.machine.assembly import Assembly, Console
 from vmm.operations import pause as pause_module
 from vmm.operations import tables
 from vmm.operations.tables import PAUSE, StepName
@@ -57,31 +53,16 @@ class Machine:
         memory = GuestMemory(descriptor, MEMORY_SIZE, (MemoryRegion(0, MEMORY_SIZE, 0),))
         self.reader, writer = os.pipe()
         self.output = ConsoleOutput(writer, owned=True)
-        self.devices = DeviceManager(
-            transmit=self.output.transmit,
-            reset=lambda: self.vmm.stop(0),
-            set_routes=self.worker.set_routes,
-            log=LOG.warn,
-        )
-        self.vmm = Vmm("standin", self.events, memory, self.devices, Placement("Split", ((0,),), "test"))
-        self.vmm.attach_console(self.output, None)
-        self.executor = ExitExecutor(
-            self.devices.ports,
-            self.devices.mmio,
-            before_batch=self.devices.begin_batch,
-            after_batch=self.vmm.after_exits,
-            failed=lambda text: self.worker.breach(f"exit ring: {text}"),
-        )
-        self.vmm.attach_executor(0, self.executor)
+        placement = Placement("Split", ((0,),), "test")
+        self.assembly = Assembly(self.events, "standin", memory, placement, Console(self.output, -1))
+        self.devices = self.assembly.devices
+        self.vmm = self.assembly.vmm
         self.controller.greeted()
-        message = configure_message(ports=self.devices.ports.windows(), mmio=self.devices.mmio.windows())
-        ring = self.executor.descriptor, self.executor.doorbell, self.executor.completion
-        interrupts = tuple((line.gsi, line.eventfd) for line in self.devices.interrupts)
-        self.worker.configure(
-            message, WorkerDescriptors(descriptor, MEMORY_SIZE, self.devices.page_descriptor, ((0, *ring),), interrupts)
-        )
+        ports, mmio = self.devices.ports.windows(), self.devices.mmio.windows()
+        self.assembly.prepare(configure_message(ports=ports, mmio=mmio))
+        self.assembly.add_worker(self.worker)
+        self.assembly.connect()
         os.close(descriptor)
-        self.vmm.attach_worker(self.worker)
         self.vmm.start_vcpus()
 
     def resume(self) -> None:
@@ -194,7 +175,7 @@ def test_a_pause_drains_what_was_posted(make):
     for _ in range(20):
         machine.vmm.resume_vm()
         machine.vmm.pause_vm()
-        assert machine.executor.idle
+        assert machine.vmm.drained()
         assert machine.console() == bytes(range(200))
 
 
@@ -416,7 +397,7 @@ def test_a_guest_that_resets_before_the_worker_has_said_that_it_runs_has_run(mak
     machine = make()
 
     def resume(worker, answered):
-        machine.vmm.guest_reset()  # its exit came first; the answer comes after the end, or never
+        machine.assembly.ending.guest_reset()  # its exit came first; the answer comes after the end, or never
 
     monkeypatch.setattr(pause_module, "resume", resume)
     machine.vmm.resume_vm()
@@ -430,7 +411,7 @@ def test_a_guest_that_resets_before_the_worker_has_said_that_it_runs_has_run(mak
 def test_a_guest_that_restarts_as_soon_as_it_runs_was_not_paused(make, monkeypatch, answers_first):
     """What its machine was decides whether the one that starts anew runs."""
     machine = make()
-    machine.vmm.restarts = True
+    machine.assembly.ending.restarts = True
     driver = machine.vmm._driver
     ask = pause_module.resume
 
@@ -438,7 +419,7 @@ def test_a_guest_that_restarts_as_soon_as_it_runs_was_not_paused(make, monkeypat
         if answers_first:
             ask(worker, answered)
             machine.controller.serve(lambda: driver.life.current is None)
-        machine.vmm.guest_reset()
+        machine.assembly.ending.guest_reset()
 
     monkeypatch.setattr(pause_module, "resume", resume)
     machine.vmm.resume_vm()

@@ -12,16 +12,14 @@ import pytest
 from ipc.messages.records import Failed
 from ipc.messages.replacement import LoadState, RolledBack, StateLoaded
 from ipc.messages.worker import Resumed, SavedState
-from tests.harness.cells import StandInWorker, configure_message, honest, open_descriptors, settle
+from tests.harness.cells import StandInWorker, honest, open_descriptors, settle
 from tests.unit.vmm.machine.test_vmm import Machine
-from vmm.cells.descriptors import WorkerDescriptors
 from vmm.cells.lifecycle import WorkerState
 from vmm.cells.worker import Worker
 from vmm.errors import StateError, WorkerError
 from vmm.machine.post_mortem import Cause
 from vmm.observe.event_log import EVENTS
 from vmm.operations import tables
-from vmm.operations.replacement import Interrupts, Successor
 from vmm.operations.tables import REPLACE
 
 
@@ -31,7 +29,7 @@ class Replaceable(Machine):
     def __init__(self, directory: Any, *behaviours: Callable[[StandInWorker], None]) -> None:
         super().__init__(directory, *behaviours)
         self.successors: list[Worker] = []
-        self.vmm.replacements.make_successor = self._make_successor
+        self.assembly.make_successor = self._make_successor
         first = self.controller.supervisor.on_cell_ended
 
         def cell_ended(notice: Any) -> None:
@@ -42,19 +40,11 @@ class Replaceable(Machine):
         self.controller.supervisor.on_cell_ended = cell_ended
         self.vmm.resume_vm()
 
-    def _make_successor(self, predecessor: Worker) -> Successor:
+    def _make_successor(self, index: int) -> Worker:
         controller = self.controller
-        successor = Worker(0, controller.plan, controller.context, controller.events, controller.supervisor)
+        successor = Worker(index, controller.plan, controller.context, controller.events, controller.supervisor)
         self.successors.append(successor)
-        ring = self.executor.descriptor, self.executor.doorbell, self.executor.completion
-        descriptors = WorkerDescriptors(
-            self.vmm.vm.memory.descriptor,
-            self.vmm.vm.memory.size,
-            self.devices.page_descriptor,
-            ((0, *ring),),
-            tuple((line.gsi, line.eventfd) for line in self.devices.interrupts),
-        )
-        return Successor(successor, configure_message(), descriptors, lambda: Interrupts((), ()))
+        return successor
 
     def close(self) -> None:
         super().close()

@@ -1,0 +1,39 @@
+"""Loads the guest's kernel and initrd into its memory, and logs how."""
+
+from __future__ import annotations
+
+from ipc.guest_memory import GuestMemory
+from ipc.launch_plan import LaunchPlan
+from ipc.messages.records import BootRegisters
+from vmm.boot.cmdline import Cmdline, complete
+from vmm.boot.loader import KIND_BZIMAGE, load_kernel
+from vmm.config.resources import VmResources
+from vmm.observe.logger import DEBUG, LOG
+
+
+def load_boot_source(resources: VmResources, memory: GuestMemory, plan: LaunchPlan) -> BootRegisters:
+    """Load kernel and initrd into guest memory and log how. Raises LayoutError or a BootError."""
+    options = resources.options
+    source = resources.require_boot_source()
+    cache = options.kernel_cache_fd if options.kernel_cache_fd >= 0 else plan.kernel_cache_fd
+    cmdline = Cmdline(source.command_line)
+    complete(cmdline, pci=False)
+    image = load_kernel(
+        memory,
+        source.kernel_fd,
+        cmdline,
+        source.initrd_fd if source.initrd_fd >= 0 else None,
+        vcpu_count=resources.machine_config.vcpu_count,
+        cache_fd=cache,
+        unpack=options.unpack_kernel,
+        entry=options.kernel_entry,
+        huge_pages=plan.huge_pages,
+    )
+    mark = " (bzImage)" if image.kind == KIND_BZIMAGE else ""
+    LOG.info(f"Kernel loaded using {image.protocol} boot protocol{mark}")
+    if image.note:
+        LOG.warn(image.note)
+    if LOG.level >= DEBUG:
+        steps = ", ".join(f"{step} {nanoseconds // 1000} us" for step, nanoseconds in image.timings)
+        LOG.debug(f"Kernel loading took: {steps}")
+    return image.registers
