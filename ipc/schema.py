@@ -23,9 +23,17 @@ U64 = (1 << 64) - 1
 
 
 class Field:
-    """Checks one value; ``check`` returns the value as it is handed to the receiver, or raises MessageError."""
+    """Checks one value."""
 
     def check(self, value: Any, where: str) -> Any:
+        """Return the value as it is handed to the receiver. Raises MessageError, which says where in ``where``."""
+        try:
+            return self.accept(value)
+        except MessageError as error:
+            raise MessageError(f"{where}{error}") from None
+
+    def accept(self, value: Any) -> Any:
+        """As :meth:`check`; the text begins with where in the value it is wrong. Names are built only then."""
         raise NotImplementedError
 
 
@@ -36,23 +44,23 @@ class Int(Field):
         self.low = low
         self.high = high
 
-    def check(self, value: Any, where: str) -> Any:
+    def accept(self, value: Any) -> Any:
         if type(value) is not int:
             # We may send members of an IntEnum (signal.SIGKILL); a received value is a plain integer or wrong.
             if not isinstance(value, int) or type(value) is bool:
-                raise MessageError(f"{where}: expected an integer from {self.low} to {self.high}")
+                raise MessageError(f": expected an integer from {self.low} to {self.high}")
             value = int(value)
         if not self.low <= value <= self.high:
-            raise MessageError(f"{where}: expected an integer from {self.low} to {self.high}")
+            raise MessageError(f": expected an integer from {self.low} to {self.high}")
         return value
 
 
 class Flag(Field):
     """True or False."""
 
-    def check(self, value: Any, where: str) -> Any:
+    def accept(self, value: Any) -> Any:
         if type(value) is not bool:
-            raise MessageError(f"{where}: expected a boolean")
+            raise MessageError(": expected a boolean")
         return value
 
 
@@ -62,9 +70,9 @@ class Text(Field):
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def check(self, value: Any, where: str) -> Any:
+    def accept(self, value: Any) -> Any:
         if type(value) is not str or len(value) > self.size:
-            raise MessageError(f"{where}: expected a string of at most {self.size} characters")
+            raise MessageError(f": expected a string of at most {self.size} characters")
         return value
 
 
@@ -74,9 +82,9 @@ class Bytes(Field):
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def check(self, value: Any, where: str) -> Any:
+    def accept(self, value: Any) -> Any:
         if type(value) is not bytes or len(value) > self.size:
-            raise MessageError(f"{where}: expected at most {self.size} bytes")
+            raise MessageError(f": expected at most {self.size} bytes")
         return value
 
 
@@ -88,11 +96,11 @@ class ListOf(Field):
         self.item = item
         self.size = size
 
-    def check(self, value: Any, where: str) -> Any:
+    def accept(self, value: Any) -> Any:
         if type(value) not in (list, tuple) or len(value) > self.size:
-            raise MessageError(f"{where}: expected a list of at most {self.size} values")
-        check = self.item.check
-        return tuple([check(element, where) for element in value])
+            raise MessageError(f": expected a list of at most {self.size} values")
+        accept = self.item.accept
+        return tuple([accept(element) for element in value])
 
 
 class RecordOf(Field):
@@ -101,13 +109,37 @@ class RecordOf(Field):
     def __init__(self, record: type[Any], **fields: Field) -> None:
         self.record = record
         self.fields = _ordered(record, fields)
+        self._accept = tuple([field.accept for _, field in self.fields])
+        #: Of a record of integers only (CPUID, MSRs, windows …): such come in long lists.
+        self._bounds = _bounds([field for _, field in self.fields])
 
-    def check(self, value: Any, where: str) -> Any:
+    def accept(self, value: Any) -> Any:
         if type(value) not in (list, tuple, self.record) or len(value) != len(self.fields):
-            raise MessageError(f"{where}: expected a record of {len(self.fields)} values")
-        return self.record._make(
-            [field.check(element, f"{where}.{name}") for (name, field), element in zip(self.fields, value, strict=True)]
-        )
+            raise MessageError(f": expected a record of {len(self.fields)} values")
+        if self._bounds:
+            for element, (low, high) in zip(value, self._bounds, strict=True):
+                if type(element) is not int or not low <= element <= high:
+                    break  # wrong, or a member of an IntEnum
+            else:
+                return self.record._make(value)
+        try:
+            return self.record._make([accept(element) for accept, element in zip(self._accept, value, strict=True)])
+        except MessageError:
+            raise self._located(value) from None
+
+    def _located(self, value: Sequence[Any]) -> MessageError:
+        """Find the first field that is wrong again, to name it."""
+        for (name, field), element in zip(self.fields, value, strict=True):
+            try:
+                field.accept(element)
+            except MessageError as error:
+                return MessageError(f".{name}{error}")
+        raise AssertionError("a value was wrong and is not any more")
+
+
+def _bounds(fields: Sequence[Field]) -> tuple[tuple[int, int], ...]:
+    bounds = [(field.low, field.high) for field in fields if type(field) is Int]
+    return tuple(bounds) if len(bounds) == len(fields) else ()
 
 
 def _ordered(record: type[Any], fields: Mapping[str, Field]) -> tuple[tuple[str, Field], ...]:

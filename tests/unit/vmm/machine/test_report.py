@@ -45,7 +45,7 @@ def test_counters_come_from_the_rings(tmp_path, executors):
         for vcpu in range(3):
             write(executors[vcpu], 32 + COUNTER_EXITS, 100 + vcpu)
         placement = Placement("Grouped", ((0, 1), (2,)), "test")
-        report = vcpu_report(
+        report: Any = vcpu_report(
             [(0, first), (1, first), (2, second)], placement, executors, lambda worker: worker is second, int
         )
     finally:
