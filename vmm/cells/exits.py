@@ -102,7 +102,7 @@ class ExitExecutor:
         return tuple(self._ring.counters)
 
     def ghost_counters(self, vcpu: int) -> tuple[int, ...]:
-        """Return what the worker has counted of its ghost of another vCPU (ipc.exit_ring.GHOST_*)."""
+        """Return what the worker has counted of its ghost of another vCPU (ipc.exit_ring.GHOST_STUB and so on)."""
         return self._ring.ghost_counters(vcpu)
 
     def init(self, ops: EventOps) -> None:
