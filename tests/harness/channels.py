@@ -8,7 +8,7 @@ import resource
 import select
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import zmq
@@ -90,13 +90,6 @@ def receive(channel: Channel) -> Envelope:
     while (envelope := channel.receive()) is None:
         assert poller.poll(PATIENCE_SECONDS * 1000), "no message came"
     return envelope
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def greet(channel: Channel) -> None:

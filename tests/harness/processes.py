@@ -6,12 +6,32 @@ import json
 import os
 import select
 import signal
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 #: A bound against a hanging suite; nothing is measured with it.
 PATIENCE_SECONDS = 60
+
+
+def wait_for(
+    condition: Callable[[], Any],
+    what: str | Callable[[], str] = "",
+    seconds: float = PATIENCE_SECONDS,
+    *,
+    spin: bool = False,
+) -> Any:
+    """Return the first true value of a condition; fails the test when it does not come.
+
+    ``what`` is said then. With ``spin`` the processor is given to others between two looks, and nothing more.
+    """
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"timed out waiting for {what if isinstance(what, str) else what()}")
+        time.sleep(0 if spin else 0.001)
+    return value
 
 
 class Child:

@@ -23,6 +23,7 @@ import pytest
 
 from lab.client import ClientError, Microvm, descendants, launch_unjailed, request, without_log
 from tests.guests.build import build
+from tests.harness.processes import wait_for
 from tests.harness.run_options import SOAK
 
 #: So many rounds never end within a test.
@@ -67,13 +68,6 @@ def pauses(vm: Microvm) -> list[int]:
 def report(what: str, vm: Microvm) -> None:
     times = pauses(vm)
     print(f"\n{what}: {len(times)} replacements, pause median {median(times)} us, maximum {max(times)} us")
-
-
-def wait_for(condition: Any, what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen"
-        time.sleep(0.01)
 
 
 def exits(vm: Microvm) -> int:

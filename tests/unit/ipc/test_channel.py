@@ -34,10 +34,9 @@ from tests.harness.channels import (
     receive,
     resident,
     send_until_refused,
-    wait_until,
     worker,
 )
-from tests.harness.processes import PATIENCE_SECONDS, Child, open_descriptors
+from tests.harness.processes import PATIENCE_SECONDS, Child, open_descriptors, wait_for
 
 # ---------------------------------------------------------------- honest peers
 
@@ -64,7 +63,7 @@ def test_hello_and_a_thousand_commands(place):
             greet(channel)
             for number in range(commands):
                 channel.send(Pong(str(number)), reply_to=receive(channel).sequence)
-            wait_until(lambda: channel.receive(time.monotonic_ns()) is None and channel.counters.expired == 1)
+            wait_for(lambda: channel.receive(time.monotonic_ns()) is None and channel.counters.expired == 1)
             place.tell("done")
             counters = channel.counters
             return [counters.sent, counters.received, counters.refused]
@@ -257,7 +256,7 @@ def test_a_dead_controller_is_not_looked_for(place):
             assert count_sockets() >= 1
             with_connection = count_sockets()
             os.kill(victim.pid, signal.SIGKILL)
-            wait_until(lambda: count_sockets() == with_connection - 1)
+            wait_for(lambda: count_sockets() == with_connection - 1)
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
                 listener.bind(place.path)
                 listener.listen()
@@ -348,7 +347,7 @@ def test_a_peer_that_does_not_even_take_bytes(place):
     def control() -> list[int]:
         with controller(place) as channel:
             place.wait("connected")
-            wait_until(lambda: try_send(channel, message))
+            wait_for(lambda: try_send(channel, message))
             before = resident()
             return [fill(channel, message), resident() - before]
 

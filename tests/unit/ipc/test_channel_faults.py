@@ -14,8 +14,8 @@ from ipc.channel import Channel
 from ipc.errors import ChannelError
 from ipc.messages.worker import Ping, Pong
 from ipc.schema import Envelope
-from tests.harness.channels import HELLO, Place, answer_hello, controller, receive, wait_until, worker
-from tests.harness.processes import Child
+from tests.harness.channels import HELLO, Place, answer_hello, controller, receive, worker
+from tests.harness.processes import Child, wait_for
 
 # ---------------------------------------------------------------- faults
 
@@ -101,7 +101,7 @@ def test_a_held_frame_does_not_change_direction(place):
             for state in ("a", "b", "c"):
                 channel.send(Pong(state))
             sequence = receive(channel).sequence
-            wait_until(lambda: channel.receive() is None and channel.counters.stale == 1)
+            wait_for(lambda: channel.receive() is None and channel.counters.stale == 1)
             place.tell("done")
             return [sequence, channel.counters.stale]
 

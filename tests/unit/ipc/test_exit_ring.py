@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from ipc import exit_ring
 from ipc.errors import RingError
 from ipc.exit_ring import ENTRY_COUNT, ENTRY_SIZE, RING_SIZE, STRING_DATA_SIZE, ExitRingConsumer, ExitRingProducer
-from tests.harness.processes import PATIENCE_SECONDS, Child
+from tests.harness.processes import PATIENCE_SECONDS, Child, wait_for
 from tests.harness.rings import READS, U64, Access, Ring, accesses, consume_from, perform, seen
 
 # ---------------------------------------------------------------- layout
@@ -137,7 +137,7 @@ class RingMachine(RuleBasedStateMachine):
         assert posted == min(total, self.executed + ENTRY_COUNT)
         urgent = not lazy or posted - self.executed >= ENTRY_COUNT // 2
         if posted > before and (self.rest == exit_ring.ASLEEP or (self.rest == exit_ring.NAPPING and urgent)):
-            wait_for(lambda: self.ring.rung() or None)
+            wait_for(self.ring.rung, spin=True)
         else:
             assert self.ring.rung() == 0
 
@@ -262,7 +262,7 @@ def test_ring_behaves_like_a_list(scale):
 def test_an_answer_that_does_not_fit_leaves_the_entry_taken(ring):
     consumer = ring.consumer()
     with in_thread(lambda: ring.producer().call(exit_ring.KIND_PIO_READ, 1, 1, 0)) as caller:
-        entry = wait_for(consumer.take)
+        entry = wait_for(consumer.take, spin=True)
         for answer in (-1, 1 << 64):
             with pytest.raises(ValueError):
                 consumer.complete(answer)
@@ -330,11 +330,11 @@ def test_the_string_area_goes_both_ways(ring):
     producer = ring.producer()
     producer.string[:] = bytes(range(256)) * 16
     with in_thread(lambda: producer.call(exit_ring.KIND_PIO_STRING_WRITE, 0x1F0, 4, 0, 1024)):
-        entry = wait_for(consumer.take)
+        entry = wait_for(consumer.take, spin=True)
         assert bytes(consumer.string[: entry.count * entry.size]) == bytes(range(256)) * 16
         consumer.complete()
     with in_thread(lambda: producer.call(exit_ring.KIND_PIO_STRING_READ, 0x1F0, 2, 0, 3)):
-        wait_for(consumer.take)
+        wait_for(consumer.take, spin=True)
         consumer.string[:6] = b"answer"
         consumer.complete()
     assert bytes(producer.string[:6]) == b"answer"
@@ -361,7 +361,7 @@ def test_a_producer_killed_in_a_call_leaves_the_entry_open(ring):
     """The journal: posted − consumed tells the successor that an answer was not applied; it is still there."""
     consumer = ring.consumer()
     with Child(lambda: ring.producer().call(exit_ring.KIND_PIO_READ, 0x60, 1, 0)) as victim:
-        wait_for(consumer.take)
+        wait_for(consumer.take, spin=True)
         victim.kill()
         assert victim.wait() == -9
     consumer.complete(0x1C)
@@ -372,7 +372,7 @@ def test_a_producer_killed_in_a_call_leaves_the_entry_open(ring):
     successor.applied()
     assert ring.word(exit_ring.WORD_CONSUMED) == 1
     with in_thread(lambda: successor.call(exit_ring.KIND_PIO_READ, 0x60, 1, 0)) as caller:
-        wait_for(consumer.take)
+        wait_for(consumer.take, spin=True)
         consumer.complete(0x2C)
     assert caller.result == 0x2C  # the wake-up for the predecessor did not count as its answer
 
@@ -399,12 +399,3 @@ def in_thread(function: Callable[[], object]):
     yield caller
     thread.join(PATIENCE_SECONDS)
     assert not thread.is_alive()
-
-
-def wait_for(look: Callable[[], object]):
-    """Return the first thing that ``look`` returns."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while (found := look()) is None:
-        assert time.monotonic() < deadline
-        time.sleep(0)
-    return found

@@ -15,7 +15,7 @@ import pytest
 
 from ipc import exit_ring
 from ipc.exit_ring import COUNTER_RING_FULL, ENTRY_COUNT, ExitRingConsumer
-from tests.harness.processes import PATIENCE_SECONDS, Child
+from tests.harness.processes import PATIENCE_SECONDS, Child, wait_for
 from tests.harness.rings import STRINGS, Access, Ring, perform, random_access, seen
 
 U64 = (1 << 64) - 1
@@ -126,7 +126,7 @@ def test_a_full_ring_makes_the_producer_wait(ring, scale):
     with Child(post) as producer:
         for number in range(1, count + 1):
             if number % ENTRY_COUNT == 1:  # let it run into the wall
-                wait_until(lambda: ring.word(exit_ring.WORD_POSTED) == min(count, consumer.done + ENTRY_COUNT))
+                wait_for(lambda: ring.word(exit_ring.WORD_POSTED) == min(count, consumer.done + ENTRY_COUNT), spin=True)
             while (entry := consumer.take()) is None:
                 time.sleep(0)
             assert (entry.sequence, entry.address, entry.data) == (number, number, number ^ U64)
@@ -204,7 +204,7 @@ def kill_a_producer(after: float) -> None:
             producer.post(exit_ring.KIND_MMIO_WRITE, number, 4, number)
 
     with Child(post) as victim:
-        wait_until(lambda: ring.word(exit_ring.WORD_POSTED) > 0)
+        wait_for(lambda: ring.word(exit_ring.WORD_POSTED) > 0, spin=True)
         moment = time.monotonic() + after
         while time.monotonic() < moment:
             drain(consumer)
@@ -264,7 +264,7 @@ def test_kicks_do_not_end_a_call(ring, in_main_thread):
     consumer = ring.consumer()
     with Child(call) as producer:
         for number in range(10):
-            wait_until(lambda: consumer.take() is not None)
+            wait_for(lambda: consumer.take() is not None, spin=True)
             time.sleep(0.02)  # some kicks arrive meanwhile
             consumer.complete(number)
         assert producer.join() == 10
@@ -277,11 +277,3 @@ def test_access_is_what_random_access_says(seed):
     assert {access.kind for access in made} == set(range(1, 7))
     assert {access.size for access in made} == {1, 2, 4, 8}
     assert {access.synchronous for access in made} == {True, False}
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait for a condition, with a bound against a hanging suite."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0)
