@@ -12,7 +12,7 @@ from tests.unit.house import exceptions
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
 #: Guests and helpers of the tests that are not written in Python.
-OTHER_LANGUAGES = (".c", ".h", ".S", ".inc", ".sh")
+OTHER_LANGUAGES = (".c", ".go", ".h", ".inc", ".mjs", ".S", ".sh")
 #: Tables of data: one row, one fact. Their length is the number of facts.
 TABLES = {"tests/api_table.py"}
 
