@@ -12,48 +12,24 @@ import json
 import math
 import os
 import random
-import resource
-import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import accumulate
-from types import FrameType
 
 from tests.harness import conforming_client
 from tests.harness.api import Api, parse_response
+from tests.harness.fuzzing import example, limit
 from vmm.api.http import LINE_LIMIT, ProtocolError, Request, RequestParser, render_protocol_error
 from vmm.config import file as config_file
 from vmm.errors import VmmError
 from vmm.json.decoder import JsonError, decode
 from vmm.observe.logger import OFF, LoggerConfig
 
-ADDRESS_SPACE = 512 << 20
-SECONDS_PER_EXAMPLE = 1.0
 PAYLOAD_LIMIT = 2048
 
 outcomes: Counter[str] = Counter()
-
-
-class TookTooLongError(Exception):
-    """An example used more than a second of CPU time."""
-
-
-def _too_long(number: int, frame: FrameType | None) -> None:
-    raise TookTooLongError
-
-
-@contextmanager
-def example() -> Iterator[None]:
-    """Count one example and limit its time."""
-    signal.setitimer(signal.ITIMER_PROF, SECONDS_PER_EXAMPLE)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        outcomes["examples"] += 1
 
 
 # ---------------------------------------------------------------- material
@@ -174,7 +150,7 @@ def found_in(chunks: list[bytes]) -> list[tuple[str, object]]:
 def http(source: random.Random) -> None:
     """The parser: no exception, bounded buffer, the same events however the stream is cut up."""
     data = http_stream(source, b"/kernel")
-    with example():
+    with example(outcomes):
         whole = found_in([data])
         step = source.choice((1, 2, 3, 7, 100, 1000))
         assert found_in([data[start : start + step] for start in range(0, len(data), step)]) == whole, data
@@ -191,7 +167,7 @@ def in_step(source: random.Random) -> None:
     begun = sum(start < len(data) for start in (0, *ends[:-1]))
     complete = sum(end <= len(data) for end in ends)
     step = source.choice((1, 3, 1000, 4096, 1 << 30)) if len(data) < 20_000 else source.choice((4096, 1 << 30))
-    with example():
+    with example(outcomes):
         found = found_in([data[start : start + step] for start in range(0, len(data), step)])
     answers = [event for name, event in found[:-1] if name != "Continue"]
     assert len(answers) <= begun, data
@@ -230,7 +206,7 @@ class ApiTarget:
         data = http_stream(source, self.kernel.encode())
         parser = RequestParser(PAYLOAD_LIMIT)
         parser.receive(data)
-        with example():
+        with example(outcomes):
             while (event := parser.next_event()) is not None:
                 if not isinstance(event, Request):
                     continue
@@ -253,7 +229,7 @@ class ConfigTarget(ApiTarget):
         """Parsing and applying raise nothing but ConfigFileError."""
         api = self.fresh()
         text = mutated(source, CONFIG.replace(b"KERNEL", self.kernel.encode()), PIECES)
-        with example():
+        with example(outcomes):
             error = _refusal(lambda: api.dispatcher.apply(config_file.parse(text)))
         if error is not None:
             assert isinstance(error, config_file.ConfigFileError)
@@ -281,7 +257,7 @@ def json_text(source: random.Random) -> None:
     except (ValueError, RecursionError):
         expected = _REFUSED
     values: list[object] = []
-    with example():
+    with example(outcomes):
         error = _refusal(lambda: values.append(decode(text)))
     if error is None:
         assert values == [expected], text
@@ -327,8 +303,7 @@ TARGETS: dict[str, Callable[[], Callable[[random.Random], None]]] = {
 def main(arguments: list[str]) -> int:
     """Run COUNT examples of a target."""
     target, seed, count = arguments[0], int(arguments[1]), int(arguments[2])
-    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
-    signal.signal(signal.SIGPROF, _too_long)
+    limit()
     source = random.Random(seed)
     run = TARGETS[target]()
     try:

@@ -11,19 +11,17 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
-import signal
 import struct
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 import hypothesis
 from hypothesis import strategies as st
 
 from ipc.guest_memory import GuestMemory
+from tests.harness import fuzzing
 from tests.harness import kernel_images as images
 from vmm import layout
 from vmm.boot import elf, kernel_cache, loader
@@ -32,8 +30,6 @@ from vmm.boot.errors import BootError
 from vmm.boot.image_memory import ImageMemory
 
 MIB = 1 << 20
-ADDRESS_SPACE = 512 * MIB
-SECONDS_PER_EXAMPLE = 1.0
 RAM = 32 * MIB
 REAL_RAM = 128 * MIB
 
@@ -44,29 +40,18 @@ PACKINGS = ("gzip", "xz", "zstd", "lz4")
 outcomes: Counter[str] = Counter()
 
 
-class TookTooLongError(Exception):
-    """An example used more than a second of CPU time."""
-
-
-def _too_long(number: int, frame: FrameType | None) -> None:
-    raise TookTooLongError
-
-
 @contextmanager
 def example() -> Iterator[None]:
     """Count one example; only the parsers' own errors may come out of it."""
-    signal.setitimer(signal.ITIMER_PROF, SECONDS_PER_EXAMPLE)
-    try:
-        yield
-        outcomes["accepted"] += 1
-    except BootError as error:
-        if not str(error) or "." not in error.code:
-            raise AssertionError(f"an error without text or code: {error!r}") from error
-        outcomes["refused"] += 1
-        outcomes[error.code] += 1
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        outcomes["examples"] += 1
+    with fuzzing.example(outcomes):
+        try:
+            yield
+            outcomes["accepted"] += 1
+        except BootError as error:
+            if not str(error) or "." not in error.code:
+                raise AssertionError(f"an error without text or code: {error!r}") from error
+            outcomes["refused"] += 1
+            outcomes[error.code] += 1
 
 
 class Machine:
@@ -384,8 +369,7 @@ def main(arguments: list[str]) -> None:
     """Run one target."""
     target, seed, count, *rest = arguments
     loader.warm()
-    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
-    signal.signal(signal.SIGPROF, _too_long)
+    fuzzing.limit()
     TARGETS[target](random.Random(f"{target} {seed}"), int(count), rest[0] if rest else None)
     print(json.dumps(outcomes))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fuzz.test_http_fuzz import FULL, run
+from tests.harness.fuzzing import FULL, run
 from tests.harness.run_options import Scale
 
 pytestmark = [pytest.mark.soak("fuzz", "config_fuzz"), pytest.mark.timeout(1800)]
@@ -13,6 +13,6 @@ pytestmark = [pytest.mark.soak("fuzz", "config_fuzz"), pytest.mark.timeout(1800)
 @pytest.mark.parametrize("target", ["config", "json"])
 def test_documents(target: str, scale: Scale, seed: int) -> None:
     count = scale(1000, FULL)
-    outcomes = run(target, seed, count)
+    outcomes = run("api_fuzz", target, seed, count)
     assert outcomes["accepted"] > count // 10
     assert outcomes["refused"] > count // 10

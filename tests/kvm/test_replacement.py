@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -243,7 +244,7 @@ def test_a_signal_at_any_moment_has_one_outcome(tmp_path, scale, seed, no_leftov
         directory = tmp_path / str(machine)
         directory.mkdir()
         with no_leftovers(), ipis(directory, 2, "Split") as vm:
-            wait_for(lambda vm=vm: stubs_are_placed(vm), "the start of every vCPU")
+            wait_for(partial(stubs_are_placed, vm), "the start of every vCPU")
             outcome = ""
             while left > 0 and outcome != "ended":
                 left -= 1
