@@ -58,5 +58,4 @@ TEST_IMPORTS: set[tuple[str, str]] = {
 
     ("tests/unit/vmm/cells/test_exits_order.py", "tests.unit.vmm.cells.test_exits"),
     ("tests/unit/vmm/operations/test_replacement.py", "tests.unit.vmm.machine.test_vmm"),
-
 }
