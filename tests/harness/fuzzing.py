@@ -45,7 +45,7 @@ def example(outcomes: Counter[str]) -> Iterator[None]:
 
 
 def run(fuzzer: str, target: str, seed: int, count: int, *arguments: str) -> dict[str, int]:
-    """Run examples of a target of ``tests.fuzz.FUZZER``; return what became of them."""
+    """Run examples of a target of one of the fuzzers in tests/fuzz; return what became of them."""
     command = [str(PYTHON), "-m", f"tests.fuzz.{fuzzer}", target, str(seed), str(count), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{target}, seed {seed}, count {count}:\n{done.stdout}\n{done.stderr}"

@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,6 +13,7 @@ from base.version import FIRECRACKER_VERSION
 from devtool.project import LAUNCHERS
 from lab.client import launch_unjailed
 from tests.guests.build import build
+from tests.harness.cpu_template import NAMES, read, run
 from tests.harness.run_options import NoLeftovers
 
 #: Changes that every KVM takes over: see tests/kvm/test_worker_cpu.py.
@@ -29,23 +29,6 @@ TEMPLATE = {
     ],
     "msr_modifiers": [{"addr": "0x277", "bitmap": "0b0000_0101_xxxx_xxxx"}],
 }
-
-
-#: The names that the program has; the first one is that of today.
-NAMES = ("cellblock cpu-template", "cpu-template", "cpu-template-helper")
-
-
-def run(*arguments: object, program: str = NAMES[0], status: int = 0) -> str:
-    """Run the program under one of its names; return what it prints, errors included."""
-    name, *words = program.split()
-    command = [str(LAUNCHERS / name), *words, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == status, (command, done.stdout, done.stderr)
-    return done.stdout + done.stderr
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text())
 
 
 def test_round_trip(tmp_path: Path, no_leftovers: NoLeftovers):

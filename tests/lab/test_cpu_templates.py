@@ -13,8 +13,8 @@ from lab.client import Microvm, without_log
 from lab.guest_image import archive
 from lab.tsc import host_tsc_khz
 from tests.guests.build import build
+from tests.harness.cpu_template import read, run
 from tests.harness.debian import BOOT_TIMEOUT, CGROUP_OPTIONS, boot_args, jail
-from tests.kvm.test_cputemplate import read, run
 from vmm.cpu_config.template import BitPattern
 
 MICROCODE = 0x0123_4567

@@ -54,8 +54,6 @@ TEST_IMPORTS: set[tuple[str, str]] = {
     ("tests/kvm/test_api_model.py", "tests.unit.vmm.api.test_state_machine"),
     ("tests/kvm/test_command_line.py", "tests.kvm.test_api_table"),
 
-    ("tests/lab/test_cpu_templates.py", "tests.kvm.test_cputemplate"),
 
-    ("tests/unit/vmm/cells/test_exits_order.py", "tests.unit.vmm.cells.test_exits"),
     ("tests/unit/vmm/operations/test_replacement.py", "tests.unit.vmm.machine.test_vmm"),
 }

@@ -13,15 +13,15 @@ import pytest
 from base.deferral import Deferral
 from ipc.exit_ring import ENTRY_COUNT, KIND_MMIO_WRITE, KIND_PIO_READ, KIND_PIO_WRITE, WORD_POSTED
 from ipc.shared_memory import create_shared, map_shared
-from tests.unit.vmm.cells.test_exits import MMIO, PORT, Endless, machine  # noqa: F401
+from tests.harness.exits import MMIO, PORT, Endless
 from vmm.cells.exits import BATCH
 
 
-def written(machine) -> list[int]:  # noqa: F811
+def written(machine) -> list[int]:
     return [value for what, _, _, value in machine.device.accesses if what == "write"]
 
 
-def test_what_another_vcpu_has_posted_before_comes_first(machine):  # noqa: F811
+def test_what_another_vcpu_has_posted_before_comes_first(machine):
     first, second = machine.ring(), machine.ring()
     one, other = machine.producer(first), machine.producer(second)
     one.post(KIND_PIO_WRITE, PORT, 1, 1)
@@ -36,7 +36,7 @@ def test_what_another_vcpu_has_posted_before_comes_first(machine):  # noqa: F811
 
 @pytest.mark.soak("devices")
 @pytest.mark.parametrize("vcpus", [2, 3, 8])
-def test_the_order_is_that_of_posting_whenever_the_rings_are_looked_at(machine, scale, seed, vcpus):  # noqa: F811
+def test_the_order_is_that_of_posting_whenever_the_rings_are_looked_at(machine, scale, seed, vcpus):
     generator = random.Random(seed)
     executors = [machine.ring() for _ in range(vcpus)]
     producers = [machine.producer(each) for each in executors]
@@ -58,7 +58,7 @@ def test_the_order_is_that_of_posting_whenever_the_rings_are_looked_at(machine, 
     assert not machine.failures
 
 
-def test_processes_that_take_turns_by_a_lock_are_executed_in_turn(machine, scale, tmp_path):  # noqa: F811
+def test_processes_that_take_turns_by_a_lock_are_executed_in_turn(machine, scale, tmp_path):
     """As a guest's processors do it: each takes the lock, counts, posts the count, releases the lock."""
     executors = [machine.ring() for _ in range(3)]
     counter = create_shared("counter", 4096)
@@ -91,7 +91,7 @@ def test_processes_that_take_turns_by_a_lock_are_executed_in_turn(machine, scale
     assert not machine.failures
 
 
-def test_a_parked_ring_is_passed_over(machine):  # noqa: F811
+def test_a_parked_ring_is_passed_over(machine):
     """Its vCPU waits for the deferred access: nothing of the guest can depend on what it would do next."""
     first, second = machine.ring(), machine.ring()
     one, other = machine.producer(first), machine.producer(second)
@@ -108,7 +108,7 @@ def test_a_parked_ring_is_passed_over(machine):  # noqa: F811
     assert written(machine) == [1, 3, 2]
 
 
-def test_accesses_to_memory_do_not_look_at_other_rings(machine):  # noqa: F811
+def test_accesses_to_memory_do_not_look_at_other_rings(machine):
     """No write to memory is posted where there are several vCPUs."""
     first, second = machine.ring(), machine.ring()
     machine.producer(first).post(KIND_PIO_WRITE, PORT, 1, 1)
@@ -117,7 +117,7 @@ def test_accesses_to_memory_do_not_look_at_other_rings(machine):  # noqa: F811
     assert written(machine) == [2]
 
 
-def test_a_breach_in_another_ring_ends_that_one_only(machine):  # noqa: F811
+def test_a_breach_in_another_ring_ends_that_one_only(machine):
     first, second = machine.ring(), machine.ring()
     one, other = machine.producer(first), machine.producer(second)
     one.post(KIND_PIO_WRITE, PORT, 1, 1)
@@ -139,7 +139,7 @@ class Forger(Endless):
             return super().write(offset, size, value)
 
 
-def test_a_worker_that_forges_its_time_stamps_does_not_keep_the_controller(machine):  # noqa: F811
+def test_a_worker_that_forges_its_time_stamps_does_not_keep_the_controller(machine):
     first, second = machine.ring(), machine.ring()
     forger = Forger(machine.producer(first))
     machine.ports.insert(forger, 0x300, 1)
@@ -154,7 +154,7 @@ def test_a_worker_that_forges_its_time_stamps_does_not_keep_the_controller(machi
     assert written(machine) == list(range(10))
 
 
-def test_reads_wait_for_older_writes_of_others_as_well(machine):  # noqa: F811
+def test_reads_wait_for_older_writes_of_others_as_well(machine):
     first, second = machine.ring(), machine.ring()
     machine.producer(first).post(KIND_PIO_WRITE, PORT, 1, 1, lazy=1)
     machine.device.answer = 7
