@@ -271,6 +271,7 @@ def test_variant_for_armed_faults() -> None:
 
 
 def test_missing_filter_is_compiled_with_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    monkeypatch.setattr(install, "_ready", {})  # an earlier test may have loaded it
     monkeypatch.setattr(install, "compiled_path", lambda role, key: f"{tmp_path}/{role}")
     loaded = install.load(("janitor",), "kill")
     assert "./dev setup" in loaded.warning

@@ -14,15 +14,14 @@ import zmq
 from base.lean_std import socket
 from ipc.channel import Channel, PairChannel
 from ipc.messages.descriptors import DESCRIPTORS
-from ipc.messages.records import MAX_TEXT, WORKER, Failed
+from ipc.messages.records import WORKER, Failed
 from ipc.messages.worker import Finish, Finished, Ping, Pong, ReadHostCpu, Resume
 from ipc.schema import Envelope
 from tests.harness.channels import HELLO
 from tests.harness.processes import PATIENCE_SECONDS
 from vcpu_worker.descriptor_set import DescriptorSet
-from vcpu_worker.errors import ConfigurationError, KvmError
+from vcpu_worker.errors import KvmError
 from vcpu_worker.refusal import Refusal
-from vcpu_worker.replies import bind, failed
 from vcpu_worker.serving import serve
 from vcpu_worker.vcpu_thread import Completions
 
@@ -102,12 +101,3 @@ def test_a_controller_that_is_gone_ends_the_loop(served: Served) -> None:
     assert served.ask(Ping()) == Pong("created")
     served.descriptors.close()
     assert served.ended() == 1
-
-
-def test_a_failure_is_cut_to_what_a_message_holds() -> None:
-    assert failed(ConfigurationError("x" * 5000)) == Failed("worker.configuration", "x" * MAX_TEXT)
-    assert failed(ValueError()) == Failed("worker.internal", "ValueError")
-
-
-def test_bind_gives_the_first_arguments() -> None:
-    assert bind(divmod, 17)(5) == (3, 2)

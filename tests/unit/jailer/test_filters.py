@@ -1,0 +1,27 @@
+"""Which filters a launch loads."""
+
+from __future__ import annotations
+
+import pytest
+
+from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VCPU, ROLE_VMM, SECCOMP_KILL, SECCOMP_OFF, SECCOMP_REPORT
+from jailer.filters import JANITOR, Filters, load_filters
+
+ROLES = {ROLE_SUPERVISOR, ROLE_VMM, ROLE_VCPU}
+
+
+def test_without_seccomp_there_is_none() -> None:
+    assert load_filters(SECCOMP_OFF, janitor=True) == Filters(SECCOMP_OFF, {}, "")
+
+
+@pytest.mark.parametrize("mode", [SECCOMP_KILL, SECCOMP_REPORT])
+@pytest.mark.parametrize("janitor", [True, False])
+def test_every_role_has_one_and_the_janitor_if_there_is_one(mode: str, janitor: bool) -> None:
+    filters = load_filters(mode, janitor=janitor)
+    assert filters.mode == mode
+    assert set(filters.by_role) == (ROLES | {JANITOR} if janitor else ROLES)
+
+
+def test_faults_get_filters_that_let_them_act() -> None:
+    plain, with_faults = (load_filters(SECCOMP_KILL, janitor=False, with_faults=faults) for faults in (False, True))
+    assert plain.by_role[ROLE_VCPU] != with_faults.by_role[ROLE_VCPU]
