@@ -148,6 +148,13 @@ class Dispatcher:
     def __call__(self, request: Request) -> bytes | TakeOver:
         """Execute a request and return the response, or who takes the connection over."""
         start = time.monotonic_ns()
+        answer = self._answer(request, start)
+        if self._logger.level >= DEBUG:
+            elapsed_us = (time.monotonic_ns() - start) // 1000
+            self._logger.debug(f"Total previous API call duration: {elapsed_us} us.", API_THREAD)
+        return answer
+
+    def _answer(self, request: Request, start: int) -> bytes | TakeOver:
         logger = self._logger
         if logger.level >= INFO:
             logger.info(f"The API server received a {_describe(request, logger.level)}.", API_THREAD)
@@ -208,12 +215,10 @@ class Dispatcher:
         logger, timed = self._logger, call.endpoint.timed
         status, words = (204, "204 No Content") if result is None else (200, "200 OK")
         logger.info(f"The request was executed successfully. Status code: {words}.", API_THREAD)
-        elapsed_us = (time.monotonic_ns() - start) // 1000
         if timed:
+            elapsed_us = (time.monotonic_ns() - start) // 1000
             self._metrics["latencies_us"].store(timed, elapsed_us)
             logger.info(f"'{timed.replace('_', ' ')}' API request took {elapsed_us} us.", API_THREAD)
-        if logger.level >= DEBUG:
-            logger.debug(f"Total previous API call duration: {elapsed_us} us.", API_THREAD)
         body = None if result is None else json_text(result).encode()
         return render_response(status, body, deprecation=call.deprecation is not None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from typing import Any
 
 import pytest
@@ -428,6 +429,41 @@ def test_requests_are_logged(api):
     assert "The request was executed successfully. Status code: 200 OK.\n" in log
     assert "The request was executed successfully. Status code: 204 No Content.\n" in log
     assert "[test:fc_api:DEBUG] Total previous API call duration: " in log
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("GET", "/", None),
+        ("PUT", "/boot-source", {"kernel_image_path": "nix"}),  # fails
+        ("PATCH", "/vm", {"state": "Paused"}),  # refused by the state
+        ("PATCH", "/vm", {}),  # refused by the shape
+        ("GET", "/nonsense", None),
+        ("PUT", "/mmds", {"a": "x" * 60000}),  # too large
+        ("PUT", "/vsock", {"guest_cid": 3, "uds_path": "v", "vsock_id": "a"}),  # deprecated
+        ("GET", "/metrics/prometheus", None),
+        ("GET", "/events", None),  # there are none here
+    ],
+)
+def test_the_duration_of_each_call_is_the_last_line_about_it(api, method, path, body):
+    for number in (1, 2):
+        api.raw(method, path, None if body is None else json.dumps(body).encode())
+        lines = api.log().splitlines()
+        assert re.search(r"\[test:fc_api:DEBUG\] Total previous API call duration: \d+ us\.$", lines[-1]), lines
+        assert api.log().count("Total previous API call duration") == number
+
+
+def test_no_duration_is_logged_above_debug(api):
+    api.send("PUT", "/logger", {"level": "Info"})
+    before = api.log().count("Total")
+    api.send("GET", "/")
+    assert api.log().count("Total") == before == 0
+
+
+def test_a_fault_of_ours_has_a_duration_too(running):
+    running.vmm.fail = ZeroDivisionError("bug")
+    running.fault("PATCH", "/vm", {"state": "Paused"})
+    assert "Total previous API call duration" in running.log().splitlines()[-1]
 
 
 def test_the_body_of_a_cpu_configuration_is_logged_at_debug_only(api):
