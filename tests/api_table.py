@@ -330,14 +330,14 @@ RUNNING = "Create snapshot error: Operation not allowed: save/restore unavailabl
 
 _OPERATION: list[Row] = [
     *get("/mmds"),
-    always("PATCH", "/mmds", VALID, "{}", NO_MMDS),
+    always("PATCH", "/mmds", VALID, "{}", NO_MMDS),  # before any PUT; after the start no interface leads to the store
     empty("PUT", "/mmds"),
-    always("PUT", "/mmds", VALID, '{"a": {"b": 1}}', 204),
+    before("PUT", "/mmds", VALID, '{"a": {"b": 1}}', 204, NO_MMDS),
     bad("PUT", "/mmds", MISSING, '{"a"}^', "expected `:`"),
     bad("PUT", "/mmds", TYPE, "nul^", "EOF while parsing a value"),
     always("PUT", "/mmds/x", UNKNOWN, "{}", "Unrecognized PUT request path `x`."),
     empty("PATCH", "/mmds"),
-    always("PATCH", "/mmds", VALID, '{"a": {"b": null}, "c": []}', 204),
+    before("PATCH", "/mmds", VALID, '{"a": {"b": null}, "c": []}', 204, NO_MMDS),
     bad("PATCH", "/mmds", TYPE, "{]^", "key must be a string"),
     empty("PUT", "/mmds/config"),
     before("PUT", "/mmds/config", VALID, '{"network_interfaces": ["e0"], "version": "V2", "ipv4_address": null}', 204),

@@ -143,8 +143,10 @@ def test_the_last_line_names_the_signal_that_ended_the_microvm(vm, tmp_path, num
 def test_prometheus_and_metadata(vm):
     start(vm)
     assert vm.must("GET", "/mmds") == {"latest": {"meta-data": {"id": "i-1"}}}
-    vm.must("PATCH", "/mmds", {"latest": {"meta-data": None, "user-data": "x"}})
-    assert vm.must("GET", "/mmds") == {"latest": {"user-data": "x"}}
+    refused = request(vm.api_socket, "PATCH", "/mmds", {"latest": {"meta-data": None, "user-data": "x"}})
+    reason = "MMDS error: The MMDS data store is not initialized."
+    assert (refused.status, refused.body) == (400, {"fault_message": reason}), "no interface leads to it"
+    assert vm.must("GET", "/mmds") == {"latest": {"meta-data": {"id": "i-1"}}}
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(vm.api_socket))
         client.sendall(b"GET /metrics/prometheus HTTP/1.1\r\n\r\n")

@@ -34,6 +34,15 @@ class MmdsLimitError(MmdsError):
         super().__init__("The MMDS patch request doesn't fit.")
 
 
+class NotInitializedError(MmdsError):
+    """There is no content that could be changed, or no data store that could have any."""
+
+    code = "vmm.mmds_not_initialized"
+
+    def __init__(self) -> None:
+        super().__init__("The MMDS data store is not initialized.")
+
+
 class NotFoundError(MmdsError):
     """There is nothing at a path."""
 
@@ -71,9 +80,9 @@ class DataStore:
         self._initialized = True
 
     def patch(self, patch: JsonValue) -> None:
-        """Merge a patch into the content (RFC 7396). Raises MmdsError before the first PUT, MmdsLimitError."""
+        """Merge a patch (RFC 7396) into the content. Raises NotInitializedError before a PUT, MmdsLimitError."""
         if not self._initialized:
-            raise MmdsError("The MMDS data store is not initialized.")
+            raise NotInitializedError
         self._value = self._checked(merge_patch(self._value, patch))
 
     def _checked(self, value: JsonValue) -> JsonValue:

@@ -6,7 +6,7 @@ from base.lean_typing import TYPE_CHECKING, Any
 from vmm.api.endpoints.table import Endpoint, OperationError, unrecognized
 from vmm.config.mmds import MMDS_CONFIG
 from vmm.json.schema import ANYTHING
-from vmm.mmds.store import V1, MmdsLimitError
+from vmm.mmds.store import V1, MmdsLimitError, NotInitializedError
 
 if TYPE_CHECKING:
     from base.lean_typing import Callable
@@ -29,6 +29,22 @@ def _patch(session: Session, _id: str, value: JsonValue) -> None:
     _limited(session.resources.mmds.patch, value)
 
 
+def _put_running(session: Session, _id: str, value: JsonValue) -> None:
+    _require_interface(session)
+    _put(session, "", value)
+
+
+def _patch_running(session: Session, _id: str, value: JsonValue) -> None:
+    _require_interface(session)
+    _patch(session, "", value)
+
+
+def _require_interface(session: Session) -> None:
+    """After the start only a network interface leads to the data store: without one in /mmds/config there is none."""
+    if session.resources.mmds_config is None:
+        raise NotInitializedError
+
+
 def _limited(operation: Callable[[JsonValue], None], value: JsonValue) -> None:
     try:
         operation(value)
@@ -45,8 +61,8 @@ UNKNOWN_PATHS = {("PUT", "mmds"): lambda rest: unrecognized("PUT", rest[0])}
 
 ENDPOINTS = (
     Endpoint("GET", "mmds", None, _get, _get, counted="mmds"),
-    Endpoint("PUT", "mmds", ANYTHING, _put, _put, _ERROR, counted="mmds"),
-    Endpoint("PATCH", "mmds", ANYTHING, _patch, _patch, _ERROR, counted="mmds"),
+    Endpoint("PUT", "mmds", ANYTHING, _put, _put_running, _ERROR, counted="mmds"),
+    Endpoint("PATCH", "mmds", ANYTHING, _patch, _patch_running, _ERROR, counted="mmds"),
     Endpoint(
         "PUT", "mmds/config", MMDS_CONFIG, lambda session, _id, config: session.resources.set_mmds_config(config),
         None, "MMMDS config error", counted="mmds", boot_specific=True, deprecation=_deprecation,

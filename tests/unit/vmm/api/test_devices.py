@@ -68,7 +68,7 @@ STATES: list[Any] = [
      ("MMMDS config error: The list of network interface IDs provided contains at least one ID that does not "
      "correspond to any existing network interface."), POSTBOOT, POSTBOOT),
     ("GET", "/mmds", None, 200, 200, 200),
-    ("PUT", "/mmds", {"a": 1}, 204, 204, 204),
+    ("PUT", "/mmds", {"a": 1}, 204, *["MMDS error: The MMDS data store is not initialized."] * 2),
     ("PATCH", "/mmds", {"a": 1}, *["MMDS error: The MMDS data store is not initialized."] * 3),
     ("PUT", "/metrics", {"metrics_path": "METRICS"}, 204, POSTBOOT, POSTBOOT),
     ("GET", "/metrics/prometheus", None, 200, 200, 200),

@@ -235,12 +235,13 @@ class ApiModel(RuleBasedStateMachine):
 
     @rule(value=st.sampled_from([{"a": 1}, {"a": None}, {"a": {"b": "c"}}, [], "x"]), patch=st.booleans())
     def change_mmds(self, value: Any, patch: bool) -> None:
-        if not patch:
+        missing = "MMDS error: The MMDS data store is not initialized."
+        if self.started:  # no interface leads to the data store: a machine with one cannot be started yet
+            assert not self.put("/mmds", value, missing, "PATCH" if patch else "PUT")
+        elif not patch:
             self.put("/mmds", value, None)
             self.mmds, self.mmds_initialized = value, True
-            return
-        missing = "MMDS error: The MMDS data store is not initialized."
-        if self.put("/mmds", value, None if self.mmds_initialized else missing, "PATCH"):
+        elif self.put("/mmds", value, None if self.mmds_initialized else missing, "PATCH"):
             self.mmds = self.merged(value)
 
     def merged(self, patch: Any) -> Any:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.harness.api import Api
+from vmm.config.mmds import MmdsConfig
 from vmm.config.resources import VmResources
 from vmm.config.start_options import StartOptions
 from vmm.mmds.store import (
@@ -160,3 +161,21 @@ def test_content_that_does_not_fit_gets_413(tmp_path):
     assert "Received Error. Status code: 413 Payload too large. Message: MMDS limit exceeded error" in api.log()
     assert api.send("GET", "/mmds") == (200, {"a": "x" * 12})
     api.close()
+
+
+@pytest.mark.parametrize("state", ["Running", "Paused"])
+def test_after_the_start_only_a_network_interface_leads_to_the_data_store(running, state):
+    running.send("PATCH", "/vm", {"state": state.replace("Running", "Resumed")})
+    for method, body in (("PUT", {"a": 1}), ("PATCH", {"a": 1}), ("PUT", {"a": "x" * 60000})):
+        assert running.fault(method, "/mmds", body) == "MMDS error: The MMDS data store is not initialized."
+    assert running.send("GET", "/mmds") == (200, {})
+    assert "deserializing the json body" in running.fault("PUT", "/mmds", b"{")
+
+
+def test_with_an_interface_the_content_can_be_changed_after_the_start(running):
+    running.session.resources.mmds_config = MmdsConfig("V2", ["eth0"], None, imds_compat=False)
+    assert running.fault("PATCH", "/mmds", {"a": 1}) == "MMDS error: The MMDS data store is not initialized."
+    assert running.send("PUT", "/mmds", {"a": 1}) == (204, None)
+    assert running.send("PATCH", "/mmds", {"b": 2}) == (204, None)
+    assert running.send("GET", "/mmds") == (200, {"a": 1, "b": 2})
+    assert running.send("PUT", "/mmds", {"a": "x" * 60000})[0] == 413
