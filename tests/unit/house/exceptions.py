@@ -19,8 +19,6 @@ ROOM_CIRCLES: set[tuple[str, ...]] = set()
 
 #: Files above 500 lines.
 LONG_FILES: set[str] = {
-    "tests/unit/vmm/api/test_devices.py",
-    "tests/unit/vmm/api/test_endpoints.py",
     "tests/unit/vmm/machine/test_vmm.py",
 }
 
@@ -34,14 +32,7 @@ RUN_UNTIL: set[str] = set()
 OPEN: set[str] = set()
 
 #: Unit tests without a file of the product that they mirror.
-UNMIRRORED: set[str] = {
-    "tests/unit/vmm/api/test_devices.py",
-    "tests/unit/vmm/api/test_hostile_text.py",
-    "tests/unit/vmm/api/test_late_imports.py",
-    "tests/unit/vmm/api/test_openapi.py",
-    "tests/unit/vmm/api/test_state_machine.py",
-    "tests/unit/vmm/api/test_table.py",
-}
+UNMIRRORED: set[str] = set()
 
 #: Test files that import another test file.
 TEST_IMPORTS: set[tuple[str, str]] = {
@@ -51,7 +42,7 @@ TEST_IMPORTS: set[tuple[str, str]] = {
 
     ("tests/kvm/test_api_clients.py", "tests.kvm.test_api_table"),
     ("tests/kvm/test_api_model.py", "tests.kvm.test_api_table"),
-    ("tests/kvm/test_api_model.py", "tests.unit.vmm.api.test_state_machine"),
+    ("tests/kvm/test_api_model.py", "tests.unit.vmm.api.test_dispatch_state_machine"),
     ("tests/kvm/test_command_line.py", "tests.kvm.test_api_table"),
 
 

@@ -84,5 +84,6 @@ def test_a_fault_while_a_request_is_parsed_is_answered(api: Api, monkeypatch: py
 
     with monkeypatch.context() as patched:
         patched.setattr(dispatch, "parse", fail)
-        assert api.fault("GET", "/").startswith("Internal VMM error: unexpected ValueError at test_hostile_text.py:")
+        text = "Internal VMM error: unexpected ValueError at test_dispatch_hostile_text.py:"
+        assert api.fault("GET", "/").startswith(text)
     assert api.send("GET", "/")[0] == 200
