@@ -127,6 +127,12 @@ def _split(path: str) -> tuple[str, list[str]]:
     return (tokens[0], tokens[1:]) if tokens else ("", [])
 
 
+def _counted(request: Request) -> str:
+    """Return the metrics key of a request that no row may have: all rows of one resource have the same."""
+    rows = _ROWS.get((request.method, _split(request.path)[0]))
+    return rows[0][1].counted if rows else ""
+
+
 def path_tokens(path: str) -> list[str]:
     """Split a path: leading slashes and one at the end do not count."""
     stripped = path.lstrip("/")
@@ -161,12 +167,12 @@ class Dispatcher:
         try:
             call = parse(request)
         except RequestError as error:
-            self._count(request, failed=True)
+            self._count(request.method, _counted(request), failed=True)
             return self._refused(str(error))
         except Exception as error:  # a fault of ours, which must not end the microVM
-            self._count(request, failed=True)
+            self._count(request.method, _counted(request), failed=True)
             return self._refused(f"Internal VMM error: {_where(error)}")
-        self._count(request, failed=False)
+        self._count(request.method, call.endpoint.counted, failed=False)
         deprecated = call.deprecation is not None
         if call.deprecation is not None:
             self._metrics["deprecated_api"].add("deprecated_http_api_calls")
@@ -222,10 +228,7 @@ class Dispatcher:
         body = None if result is None else json_text(result).encode()
         return render_response(status, body, deprecation=call.deprecation is not None)
 
-    def _count(self, request: Request, *, failed: bool) -> None:
-        method = request.method
-        rows = _ROWS.get((method, _split(request.path)[0]))
-        counted = rows[0][1].counted if rows else ""
+    def _count(self, method: str, counted: str, *, failed: bool) -> None:
         if not counted:
             return
         if method == "GET":
