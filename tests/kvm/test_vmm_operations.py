@@ -19,6 +19,7 @@ from devtool.project import ROOT
 from ipc import descriptors
 from ipc.launch_plan import ENDPOINT_BOUND, Assignment
 from ipc.messages.supervisor import Spawn, Spawned
+from tests.api_table import ROWS, STATE_CHANGES, VALID
 from tests.guests.build import build
 from tests.harness.api import parse_response
 from tests.harness.cells import Controller as Cells
@@ -36,37 +37,31 @@ from vmm.machine.vmm import Vmm
 from vmm.session import Session
 from vmm.snapshot import state_file
 
-NO_DEVICE = "Failed perform action on device: Device not found"
-BLOCK = f"Drive config error: Unable to patch the block device: {NO_DEVICE} Please verify the request arguments."
-NET = f"Network config error: Unable to update the net device: {NO_DEVICE}"
 BUCKET = {"size": 1, "refill_time": 1}
 PAUSE, RESUME = {"state": "Paused"}, {"state": "Resumed"}
-#: Method, its API call, what that answers on a running guest.
-CALLS: list[tuple[str, str, str, Any, Any]] = [
-    ("version", "GET", "/version", None, {"firecracker_version": "1.17.0-dev"}),
-    ("pause_vm", "PATCH", "/vm", PAUSE, None),
-    ("pause_vm", "PATCH", "/vm", PAUSE, None),
-    ("resume_vm", "PATCH", "/vm", RESUME, None),
-    ("resume_vm", "PATCH", "/vm", RESUME, None),
-    ("send_ctrl_alt_del", "PUT", "/actions", {"action_type": "SendCtrlAltDel"}, None),
-    ("update_block_device_path", "PATCH", "/drives/a", {"drive_id": "a", "path_on_host": "x"}, BLOCK),
-    ("update_block_rate_limiter", "PATCH", "/drives/a", {"drive_id": "a", "rate_limiter": {"ops": BUCKET}}, BLOCK),
-    ("update_vhost_user_block_config", "PATCH", "/drives/a", {"drive_id": "a"}, BLOCK),
-    ("update_net_rate_limiters", "PATCH", "/network-interfaces/a", {"iface_id": "a"}, NET),
-    ("update_pmem_rate_limiter", "PATCH", "/pmem/a", {"id": "a", "rate_limiter": {"ops": BUCKET}},
-     f"Pmem config error: Unable to patch the pmem device: {NO_DEVICE} Please verify the request arguments."),
-    ("balloon_config", "GET", "/balloon", None, f"Internal VMM error: {NO_DEVICE}"),
-    ("latest_balloon_stats", "GET", "/balloon/statistics", None, f"Internal VMM error: {NO_DEVICE}"),
-    ("update_balloon_config", "PATCH", "/balloon", {"amount_mib": 1}, f"Balloon update error: {NO_DEVICE}"),
-    ("update_balloon_stats_config", "PATCH", "/balloon/statistics", {"stats_polling_interval_s": 1},
-     f"Balloon update error: {NO_DEVICE}"),
-    ("memory_hotplug_status", "GET", "/hotplug/memory", None, f"Internal VMM error: {NO_DEVICE}"),
-    ("update_memory_hotplug_size", "PATCH", "/hotplug/memory", {"requested_size_mib": 2},
-     f"Memory hotplug update error: {NO_DEVICE}"),
-    ("start_balloon_hinting", "PATCH", "/balloon/hinting/start", None, f"Balloon update error: {NO_DEVICE}"),
-    ("get_balloon_hinting_status", "GET", "/balloon/hinting/status", None, f"Balloon update error: {NO_DEVICE}"),
-    ("stop_balloon_hinting", "PATCH", "/balloon/hinting/stop", None, f"Balloon update error: {NO_DEVICE}"),
-]  # fmt: skip
+#: Method and its API call, which answers a running guest's client what the table of the API says.
+CALLS: list[tuple[str, str, str, Any]] = [
+    ("version", "GET", "/version", None),
+    ("pause_vm", "PATCH", "/vm", PAUSE),
+    ("pause_vm", "PATCH", "/vm", PAUSE),
+    ("resume_vm", "PATCH", "/vm", RESUME),
+    ("resume_vm", "PATCH", "/vm", RESUME),
+    ("send_ctrl_alt_del", "PUT", "/actions", {"action_type": "SendCtrlAltDel"}),
+    ("update_block_device_path", "PATCH", "/drives/a", {"drive_id": "a", "path_on_host": "x"}),
+    ("update_block_rate_limiter", "PATCH", "/drives/a", {"drive_id": "a", "rate_limiter": {"ops": BUCKET}}),
+    ("update_vhost_user_block_config", "PATCH", "/drives/a", {"drive_id": "a"}),
+    ("update_net_rate_limiters", "PATCH", "/network-interfaces/e0", {"iface_id": "e0"}),
+    ("update_pmem_rate_limiter", "PATCH", "/pmem/a", {"id": "a", "rate_limiter": {"ops": BUCKET}}),
+    ("balloon_config", "GET", "/balloon", None),
+    ("latest_balloon_stats", "GET", "/balloon/statistics", None),
+    ("update_balloon_config", "PATCH", "/balloon", {"amount_mib": 1}),
+    ("update_balloon_stats_config", "PATCH", "/balloon/statistics", {"stats_polling_interval_s": 1}),
+    ("memory_hotplug_status", "GET", "/hotplug/memory", None),
+    ("update_memory_hotplug_size", "PATCH", "/hotplug/memory", {"requested_size_mib": 2}),
+    ("start_balloon_hinting", "PATCH", "/balloon/hinting/start", None),
+    ("get_balloon_hinting_status", "GET", "/balloon/hinting/status", None),
+    ("stop_balloon_hinting", "PATCH", "/balloon/hinting/stop", None),
+]
 #: Those that the test calls itself: no request reaches them (yet), or only at the start.
 DIRECT = (
     "instance_info", "kvm", "shutdown_exit_code", "clear_shutdown_exit_code", "start_vcpus", "save_state",
@@ -146,6 +141,13 @@ def machine(tmp_path: Path, log: Any) -> Iterator[Machine]:
     made.close()
 
 
+def answers(method: str, path: str) -> list[Any]:
+    """Return what the table of the API has for a good request while the guest runs: a text, or a success's body."""
+    bodies = {200: {"firecracker_version": "1.17.0-dev"}, 204: None}
+    rows = [row for row in (*ROWS, *STATE_CHANGES) if (row.method, row.path, row.kind) == (method, path, VALID)]
+    return [row.running if isinstance(row.running, str) else bodies[row.running] for row in rows if row.running != -1]
+
+
 def test_each_operation_is_reached_by_its_call(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
 
@@ -162,9 +164,9 @@ def test_each_operation_is_reached_by_its_call(machine: Machine, monkeypatch: py
         record(name)
     machine.start()
     assert called == ["start_vcpus", "resume_vm"]
-    for name, method, path, body, expected in CALLS:
+    for name, method, path, body in CALLS:
         called.clear()
-        assert machine.send(method, path, body) == expected, (method, path)
+        assert machine.send(method, path, body) in answers(method, path), (method, path)
         assert called == [name], (method, path)
     assert machine.vmm.instance_info() == ("standin", "Running", "1.17.0-dev", "Firecracker")
     assert machine.send("GET", "/") == machine.vmm.instance_info()._asdict()
@@ -257,5 +259,5 @@ def documentation() -> dict[str, str]:
 def test_every_method_says_what_reaches_it(name: str) -> None:
     documented = documentation()[name]
     assert documented
-    calls = {f"{method} /{path.split('/')[1]}" for each, method, path, *_ in CALLS if each == name}
+    calls = {f"{method} /{path.split('/')[1]}" for each, method, path, _ in CALLS if each == name}
     assert all(call in documented for call in calls), (documented, calls)
