@@ -18,10 +18,10 @@ import pytest
 
 from lab.client import Microvm, launch_unjailed, request
 from tests.guests.build import build
+from tests.harness.api_client import Client
 from tests.harness.jail import children
 from tests.harness.microvms import wait_for_first_worker
 from tests.harness.run_options import SOAK, Scale
-from tests.kvm.test_api_table import Client
 
 BAD_CLIENTS = 200
 #: A bad client does something this often, in seconds.

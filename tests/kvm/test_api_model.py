@@ -1,7 +1,7 @@
 """Random sequences of requests to the real program against the model of the rules: no divergence, no leak.
 
-The model is that of tests/unit/vmm/api/test_dispatch_state_machine.py; here every request goes over a socket to a
-controller with workers of its own, and the machine that is started is real.
+The model is that of the unit tests; here every request goes over a socket to a controller with workers of its own, and
+the machine that is started is real.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from hypothesis.stateful import rule, run_state_machine_as_test
 
 from lab.client import Microvm, descendants, launch_unjailed
 from tests.guests.build import build
+from tests.harness.api_client import Client
+from tests.harness.api_model import NOT_STARTED, PREBOOT, RUNNING, ApiModel
 from tests.harness.jail import children, descriptors
 from tests.harness.microvms import wait_for_first_worker
 from tests.harness.run_options import Scale
-from tests.kvm.test_api_table import Client
-from tests.unit.vmm.api.test_dispatch_state_machine import NOT_STARTED, PREBOOT, RUNNING, ApiModel
 
 #: What a controller may have more than when its guest was started, in KiB, after everything that was asked of it.
 GROWTH_KIB = 4096

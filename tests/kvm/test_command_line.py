@@ -13,7 +13,7 @@ import pytest
 
 from lab.client import FIRECRACKER, launch_unjailed, request
 from tests.guests.build import build
-from tests.kvm.test_api_table import Client
+from tests.harness.api_client import Client
 
 STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}"
 

@@ -40,11 +40,5 @@ TEST_IMPORTS: set[tuple[str, str]] = {
 
     ("tests/lab/test_jail_in_lab.py", "tests.jail.conftest"),
 
-    ("tests/kvm/test_api_clients.py", "tests.kvm.test_api_table"),
-    ("tests/kvm/test_api_model.py", "tests.kvm.test_api_table"),
-    ("tests/kvm/test_api_model.py", "tests.unit.vmm.api.test_dispatch_state_machine"),
-    ("tests/kvm/test_command_line.py", "tests.kvm.test_api_table"),
-
-
     ("tests/unit/vmm/operations/test_replacement.py", "tests.unit.vmm.machine.test_vmm"),
 }
