@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgpack
 
-from base.lean_typing import Any, Mapping, NamedTuple, Sequence
+from base.lean_typing import Any, Mapping, NamedTuple, Protocol, Sequence
 from ipc.errors import MessageError
 
 #: No frame of any channel is longer; also ZeroMQ's MAXMSGSIZE.
@@ -89,16 +89,19 @@ class Bytes(Field):
 
 
 class ListOf(Field):
-    """A sequence of at most ``size`` values of one field type; handed on as a tuple."""
+    """A sequence of ``least`` to ``size`` values of one field type; handed on as a tuple."""
 
-    def __init__(self, item: Field, size: int) -> None:
+    def __init__(self, item: Field, size: int, least: int = 0) -> None:
         assert size <= MAX_LIST_LENGTH
         self.item = item
         self.size = size
+        self.least = least
 
     def accept(self, value: Any) -> Any:
         if type(value) not in (list, tuple) or len(value) > self.size:
             raise MessageError(f": expected a list of at most {self.size} values")
+        if len(value) < self.least:
+            raise MessageError(f": expected a list of at least {self.least} values")
         accept = self.item.accept
         return tuple([accept(element) for element in value])
 
@@ -146,6 +149,34 @@ def _ordered(record: type[Any], fields: Mapping[str, Field]) -> tuple[tuple[str,
     names: Sequence[str] = record._fields
     assert set(names) == set(fields), f"schema of {record.__name__} does not match its fields"
     return tuple((name, fields[name]) for name in names)
+
+
+class Section(NamedTuple):
+    """What a unit saves: declared beside the unit's code, and nowhere else (docs/formats/microvm-state.md).
+
+    ``version`` changes with every change of fields, order or meaning. ``required``: a reader that does not know the
+    section refuses the whole, else it leaves the section out.
+    """
+
+    name: str
+    version: int
+    fields: RecordOf
+    required: bool = True
+
+
+class Saveable(Protocol):
+    """A unit that has a state. It is restored by its constructor, which takes what :meth:`save` has returned."""
+
+    @property
+    def SECTION(self) -> Section:
+        """What it saves."""
+
+    @property
+    def instance(self) -> str:
+        """Which of several units of one kind; "" if there can only be one."""
+
+    def save(self) -> Any:
+        """Return the record of ``SECTION.fields``. Changes nothing; only while the machine stands still."""
 
 
 class Schema:

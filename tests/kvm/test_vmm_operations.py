@@ -35,7 +35,7 @@ from vmm.errors import DeviceError, StateError
 from vmm.machine.builder import MicrovmBuilder
 from vmm.machine.vmm import Vmm
 from vmm.session import Session
-from vmm.snapshot import state_file
+from vmm.snapshot import microvm_state
 
 BUCKET = {"size": 1, "refill_time": 1}
 PAUSE, RESUME = {"state": "Paused"}, {"state": "Resumed"}
@@ -190,8 +190,8 @@ def test_what_no_request_reaches(machine: Machine, log: Any) -> None:
     vmm.send_ctrl_alt_del()
     vmm.pause_vm()
     saved = vmm.save_state()
-    assert state_file.decode(state_file.encode(saved)) == saved
-    assert saved.devices.i8042.buffer == b"\x14\x11\xe0\x71"
+    assert microvm_state.decode(microvm_state.encode(saved)) == saved
+    assert saved.devices["i8042", ""].buffer == b"\x14\x11\xe0\x71"
     (vcpu,) = saved.vcpus
     first = vcpu_state.decode(vcpu.state)
     again = vcpu_state.decode(vmm.save_state().vcpus[0].state)

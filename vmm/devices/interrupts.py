@@ -10,13 +10,19 @@ from __future__ import annotations
 import os
 import select
 
-from base.lean_typing import TYPE_CHECKING, Callable
+from base.lean_typing import TYPE_CHECKING, Callable, NamedTuple
+from ipc.schema import Flag, RecordOf, Section
 from vmm.errors import DeviceError
 from vmm.layout import FIRST_DEVICE_GSI, IOAPIC_PIN_COUNT, LAST_DEVICE_GSI
-from vmm.snapshot.state_file import InterruptState
 
 if TYPE_CHECKING:
     from collections.abc import Collection
+
+
+class InterruptState(NamedTuple):
+    """``pending``: an edge that came while the GSI was masked waits for its unmasking."""
+
+    pending: bool
 
 
 class DueInterrupts:
@@ -56,11 +62,15 @@ class InterruptLine:
     ``triggers`` counts edges, those included that became one with others.
     """
 
+    SECTION = Section("interrupt", 1, RecordOf(InterruptState, pending=Flag()))
+
     __slots__ = ("_due", "_due_interrupts", "_receivers", "eventfd", "gsi", "triggers")
 
-    def __init__(self, gsi: int, due_interrupts: DueInterrupts | None = None) -> None:
+    def __init__(
+        self, gsi: int, due_interrupts: DueInterrupts | None = None, state: InterruptState | None = None
+    ) -> None:
         self.gsi = gsi
-        self.eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.eventfd = os.eventfd(1 if state is not None and state.pending else 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.triggers = 0
         self._due_interrupts = due_interrupts or DueInterrupts()
         self._due = False
@@ -89,11 +99,16 @@ class InterruptLine:
         for receive in self._receivers:
             receive()
 
-    def save_state(self) -> InterruptState:
+    @property
+    def instance(self) -> str:
+        """The GSI."""
+        return str(self.gsi)
+
+    def save(self) -> InterruptState:
         """Return whether an edge waits; nothing is taken away."""
         poll = select.poll()
         poll.register(self.eventfd, select.POLLIN)
-        return InterruptState(self.gsi, self._due or bool(poll.poll(0)))
+        return InterruptState(self._due or bool(poll.poll(0)))
 
     def close(self) -> None:
         """Close the eventfd. It must not be raised any more."""
@@ -119,7 +134,7 @@ class InterruptAllocator:
         """The GSIs that were given out: a view that shows what comes and goes."""
         return self._lines.keys()
 
-    def line(self, gsi: int = -1) -> InterruptLine:
+    def line(self, gsi: int = -1, state: InterruptState | None = None) -> InterruptLine:
         """Return a line of its own: the lowest pin for devices that is free, or one that a device has by convention.
 
         Raises DeviceError when there is none.
@@ -131,7 +146,7 @@ class InterruptAllocator:
                 raise DeviceError(f"all interrupt lines up to {LAST_DEVICE_GSI} are in use")
         elif gsi in self._lines or gsi >= IOAPIC_PIN_COUNT:
             raise DeviceError(f"there is no free interrupt line {gsi}")
-        line = self._lines[gsi] = InterruptLine(gsi, self._due_interrupts)
+        line = self._lines[gsi] = InterruptLine(gsi, self._due_interrupts, state)
         return line
 
     def free(self, line: InterruptLine) -> None:

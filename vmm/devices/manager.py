@@ -7,6 +7,7 @@ import os
 
 from base.lean_typing import TYPE_CHECKING, Callable
 from ipc.device_pages import DEVICE_PAGE_SIZE, DevicePage
+from ipc.schema import Saveable
 from ipc.shared_memory import create_published
 from vmm.devices.bus import Device, mmio_bus, port_bus
 from vmm.devices.interrupts import DueInterrupts, InterruptAllocator, InterruptLine
@@ -28,7 +29,6 @@ from vmm.layout import (
     I8042_GSI,
     IOAPIC_ADDRESS,
 )
-from vmm.snapshot.state_file import DevicesState
 
 if TYPE_CHECKING:
     from vmm.devices.legacy.console import ConsoleOutput
@@ -101,14 +101,10 @@ class DeviceManager:
         if line is not None:
             self.allocator.free(line)
 
-    def save_state(self) -> DevicesState:
-        """Return the state of every device that has one. Only between batches of exits, while all vCPUs are parked."""
-        return DevicesState(
-            self.ioapic.save_state(),
-            self.serial.save_state(),
-            self.i8042.save_state(),
-            tuple(line.save_state() for line in self.interrupts),
-        )
+    @property
+    def units(self) -> tuple[Saveable, ...]:
+        """Every part that has a state to save. Only between batches of exits, while all vCPUs are parked."""
+        return (self.ioapic, self.serial, self.i8042, *self.interrupts)
 
     def close(self) -> None:
         """Release shared memory and eventfds."""

@@ -26,10 +26,9 @@ from vmm.observe.logger import LOG
 from vmm.observe.metrics import METRICS
 from vmm.operations import pause
 from vmm.operations.driver import Operation, OperationDriver
-from vmm.operations.quiescence import read_quiescence
+from vmm.operations.quiescence import QuiescentWorker, read_quiescence
 from vmm.operations.replacement import Replacements, Successor
-from vmm.snapshot.state_file import VERSION as STATE_VERSION
-from vmm.snapshot.state_file import MicrovmState, QuiescentWorker
+from vmm.snapshot.microvm_state import MachineState, MicrovmState, of_devices
 
 if TYPE_CHECKING:
     from vmm.json.text import JsonValue
@@ -271,9 +270,9 @@ class Vmm(DeviceOperations):
         self._require_paused("save_state")
         vcpus = tuple([worker.request(SaveState(vcpu), SavedState) for vcpu, worker in self._by_vcpu()])
         memory, placement = self.vm
-        devices = self.device_manager.save_state()
-        rest = self._read_quiescence()
-        return MicrovmState(STATE_VERSION, self._id, memory.regions, placement.groups, devices, rest, vcpus)
+        devices = of_devices(self.device_manager.units)
+        machine = MachineState(self._id, memory.regions, placement.groups)
+        return MicrovmState(machine, devices, self._read_quiescence(), vcpus)
 
     def dump_cpu_config(self) -> list[DumpedCpuConfig]:
         """Return CPUID and MSRs of every vCPU (no API call). Raises StateError unless paused, WorkerError."""

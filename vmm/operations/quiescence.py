@@ -6,11 +6,50 @@ the exit rings. So it is looked at when the state is saved, and what was found i
 
 from __future__ import annotations
 
-from base.lean_typing import Sequence
-from ipc.messages.ghosts import QuiescenceRead, ReadQuiescence
+from base.lean_typing import NamedTuple, Sequence
+from ipc.launch_plan import MAX_VCPUS
+from ipc.messages.ghosts import QuiescenceRead, QuiescentGhost, ReadQuiescence
+from ipc.schema import U32, Flag, Int, ListOf, RecordOf, Section
 from vmm.cells.worker import Worker
 from vmm.errors import WorkerError
-from vmm.snapshot.state_file import QuiescentWorker
+
+
+class QuiescentWorker(NamedTuple):
+    """What one worker held beside its vCPUs: the proof that nothing else has to be saved.
+
+    ``open_events`` between it and the controller, ``open_exits``: its rings that were not executed to the end.
+    """
+
+    worker: int
+    open_events: int
+    open_exits: int
+    ghosts: tuple[QuiescentGhost, ...]
+
+
+_VCPU = Int(MAX_VCPUS - 1)
+#: One a worker. What may be held is nothing: anything else is no honest state.
+SECTION = Section(
+    "quiescence",
+    1,
+    RecordOf(
+        QuiescentWorker,
+        worker=_VCPU,
+        open_events=Int(0),
+        open_exits=Int(0),
+        ghosts=ListOf(
+            RecordOf(
+                QuiescentGhost,
+                vcpu=_VCPU,
+                stub=Flag(),
+                mp_state=Int(U32),
+                requested=Int(0),
+                in_service=Int(0),
+                nmis=Int(0),
+            ),
+            MAX_VCPUS,
+        ),
+    ),
+)
 
 
 def read_quiescence(workers: Sequence[Worker], open_exits: Sequence[int]) -> tuple[QuiescentWorker, ...]:
@@ -39,7 +78,7 @@ def quiescence_of(worker: Worker, read: QuiescenceRead, open_exits: int) -> Quie
 def not_quiescent(worker: QuiescentWorker) -> str:
     """Say why the microVM is not quiescent, or nothing."""
     text = busy_with(worker)
-    return f"The microVM is not at found: worker vcpu {worker.worker} holds {text}." if text else ""
+    return f"The microVM is not at rest: worker vcpu {worker.worker} holds {text}." if text else ""
 
 
 def busy_with(worker: QuiescentWorker) -> str:

@@ -1,28 +1,30 @@
-"""The complete state of a paused microVM as one versioned record (docs/formats/microvm-state.md).
+"""The frames of a saved state (docs/formats/microvm-state.md): named sections, each with its length and checksum.
 
-``Vmm.save_state`` makes it. It holds everything but the content of guest memory: that lies in the memfd.
+It knows no section and no unit: vmm.snapshot.section does.
 """
 
 from __future__ import annotations
 
+import binascii
 import struct
 
-from base.lean_typing import NamedTuple
-from ipc.errors import MessageError
-from ipc.launch_plan import MAX_MEMORY_BYTES, MAX_WORKERS
-from ipc.messages.ghosts import QuiescentGhost
-from ipc.messages.records import MemoryRegion
-from ipc.messages.worker import SavedState
-from ipc.schema import MAX_FRAME_SIZE, U8, U16, U32, U64, Bytes, Field, Flag, Int, ListOf, RecordOf, Text, pack, unpack
+from base.lean_typing import NamedTuple, Sequence
+from ipc.schema import MAX_FRAME_SIZE, U16
 from vmm.errors import VmmError
-from vmm.layout import IOAPIC_PIN_COUNT
 
-VERSION = 2
-#: 2 MiB of RAM are one region, but there are no more than the layout has holes (vmm.layout.ram_regions), and some.
-MAX_REGIONS = 16
-MAX_VCPU_STATE = 128 << 10
-_LENGTH = struct.Struct("<I")
-assert _LENGTH.size == 4
+VERSION = 4
+MAGIC = b"CBSTATE\n"
+#: Magic, version, number of sections.
+_FILE_HEADER = struct.Struct("<8sII")
+assert _FILE_HEADER.size == 16
+#: Bytes of name and instance, version, flags, bytes of the content, checksum of all this (as 0) and what follows.
+_SECTION_HEADER = struct.Struct("<BBHIII")
+assert _SECTION_HEADER.size == 16
+FLAG_REQUIRED = 1
+
+MAX_SECTIONS = 4096
+MAX_NAME = 32
+MAX_INSTANCE = 64
 
 
 class MicrovmStateError(VmmError):
@@ -31,202 +33,82 @@ class MicrovmStateError(VmmError):
     code = "vmm.state_record"
 
 
-class InterruptState(NamedTuple):
-    """An interrupt line; ``pending``: an edge that came while the GSI was masked waits for its unmasking."""
+class Frame(NamedTuple):
+    """One section as bytes. ``required``: a reader that does not know it must refuse the whole."""
 
-    gsi: int
-    pending: bool
-
-
-class IoApicState(NamedTuple):
-    """The registers; ``entries`` is the redirection table, 64 bits a pin."""
-
-    select: int
-    id: int
-    entries: tuple[int, ...]
-
-
-class SerialState(NamedTuple):
-    """The registers of the UART, and what the guest has not read yet. ``looped``: some of that it has sent itself."""
-
-    receive: bytes
-    ier: int
-    fcr: int
-    lcr: int
-    mcr: int
-    scr: int
-    divisor: int
-    thr_empty_pending: bool
-    looped: bool
-
-
-class I8042State(NamedTuple):
-    """The keyboard controller. ``answer`` counts if ``has_answer``; ``argument_of``: a command that waits for one."""
-
-    buffer: bytes
-    has_answer: bool
-    answer: int
-    control: int
-    output_port: int
-    argument_of: int
-    keyboard_argument: bool
-
-
-class DevicesState(NamedTuple):
-    """Every device that has a state."""
-
-    ioapic: IoApicState
-    serial: SerialState
-    i8042: I8042State
-    interrupts: tuple[InterruptState, ...]
-
-
-class QuiescentWorker(NamedTuple):
-    """What one worker held beside its vCPUs: the proof that nothing else has to be saved (vmm.operations.quiescence).
-
-    ``open_events`` between it and the controller, ``open_exits``: its rings that were not executed to the end.
-    """
-
-    worker: int
-    open_events: int
-    open_exits: int
-    ghosts: tuple[QuiescentGhost, ...]
-
-
-class MicrovmState(NamedTuple):
-    """``groups[n]`` are the vCPUs of worker n. vCPU states, in the order of the indices, hold LAPIC and clock, too."""
-
+    name: str
+    instance: str
     version: int
-    microvm_id: str
-    regions: tuple[MemoryRegion, ...]
-    groups: tuple[tuple[int, ...], ...]
-    devices: DevicesState
-    quiescence: tuple[QuiescentWorker, ...]
-    vcpus: tuple[SavedState, ...]
+    required: bool
+    content: bytes
 
 
-class _Head(NamedTuple):
-    version: int
-    microvm_id: str
-    regions: tuple[MemoryRegion, ...]
-    groups: tuple[tuple[int, ...], ...]
-    devices: DevicesState
-    quiescence: tuple[QuiescentWorker, ...]
-    vcpu_count: int
+def write(frames: Sequence[Frame]) -> bytes:
+    """Return the frames as bytes. Raises MicrovmStateError if one is out of bounds, or comes twice."""
+    if len(frames) > MAX_SECTIONS:
+        raise MicrovmStateError(f"There are more than {MAX_SECTIONS} sections.")
+    if len({frame[:2] for frame in frames}) != len(frames):
+        raise MicrovmStateError("A section comes twice.")
+    return b"".join([_FILE_HEADER.pack(MAGIC, VERSION, len(frames)), *[_section(frame) for frame in frames]])
 
 
-_BYTE: Field = Int(U8)
-_VCPU: Field = Int(MAX_WORKERS - 1)
-_DEVICES = RecordOf(
-    DevicesState,
-    ioapic=RecordOf(IoApicState, select=_BYTE, id=Int(15), entries=ListOf(Int(U64), IOAPIC_PIN_COUNT)),
-    serial=RecordOf(
-        SerialState,
-        receive=Bytes(64),
-        ier=_BYTE,
-        fcr=_BYTE,
-        lcr=_BYTE,
-        mcr=_BYTE,
-        scr=_BYTE,
-        divisor=Int(U16),
-        thr_empty_pending=Flag(),
-        looped=Flag(),
-    ),
-    i8042=RecordOf(
-        I8042State,
-        buffer=Bytes(16),
-        has_answer=Flag(),
-        answer=_BYTE,
-        control=_BYTE,
-        output_port=_BYTE,
-        argument_of=_BYTE,
-        keyboard_argument=Flag(),
-    ),
-    interrupts=ListOf(RecordOf(InterruptState, gsi=Int(4095), pending=Flag()), 64),
-)
-_HEAD = RecordOf(
-    _Head,
-    version=Int(VERSION, VERSION),
-    microvm_id=Text(64),
-    regions=ListOf(
-        RecordOf(
-            MemoryRegion,
-            guest_address=Int(U64),
-            size=Int(MAX_MEMORY_BYTES, 1),
-            offset=Int(MAX_MEMORY_BYTES),
-        ),
-        MAX_REGIONS,
-    ),
-    groups=ListOf(ListOf(_VCPU, MAX_WORKERS), MAX_WORKERS),
-    devices=_DEVICES,
-    quiescence=ListOf(
-        # What may be held is nothing: an honest state is refused else.
-        RecordOf(
-            QuiescentWorker,
-            worker=_VCPU,
-            open_events=Int(0),
-            open_exits=Int(0),
-            ghosts=ListOf(
-                RecordOf(
-                    QuiescentGhost,
-                    vcpu=_VCPU,
-                    stub=Flag(),
-                    mp_state=Int(U32),
-                    requested=Int(0),
-                    in_service=Int(0),
-                    nmis=Int(0),
-                ),
-                MAX_WORKERS,
-            ),
-        ),
-        MAX_WORKERS,
-    ),
-    vcpu_count=Int(MAX_WORKERS, 1),
-)
-_SAVED = RecordOf(SavedState, vcpu=_VCPU, version=Int(U32, 1), state=Bytes(MAX_VCPU_STATE))
-
-
-def encode(state: MicrovmState) -> bytes:
-    """Return the record as bytes. Raises MicrovmStateError if a value is out of its bounds."""
-    head = _Head(*state[:6], len(state.vcpus))
+def _section(frame: Frame) -> bytes:
     try:
-        frames = [pack(_HEAD.check(head, "state")), *[pack(_SAVED.check(vcpu, "vcpu")) for vcpu in state.vcpus]]
-    except MessageError as error:
-        raise MicrovmStateError(str(error)) from None
-    return b"".join([_LENGTH.pack(len(frame)) + frame for frame in frames])
+        name, instance = frame.name.encode("ascii"), frame.instance.encode("ascii")
+    except UnicodeEncodeError:
+        raise MicrovmStateError("The name of a section is not ASCII.") from None
+    content = frame.content
+    named = 0 < len(name) <= MAX_NAME and len(instance) <= MAX_INSTANCE
+    if not named or not 0 < frame.version <= U16 or len(content) > MAX_FRAME_SIZE:
+        raise MicrovmStateError(f"The section {frame.name} {frame.instance} is out of its bounds.")
+    fields = (len(name), len(instance), frame.version, FLAG_REQUIRED if frame.required else 0, len(content))
+    named_content = name + instance + content
+    checksum = binascii.crc32(named_content, binascii.crc32(_SECTION_HEADER.pack(*fields, 0)))
+    return _SECTION_HEADER.pack(*fields, checksum) + named_content
 
 
-def decode(data: bytes) -> MicrovmState:
-    """Return the record that was encoded. Raises MicrovmStateError for anything else."""
+def read(data: bytes) -> list[Frame]:
+    """Return the frames of what was written, unless it was damaged. Raises MicrovmStateError only."""
+    if len(data) < _FILE_HEADER.size:
+        raise MicrovmStateError("This is no state of a microVM: it ends too early.")
+    magic, version, count = _FILE_HEADER.unpack_from(data)
+    if magic != MAGIC:
+        raise MicrovmStateError("This is no state of a microVM.")
+    if version != VERSION:
+        raise MicrovmStateError(f"This is a state of version {version}, not {VERSION}.")
+    if count > MAX_SECTIONS:
+        raise MicrovmStateError(f"There are more than {MAX_SECTIONS} sections.")
+    frames = []
+    position = _FILE_HEADER.size
+    for _ in range(count):
+        frame, position = _frame(data, position)
+        frames.append(frame)
+    if position != len(data):
+        raise MicrovmStateError(f"{len(data) - position} bytes follow the last section.")
+    if len({frame[:2] for frame in frames}) != count:
+        raise MicrovmStateError("A section comes twice.")
+    return frames
+
+
+def _frame(data: bytes, position: int) -> tuple[Frame, int]:
+    """Return the section at ``position``, and where the next one is."""
+    start = position + _SECTION_HEADER.size
+    if start > len(data):
+        raise MicrovmStateError("It ends within a section.")
+    *fields, checksum = _SECTION_HEADER.unpack_from(data, position)
+    name_length, instance_length, version, flags, length = fields
+    if not 0 < name_length <= MAX_NAME or instance_length > MAX_INSTANCE or length > MAX_FRAME_SIZE:
+        raise MicrovmStateError("A section is out of its bounds.")
+    end = start + name_length + instance_length + length
+    if end > len(data):
+        raise MicrovmStateError("It ends within a section.")
+    if not version or flags & ~FLAG_REQUIRED:
+        raise MicrovmStateError("A section has a version or flags that do not exist.")
+    if binascii.crc32(data[start:end], binascii.crc32(_SECTION_HEADER.pack(*fields, 0))) != checksum:
+        raise MicrovmStateError("A section is damaged: its checksum is wrong.")
     try:
-        frame, rest = _take(data)
-        head = _HEAD.check(unpack(frame), "state")
-        vcpus = []
-        for _ in range(head.vcpu_count):
-            frame, rest = _take(rest)
-            vcpus.append(_SAVED.check(unpack(frame), "vcpu"))
-    except MessageError as error:
-        raise MicrovmStateError(f"This is no state of version {VERSION}: {error}") from None
-    if rest:
-        raise MicrovmStateError(f"{len(rest)} bytes follow the last vCPU.")
-    if len(head.devices.ioapic.entries) != IOAPIC_PIN_COUNT:
-        raise MicrovmStateError(f"The IOAPIC has {IOAPIC_PIN_COUNT} pins.")
-    indices = [vcpu.vcpu for vcpu in vcpus]
-    if indices != list(range(len(vcpus))) or sorted(each for group in head.groups for each in group) != indices:
-        raise MicrovmStateError("The vCPUs are not those of the workers.")
-    if [each.worker for each in head.quiescence] != list(range(len(head.groups))):
-        raise MicrovmStateError("Not every worker was at rest.")
-    return MicrovmState(
-        head.version, head.microvm_id, head.regions, head.groups, head.devices, head.quiescence, tuple(vcpus)
-    )
-
-
-def _take(data: bytes) -> tuple[bytes, bytes]:
-    """Return the first frame and what follows it."""
-    if len(data) < _LENGTH.size:
-        raise MessageError("it ends too early")
-    (length,) = _LENGTH.unpack_from(data)
-    end = _LENGTH.size + length
-    if length > MAX_FRAME_SIZE or len(data) < end:
-        raise MessageError("it ends too early")
-    return data[_LENGTH.size : end], data[end:]
+        name = data[start : start + name_length].decode("ascii")
+        instance = data[start + name_length : start + name_length + instance_length].decode("ascii")
+    except UnicodeDecodeError:
+        raise MicrovmStateError("The name of a section is not ASCII.") from None
+    return Frame(name, instance, version, bool(flags & FLAG_REQUIRED), data[end - length : end]), end

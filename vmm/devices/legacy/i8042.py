@@ -7,11 +7,11 @@ one says so at once: a driver that got no answer would wait for half a second, s
 from __future__ import annotations
 
 from base.deferral import Deferral
-from base.lean_typing import Callable
+from base.lean_typing import Callable, NamedTuple
+from ipc.schema import U8, Bytes, Flag, Int, RecordOf, Section
 from vmm.devices.bus import Device, PublishedSlot
 from vmm.devices.interrupts import InterruptLine
 from vmm.errors import DeviceError
-from vmm.snapshot.state_file import I8042State
 
 PORT_COUNT = 5
 DATA = 0
@@ -61,20 +61,57 @@ KEY_DELETE = (0xE0, 0x71)
 BUFFER_SIZE = 16
 
 
+class I8042State(NamedTuple):
+    """``answer``: one of the controller itself, or -1; ``argument_of``: a command that waits for its argument, or 0."""
+
+    buffer: bytes
+    answer: int
+    control: int
+    output_port: int
+    argument_of: int
+    keyboard_argument: bool
+
+
+_BYTE = Int(U8)
+_AFTER_RESET = I8042State(
+    b"",
+    -1,
+    CTR_SYSTEM | CTR_KEYBOARD_INTERRUPT | CTR_AUX_DISABLED,
+    0x03,  # A20 gate open, CPU not in reset
+    0,
+    False,
+)
+
+
 class I8042(Device):
     """Two registers: data at offset 0, status and command at offset 4; the ports between are empty."""
 
-    def __init__(self, interrupt: InterruptLine, reset: Callable[[], None]) -> None:
+    SECTION = Section(
+        "i8042",
+        1,
+        RecordOf(
+            I8042State,
+            buffer=Bytes(BUFFER_SIZE),
+            answer=Int(U8, -1),
+            control=_BYTE,
+            output_port=_BYTE,
+            argument_of=_BYTE,
+            keyboard_argument=Flag(),
+        ),
+    )
+    instance = ""
+
+    def __init__(self, interrupt: InterruptLine, reset: Callable[[], None], state: I8042State = _AFTER_RESET) -> None:
         self._interrupt = interrupt
         self._reset = reset
         #: What the keyboard has sent and the guest has not read.
-        self._buffer = bytearray()
+        self._buffer = bytearray(state.buffer)
         #: An answer of the controller itself, read before the keyboard's bytes; -1 if there is none.
-        self._answer = -1
-        self._control = CTR_SYSTEM | CTR_KEYBOARD_INTERRUPT | CTR_AUX_DISABLED
-        self._output_port = 0x03  # A20 gate open, CPU not in reset
-        self._argument_of = 0
-        self._keyboard_argument = False
+        self._answer = state.answer
+        self._control = state.control
+        self._output_port = state.output_port
+        self._argument_of = state.argument_of
+        self._keyboard_argument = state.keyboard_argument
         self._status_slot: PublishedSlot | None = None
         self.error_count = 0
         self.read_count = 0
@@ -86,13 +123,11 @@ class I8042(Device):
         self._status_slot = slots[STATUS_COMMAND]
         self._publish()
 
-    def save_state(self) -> I8042State:
+    def save(self) -> I8042State:
         """Return the registers and what the guest has not read."""
-        has_answer = self._answer >= 0
         return I8042State(
             bytes(self._buffer),
-            has_answer,
-            self._answer if has_answer else 0,
+            self._answer,
             self._control,
             self._output_port,
             self._argument_of,

@@ -7,11 +7,11 @@ edge and reported once.
 from __future__ import annotations
 
 from base.deferral import Deferral
-from base.lean_typing import TYPE_CHECKING, Callable, Sequence
+from base.lean_typing import TYPE_CHECKING, Callable, NamedTuple, Sequence
 from ipc.messages.records import Route
+from ipc.schema import U8, U64, Int, ListOf, RecordOf, Section
 from vmm.devices.bus import Device, PublishedSlot
 from vmm.layout import IOAPIC_PIN_COUNT
-from vmm.snapshot.state_file import IoApicState
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -46,23 +46,52 @@ def msi_of_entry(gsi: int, entry: int) -> Route:
     return Route(gsi, address, entry & (ENTRY_VECTOR | ENTRY_DELIVERY_MODE), bool(entry & ENTRY_MASKED))
 
 
+class IoApicState(NamedTuple):
+    """The registers; ``entries`` is the redirection table, 64 bits a pin."""
+
+    select: int
+    id: int
+    entries: tuple[int, ...]
+
+
+_AFTER_RESET = IoApicState(0, 0, (ENTRY_MASKED,) * IOAPIC_PIN_COUNT)
+
+
 class IoApic(Device):
     """Only pins in ``connected`` (those that have a device at that moment) ever get a route."""
 
-    def __init__(self, connected: Collection[int], set_routes: SetRoutes, log: Callable[[str], None]) -> None:
-        self._entries = [ENTRY_MASKED] * IOAPIC_PIN_COUNT
+    SECTION = Section(
+        "ioapic",
+        1,
+        RecordOf(
+            IoApicState,
+            select=Int(U8),
+            id=Int(15),
+            entries=ListOf(Int(U64), IOAPIC_PIN_COUNT, IOAPIC_PIN_COUNT),
+        ),
+    )
+    instance = ""
+
+    def __init__(
+        self,
+        connected: Collection[int],
+        set_routes: SetRoutes,
+        log: Callable[[str], None],
+        state: IoApicState = _AFTER_RESET,
+    ) -> None:
+        self._entries = list(state.entries)
         self._connected = connected
         self._set_routes = set_routes
         self._log = log
-        self._select = 0
-        self._id = 0
+        self._select = state.select
+        self._id = state.id
         self._level_reported = False
 
     def routes(self) -> tuple[Route, ...]:
         """Return the present routes of all connected pins (for a worker that is made later)."""
         return tuple(msi_of_entry(pin, self._entries[pin]) for pin in sorted(self._connected))
 
-    def save_state(self) -> IoApicState:
+    def save(self) -> IoApicState:
         """Return the registers."""
         return IoApicState(self._select, self._id, tuple(self._entries))
 

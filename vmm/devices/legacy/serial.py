@@ -7,10 +7,10 @@ the worker answers them by itself from the device page, and lets transmitted byt
 from __future__ import annotations
 
 from base.deferral import Deferral
-from base.lean_typing import Callable
+from base.lean_typing import Callable, NamedTuple
+from ipc.schema import U8, U16, Bytes, Flag, Int, RecordOf, Section
 from vmm.devices.bus import Device, PublishedSlot
 from vmm.devices.interrupts import InterruptLine
-from vmm.snapshot.state_file import SerialState
 
 PORT_COUNT = 8
 
@@ -45,23 +45,58 @@ MSR_CTS_DSR_DCD = 0xB0
 RECEIVE_FIFO_SIZE = 64
 
 
+class SerialState(NamedTuple):
+    """The registers, and what the guest has not read yet. ``looped``: some of that it has sent itself."""
+
+    receive: bytes
+    ier: int
+    fcr: int
+    lcr: int
+    mcr: int
+    scr: int
+    divisor: int
+    thr_empty_pending: bool
+    looped: bool
+
+
 class Serial(Device):
     """``transmit`` gets every byte that the guest sends; ``receive`` feeds bytes to the guest."""
 
-    def __init__(self, interrupt: InterruptLine, transmit: Callable[[int], None]) -> None:
+    SECTION = Section(
+        "serial",
+        1,
+        RecordOf(
+            SerialState,
+            receive=Bytes(RECEIVE_FIFO_SIZE),
+            ier=Int(IER_MASK),
+            fcr=Int(U8),
+            lcr=Int(U8),
+            mcr=Int(MCR_MASK),
+            scr=Int(U8),
+            divisor=Int(U16),
+            thr_empty_pending=Flag(),
+            looped=Flag(),
+        ),
+    )
+    instance = ""
+
+    def __init__(
+        self, interrupt: InterruptLine, transmit: Callable[[int], None], state: SerialState | None = None
+    ) -> None:
         self._interrupt = interrupt
         self._transmit = transmit
         self._slots: list[PublishedSlot] = []
-        self._receive = bytearray()
-        self._ier = 0
-        self._fcr = 0
-        self._lcr = 0x03
-        self._mcr = MCR_OUT2
-        self._scr = 0
-        self._divisor = 12
-        self._thr_empty_pending = False
+        state = state or SerialState(b"", 0, 0, 0x03, MCR_OUT2, 0, 12, False, False)
+        self._receive = bytearray(state.receive)
+        self._ier = state.ier
+        self._fcr = state.fcr
+        self._lcr = state.lcr
+        self._mcr = state.mcr
+        self._scr = state.scr
+        self._divisor = state.divisor
+        self._thr_empty_pending = state.thr_empty_pending
         #: Bytes of a loopback are among those in the FIFO.
-        self._looped = False
+        self._looped = state.looped
         #: A write of THR transmits: neither loopback nor the divisor.
         self._transmits = True
         self.read_count = 0
@@ -72,6 +107,7 @@ class Serial(Device):
         #: while: a driver that probes the UART clears the FIFOs several times in a row, and would eat what was typed
         #: ahead.
         self.on_cleared: Callable[[bytes], None] | None = None
+        self._publish()
 
     def attach(self, slots: list[PublishedSlot]) -> None:
         """Take the slots of the eight ports and publish the state of the registers."""
@@ -110,7 +146,7 @@ class Serial(Device):
         mcr = self._mcr
         return (mcr & 1) << 5 | (mcr & 2) << 3 | (mcr & 4) << 4 | (mcr & 8) << 4
 
-    def save_state(self) -> SerialState:
+    def save(self) -> SerialState:
         """Return the registers and what the guest has not read."""
         return SerialState(
             bytes(self._receive),

@@ -48,7 +48,7 @@ def test_edges_of_a_batch_become_one_at_its_end(due, allocator):
     for _ in range(3):
         line.trigger()
     assert pending(line) == 0
-    assert line.save_state().pending
+    assert line.save().pending
     due.end_batch()
     assert (pending(line), pending(quiet), line.triggers) == (1, 0, 3)
     due.begin_batch()
@@ -56,7 +56,7 @@ def test_edges_of_a_batch_become_one_at_its_end(due, allocator):
     assert pending(line) == 0, "nothing was due"
     line.trigger()
     assert pending(line) == 1
-    assert not line.save_state().pending
+    assert not line.save().pending
 
 
 def test_a_batch_delivers_what_was_raised_in_the_order_in_which_it_was(due, allocator):

@@ -32,10 +32,10 @@ from vmm.layout import IOAPIC_ADDRESS
 from vmm.machine.assembly import Assembly, Console
 from vmm.operations import pause as pause_module
 from vmm.operations import tables
+from vmm.operations.quiescence import QuiescentWorker
 from vmm.operations.tables import PAUSE, StepName
 from vmm.placement import Placement
-from vmm.snapshot import state_file
-from vmm.snapshot.state_file import QuiescentWorker
+from vmm.snapshot import microvm_state
 
 COM1 = 0x3F8
 COMMAND = 0x64
@@ -137,8 +137,8 @@ def test_states_and_operations(make):
     assert vmm.instance_info().state == "Paused"
     saved = vmm.save_state()
     assert [vcpu.state for vcpu in saved.vcpus] == [b"state"]
-    assert state_file.decode(state_file.encode(saved)) == saved == vmm.save_state()
-    assert (saved.version, saved.microvm_id, saved.groups) == (state_file.VERSION, "standin", ((0,),))
+    assert microvm_state.decode(microvm_state.encode(saved)) == saved == vmm.save_state()
+    assert (saved.machine.microvm_id, saved.machine.groups) == ("standin", ((0,),))
     assert saved.quiescence == (QuiescentWorker(0, 0, 0, ()),)
     assert [config.vcpu for config in vmm.dump_cpu_config()] == [0]
     assert set(vmm.exit_counters()) == {0}

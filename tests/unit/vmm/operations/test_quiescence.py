@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ipc.messages.ghosts import QuiescentGhost
-from vmm.operations.quiescence import busy_with
-from vmm.snapshot.state_file import QuiescentWorker
+from vmm.operations.quiescence import QuiescentWorker, busy_with, not_quiescent
 
 QUIET = QuiescentGhost(1, True, 0, 0, 0, 0)
 
@@ -26,3 +25,10 @@ QUIET = QuiescentGhost(1, True, 0, 0, 0, 0)
 )
 def test_busy_with(worker, text):
     assert busy_with(worker) == text
+
+
+def test_what_is_held_is_said_in_a_sentence():
+    assert not_quiescent(QuiescentWorker(0, 0, 0, (QUIET,))) == ""
+    assert not_quiescent(QuiescentWorker(1, 2, 0, ())) == (
+        "The microVM is not at rest: worker vcpu 1 holds 2 open events."
+    )
