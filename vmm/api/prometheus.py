@@ -11,7 +11,8 @@ from base.version import CELLBLOCK_VERSION
 from vmm.observe.metrics import SUMMED_KINDS
 
 if TYPE_CHECKING:
-    from vmm.observe.metrics import Group, Metrics
+    from base.counters import Counters
+    from vmm.observe.metrics import Metrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "cellblock"
@@ -37,7 +38,7 @@ def exposition(metrics: Metrics, state: str) -> str:
     return "".join(lines)
 
 
-def _add(families: dict[tuple[str, str], list[str]], prefix: str, labels: str, group: Group) -> None:
+def _add(families: dict[tuple[str, str], list[str]], prefix: str, labels: str, group: Counters) -> None:
     def sample(name: str, kind: str, value: int) -> None:
         families.setdefault((f"{prefix}_{name}", kind), []).append(f"{labels} {value}")
 

@@ -7,6 +7,7 @@ import time
 
 from base.event_manager import EventManager
 from base.lean_typing import Callable, NamedTuple
+from base.token_bucket import TokenBucket
 from ipc.guest_memory import GuestMemory
 from ipc.launch_plan import LaunchPlan
 from ipc.messages.records import BootRegisters
@@ -17,7 +18,7 @@ from vmm.cells.worker import Worker, WorkerDescriptors
 from vmm.config.resources import VmResources
 from vmm.config.start_options import StartOptions
 from vmm.cpu_config.setup import CpuSetup
-from vmm.devices.legacy.console import ConsoleInput, ConsoleOutput, monotonic_bucket
+from vmm.devices.legacy.console import ConsoleInput, ConsoleOutput
 from vmm.devices.manager import DeviceManager
 from vmm.devices.routing import InterruptRouter
 from vmm.machine.ending import Ending
@@ -48,7 +49,7 @@ def open_console(resources: VmResources, plan: LaunchPlan) -> Console:
     """Open a file, standard input and output, a pseudo-terminal, or nothing. Raises VmmError."""
     console = resources.options.console
     limiter = resources.serial.rate_limiter
-    bucket = monotonic_bucket(limiter.size, limiter.refill_time, limiter.one_time_burst) if limiter else None
+    bucket = TokenBucket(limiter.size, limiter.refill_time, limiter.one_time_burst or 0) if limiter else None
     descriptor = resources.open_serial_output()
     if descriptor >= 0:
         return Console(ConsoleOutput(descriptor, owned=True, bucket=bucket), 0 if console == CONSOLE_STDIO else -1)

@@ -11,7 +11,7 @@ from vmm.mmds.store import V1, DataStore, NotFoundError, UnsupportedTypeError
 from vmm.mmds.token import TokenAuthority, TokenError
 
 if TYPE_CHECKING:
-    from vmm.observe.metrics import Group
+    from base.counters import Counters
 
 #: Bytes of a request; more cannot be received at once.
 REQUEST_LIMIT = 2500
@@ -70,7 +70,7 @@ class _BadRequestError(Exception):
 class MetadataService:
     """Answers requests from the data store; ``metrics`` is the group ``mmds``."""
 
-    def __init__(self, store: DataStore, microvm_id: str, metrics: Group) -> None:
+    def __init__(self, store: DataStore, microvm_id: str, metrics: Counters) -> None:
         self.store = store
         self.version = V1
         self.imds_compat = False

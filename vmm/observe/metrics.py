@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 
+from base.counters import Counters
 from base.errno_text import errno_text
 from base.lean_typing import TYPE_CHECKING, NamedTuple
 from vmm.cli import DEFAULT_INSTANCE_ID
@@ -130,99 +131,6 @@ METRICS_CONFIG = Object(
 )
 
 
-class Aggregate:
-    """Least and greatest latency ever, and the sum of all, in µs."""
-
-    __slots__ = ("count", "maximum", "minimum", "total")
-
-    def __init__(self) -> None:
-        self.minimum = self.maximum = self.total = self.count = 0
-
-    def observe(self, microseconds: int) -> None:
-        """Take one latency in."""
-        self.minimum = min(self.minimum, microseconds) if self.count else microseconds
-        self.maximum = max(self.maximum, microseconds)
-        self.total += microseconds
-        self.count += 1
-
-    def merge(self, other: Aggregate) -> None:
-        """Take everything in that another one has seen."""
-        if other.count:
-            self.minimum = min(self.minimum, other.minimum) if self.count else other.minimum
-            self.maximum = max(self.maximum, other.maximum)
-            self.total += other.total
-            self.count += other.count
-
-
-class Group:
-    """One object of the line. An unknown key is a KeyError: clients refuse lines with keys that they do not know."""
-
-    __slots__ = ("aggregates", "flushed", "stored", "values")
-
-    def __init__(self, keys: str) -> None:
-        self.values: dict[str, int] = {}
-        self.aggregates: dict[str, Aggregate] = {}
-        stored = []
-        for key in keys.split():
-            mark, name = key[0], key[1:]
-            if mark == "~":
-                self.aggregates[name] = Aggregate()
-            elif mark == "*":
-                self.values[f"{name}_count"] = self.values[f"{name}_fails"] = 0
-            elif mark == "=":
-                self.values[name] = 0
-                stored.append(name)
-            else:
-                self.values[key] = 0
-        self.stored = frozenset(stored)
-        #: What the last line that was written had counted.
-        self.flushed: dict[str, int] = {}
-
-    def add(self, key: str, amount: int = 1) -> None:
-        """Count."""
-        self.values[key] += amount
-
-    def store(self, key: str, value: int) -> None:
-        """Set a stored value, or a counter to what another part has counted in all."""
-        if key not in self.values:
-            raise KeyError(key)
-        self.values[key] = value
-
-    def observe(self, key: str, microseconds: int) -> None:
-        """Take a latency into an aggregate."""
-        self.aggregates[key].observe(microseconds)
-
-    def merge(self, other: Group) -> None:
-        """Add what another group of the same keys has."""
-        for key, value in other.values.items():
-            self.values[key] += value
-        for key, aggregate in other.aggregates.items():
-            self.aggregates[key].merge(aggregate)
-
-    def clear(self) -> None:
-        """Set everything to 0, but for what was written."""
-        self.values = dict.fromkeys(self.values, 0)
-        self.aggregates = {key: Aggregate() for key in self.aggregates}
-
-    def to_json(self) -> dict[str, JsonValue]:
-        """Return what a line shows."""
-        flushed = self.flushed
-        shown: dict[str, JsonValue] = {
-            key: value if key in self.stored else value - flushed.get(key, 0) for key, value in self.values.items()
-        }
-        for key, aggregate in self.aggregates.items():
-            shown[key] = {
-                "min_us": aggregate.minimum,
-                "max_us": aggregate.maximum,
-                "sum_us": aggregate.total - flushed.get(key, 0),
-            }
-        return shown
-
-    def commit(self) -> None:
-        """The line was written: the next one begins from here."""
-        self.flushed = {**self.values, **{key: aggregate.total for key, aggregate in self.aggregates.items()}}
-
-
 class _Target:
     """The file or FIFO. What a FIFO takes only in part is completed before the next line."""
 
@@ -252,14 +160,14 @@ class Metrics:
 
     def __init__(self) -> None:
         self.instance_id = DEFAULT_INSTANCE_ID
-        self._groups = {name: Group(keys) for name, keys in GROUPS.items()}
-        self._devices: dict[tuple[str, str], Group] = {}
+        self._groups = {name: Counters(keys) for name, keys in GROUPS.items()}
+        self._devices: dict[tuple[str, str], Counters] = {}
         #: Called before a line is made, to read counters that others keep.
         self.sources: list[Callable[[], None]] = []
         self._target: _Target | None = None
         self._head: dict[str, JsonValue] = {}
 
-    def __getitem__(self, name: str) -> Group:
+    def __getitem__(self, name: str) -> Counters:
         """Return a group; KeyError for one that does not exist."""
         return self._groups[name]
 
@@ -268,18 +176,18 @@ class Metrics:
         """Whether lines are written anywhere."""
         return self._target is not None
 
-    def device(self, kind: str, device_id: str) -> Group:
+    def device(self, kind: str, device_id: str) -> Counters:
         """Return the group of one device; made when it is asked for first."""
         group = self._devices.get((kind, device_id))
         if group is None:
-            group = self._devices[kind, device_id] = Group(_DEVICE_KEYS[kind])
+            group = self._devices[kind, device_id] = Counters(_DEVICE_KEYS[kind])
         return group
 
     def group_names(self) -> tuple[str, ...]:
         """Return the names of the groups that every line has."""
         return tuple(self._groups)
 
-    def devices(self) -> Iterator[tuple[str, str, Group]]:
+    def devices(self) -> Iterator[tuple[str, str, Counters]]:
         """Iterate over kind, id and group of all devices."""
         for (kind, device_id), group in self._devices.items():
             yield kind, device_id, group
@@ -298,7 +206,7 @@ class Metrics:
         if config.properties is not None:
             self._head["properties"] = dict(config.properties)
 
-    def collect(self) -> dict[str, Group]:
+    def collect(self) -> dict[str, Counters]:
         """Bring all counters up to date and return the groups in the order of the line."""
         for source in self.sources:
             source()
@@ -318,7 +226,7 @@ class Metrics:
         groups = self.collect()
         line: dict[str, JsonValue] = {"utc_timestamp_ms": time.time_ns() // 1_000_000, **self._head}
         for name, group in groups.items():
-            line[name] = group.to_json()
+            line[name] = group.shown()
         try:
             self._target.write(f"{json_text(line)}\n".encode(errors="backslashreplace"))
         except OSError as error:

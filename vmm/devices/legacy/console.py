@@ -12,7 +12,7 @@ import termios
 import time
 
 from base.event_manager import EventManagerError, EventOps, Events, Timer
-from base.lean_typing import Callable
+from base.token_bucket import TokenBucket
 from vmm.devices.legacy.serial import Serial
 
 #: Output kept for a reader that is slow.
@@ -27,39 +27,6 @@ SETTLE_NS = 100_000_000
 
 #: Device number of the master side of every pseudo-terminal (/dev/ptmx).
 _PSEUDO_TERMINAL_MASTER = os.makedev(5, 2)
-
-
-class TokenBucket:
-    """``size`` tokens, refilled over ``refill_time`` ms; a size or time of 0 means no limit. Never blocks."""
-
-    def __init__(self, size: int, refill_time: int, one_time_burst: int, now_ns: Callable[[], int]) -> None:
-        self._size = size
-        self._refill_time_ns = refill_time * 1_000_000
-        self._burst = one_time_burst
-        self._budget = size
-        self._now_ns = now_ns
-        self._last = now_ns()
-
-    def take(self, tokens: int) -> bool:
-        """Take ``tokens`` if they are there."""
-        if not self._size or not self._refill_time_ns:
-            return True
-        if self._burst >= tokens:
-            self._burst -= tokens
-            return True
-        now = self._now_ns()
-        gained = (now - self._last) * self._size // self._refill_time_ns
-        if self._budget + gained >= self._size:
-            self._budget = self._size
-            self._last = now
-        elif gained:
-            self._budget += gained
-            # Only the time of whole tokens is used up, rounded up: frequent calls lose nothing and gain nothing.
-            self._last += -(-gained * self._refill_time_ns // self._size)
-        if self._budget < tokens:
-            return False
-        self._budget -= tokens
-        return True
 
 
 #: How much of what was written is kept, for the report of a failure.
@@ -299,8 +266,3 @@ def _in_background(terminal: int) -> bool:
         return os.tcgetpgrp(terminal) != os.getpgrp()
     except OSError:
         return False  # not our controlling terminal
-
-
-def monotonic_bucket(size: int, refill_time: int, one_time_burst: int | None) -> TokenBucket:
-    """Return a token bucket on CLOCK_MONOTONIC."""
-    return TokenBucket(size, refill_time, one_time_burst or 0, time.monotonic_ns)

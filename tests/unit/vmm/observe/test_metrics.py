@@ -23,7 +23,6 @@ from vmm.observe.metrics import (
     FLUSH_INTERVAL_NS,
     GROUPS,
     SUMMED_KINDS,
-    Aggregate,
     Metrics,
     MetricsConfig,
     MetricsError,
@@ -104,22 +103,9 @@ def test_nothing_is_lost_or_counted_twice(batches):
         for amount in batch:
             metrics["uart"].add("write_count", amount)
         group = metrics.collect()["uart"]
-        shown.append(group.to_json()["write_count"])
+        shown.append(group.shown()["write_count"])
         group.commit()
     assert shown == [sum(batch) for batch in batches]
-
-
-@given(st.lists(st.integers(0, 1 << 40)), st.lists(st.integers(0, 1 << 40)))
-def test_merged_aggregates_are_as_if_one_had_seen_everything(left, right):
-    both, one, other = Aggregate(), Aggregate(), Aggregate()
-    for value in left:
-        one.observe(value)
-        both.observe(value)
-    for value in right:
-        other.observe(value)
-        both.observe(value)
-    one.merge(other)
-    assert (one.minimum, one.maximum, one.total, one.count) == (both.minimum, both.maximum, both.total, both.count)
 
 
 def test_devices_have_a_group_each_and_their_sum(metrics, lines):

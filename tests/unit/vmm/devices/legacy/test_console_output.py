@@ -10,9 +10,10 @@ import tty
 
 import pytest
 
+from base.token_bucket import TokenBucket
 from tests.harness.event_loop import PATIENCE_NS, is_idle, run_until
 from vmm.devices.legacy import console
-from vmm.devices.legacy.console import MAX_PENDING_OUTPUT, ConsoleOutput, TokenBucket
+from vmm.devices.legacy.console import MAX_PENDING_OUTPUT, ConsoleOutput
 
 SECOND_NS = 1_000_000_000
 
