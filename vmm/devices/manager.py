@@ -91,7 +91,8 @@ class DeviceManager:
     def remove(self, device: Device, line: InterruptLine | None = None) -> None:
         """Detach a device that the guest has let go, and its interrupt line. Raises DeviceError if it is not attached.
 
-        Workers answer for it until they have the windows that are left; ``free_removed`` of its bus comes after that.
+        Until the workers have the windows that are left they ask us for every access to its addresses, where nothing
+        sits any more; ``free_removed`` of the buses comes after that.
         """
         buses = [bus for bus in (self.ports, self.mmio) if bus.has(device)]
         if not buses:

@@ -54,7 +54,7 @@ def interrupt(**state: Any) -> Iterator[InterruptLine]:
 #: How each unit is made: with `state=`, or as it is after a reset.
 MAKERS: dict[type[Any], Callable[..., Any]] = {Serial: serial, I8042: i8042, IoApic: ioapic, InterruptLine: interrupt}
 #: How many offsets the windows of a device have.
-SPANS: dict[type[Any], int] = {Serial: 8, I8042: 5, IoApic: 0x1000}
+SPANS: dict[type[Any], int] = {Serial: 8, I8042: 5, IoApic: 0x11}
 UNITS = pytest.mark.parametrize("unit", MAKERS, ids=lambda unit: unit.__name__)
 
 

@@ -1,0 +1,102 @@
+"""The manager of a machine's devices: who sits where, batches, what comes and goes."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from ipc.device_pages import SLOT_COUNT
+from tests.harness.devices import Recorder
+from vmm.devices.interrupts import InterruptLine
+from vmm.devices.manager import DeviceManager
+from vmm.errors import DeviceError
+from vmm.layout import COM1_GSI, COM1_PORT, FIRST_DEVICE_GSI, I8042_GSI
+
+MMIO_ADDRESS = 0xC000_1000
+
+
+@pytest.fixture
+def devices():
+    routes: list[int] = []
+
+    def set_routes(asked, done):
+        routes.extend(route.gsi for route in asked)
+        done()
+
+    manager = DeviceManager(transmit=lambda _: None, reset=lambda: None, set_routes=set_routes, log=print)
+    manager.routed = routes  # type: ignore[attr-defined]
+    yield manager
+    manager.close()
+
+
+def pending(line: InterruptLine) -> int:
+    try:
+        return os.eventfd_read(line.eventfd)
+    except BlockingIOError:
+        return 0
+
+
+def write_ioapic(devices: DeviceManager, pin: int, value: int) -> None:
+    devices.ioapic.write(0, 4, 0x10 + 2 * pin)
+    devices.ioapic.write(0x10, 4, value)
+
+
+def test_legacy_devices_have_the_lines_that_guests_expect(devices):
+    gsis = [line.gsi for line in devices.interrupts]
+    assert {I8042_GSI, COM1_GSI} <= set(gsis)
+    assert gsis == sorted(gsis)
+    assert {line.gsi for line in devices.interrupts} == {
+        int(unit.instance) for unit in devices.units if unit.SECTION.name == "interrupt"
+    }
+
+
+def test_interrupts_of_a_batch_come_at_its_end(devices):
+    (com1,) = [line for line in devices.interrupts if line.gsi == COM1_GSI]
+    pending(com1)
+    devices.begin_batch()
+    for _ in range(3):
+        devices.ports.write(COM1_PORT + 1, 1, 0)
+        devices.ports.write(COM1_PORT + 1, 1, 2)  # transmitter empty
+    assert pending(com1) == 0
+    devices.end_batch()
+    assert pending(com1) == 1
+
+
+def test_a_device_comes_and_goes(devices):
+    """With port and MMIO windows and a line; the IOAPIC routes its pin while the device is there, and only then."""
+    device, line = Recorder(7), devices.allocator.line()
+    assert line.gsi == FIRST_DEVICE_GSI
+    devices.ports.insert(device, 0x700, 4)
+    devices.mmio.insert(device, MMIO_ADDRESS, 0x1000)
+    write_ioapic(devices, line.gsi, 0x31)
+    assert devices.routed == [line.gsi]
+    assert line.gsi in [route.gsi for route in devices.ioapic.routes()]
+    write_ioapic(devices, line.gsi, 1 << 16)
+    devices.remove(device, line)
+    assert devices.ports.read(0x700, 1) == devices.ports.read(0x7F0, 1)  # as where nobody ever was
+    assert devices.mmio.read(MMIO_ADDRESS, 4) == devices.mmio.read(MMIO_ADDRESS + 0x8000, 4)
+    assert device.accesses == []
+    assert line not in devices.interrupts
+    devices.routed.clear()
+    write_ioapic(devices, line.gsi, 0x31)
+    assert devices.routed == []
+    with pytest.raises(DeviceError, match="not attached"):
+        devices.remove(device)
+
+
+def test_devices_may_come_and_go_for_ever(devices):
+    for _ in range(SLOT_COUNT):
+        device, line = Recorder(), devices.allocator.line()
+        devices.mmio.insert(device, MMIO_ADDRESS, 0x1000)
+        devices.remove(device, line)
+        devices.mmio.free_removed()
+    assert devices.allocator.line().gsi == FIRST_DEVICE_GSI
+
+
+def test_no_descriptor_is_left():
+    before = os.listdir("/proc/self/fd")
+    manager = DeviceManager(transmit=lambda _: None, reset=lambda: None, set_routes=lambda _, done: done(), log=print)
+    manager.allocator.line()
+    manager.close()
+    assert os.listdir("/proc/self/fd") == before
