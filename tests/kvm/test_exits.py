@@ -92,8 +92,10 @@ def test_a_pause_stops_the_guest_and_its_cpu_time(tmp_path):
         time.sleep(0.5)
         assert sum(cpu_ticks(pid) for pid in pids) - before <= 3
         vm.must("PATCH", "/vm", {"state": "Resumed"})
-        time.sleep(0.5)
-        assert sum(cpu_ticks(pid) for pid in pids) - before >= 10
+        deadline = time.monotonic() + 60  # a busy host gives it little
+        while sum(cpu_ticks(pid) for pid in pids) - before < 20 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert sum(cpu_ticks(pid) for pid in pids) - before >= 20
 
 
 def cpu_ticks(pid: int) -> int:
