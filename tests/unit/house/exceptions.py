@@ -16,7 +16,6 @@ ROOM_CIRCLES: set[tuple[str, ...]] = set()
 
 #: Files above 500 lines.
 LONG_FILES: set[str] = {
-    "tests/unit/vmm/machine/test_vmm.py",
 }
 
 #: Functions above 60 lines, as ``path:name``.
@@ -37,5 +36,4 @@ TEST_IMPORTS: set[tuple[str, str]] = {
 
     ("tests/lab/test_jail_in_lab.py", "tests.jail.conftest"),
 
-    ("tests/unit/vmm/operations/test_replacement.py", "tests.unit.vmm.machine.test_vmm"),
 }

@@ -13,7 +13,7 @@ from ipc.messages.records import Failed
 from ipc.messages.replacement import LoadState, RolledBack, StateLoaded
 from ipc.messages.worker import Resumed, SavedState
 from tests.harness.cells import StandInWorker, honest, open_descriptors, settle
-from tests.unit.vmm.machine.test_vmm import Machine
+from tests.harness.machine import Machine
 from vmm.cells.lifecycle import WorkerState
 from vmm.cells.worker import Worker
 from vmm.errors import StateError, WorkerError
