@@ -1,24 +1,7 @@
-"""Fixtures of the jail tests: they need root, and a directory for jails."""
+"""Fixtures of the jail tests."""
 
 from __future__ import annotations
 
-import secrets
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
+from tests.harness.jail_fixtures import base
 
-import pytest
-
-
-@pytest.fixture
-def base() -> Iterator[Path]:
-    """Return a --chroot-base-dir of this test alone that others can pass through.
-
-    Its name is short (socket paths have 107 characters), and may be part of an id: see tests.harness.jail.id_of.
-    """
-    directory = Path("/tmp") / f"jail-{secrets.token_hex(4)}"
-    directory.mkdir(mode=0o755)
-    jails = directory / "base"
-    jails.mkdir(mode=0o755)
-    yield jails
-    shutil.rmtree(directory, ignore_errors=True)
+__all__ = ["base"]

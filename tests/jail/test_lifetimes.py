@@ -20,7 +20,6 @@ from tests.harness.jail import (
     JAILER,
     PATIENCE_S,
     PROMISE_S,
-    JailedMicrovm,
     children,
     descriptors,
     id_of,
@@ -29,6 +28,7 @@ from tests.harness.jail import (
     status,
     wait_for,
 )
+from tests.harness.jail_left import after_the_janitor, janitors, remove_shared_parents
 from tests.harness.run_options import NoLeftovers, Scale
 
 ALL = ("supervisor", "vmm", "vcpu 0")
@@ -49,17 +49,6 @@ def _all_in(states: str, pids: list[int]) -> bool:
 
 def _left(base: Path) -> list[str]:
     return sorted(str(path.relative_to(base)) for path in base.rglob("*"))
-
-
-def _remove_shared_parents(base: Path) -> None:
-    """Remove the directories that several microVMs may share, and that a test made itself or --purge leaves."""
-    cgroups = Path("/sys/fs/cgroup")
-    wait_for(lambda: not list(cgroups.glob(f"*/firecracker/{id_of(base)}")), "the cgroups to be removed")
-    if (base / "firecracker").exists():
-        (base / "firecracker").rmdir()
-    for directory in cgroups.glob("*/firecracker"):
-        with suppress(OSError):  # somebody else's microVM is in it, or somebody else removes it
-            directory.rmdir()
 
 
 #: What stays of a microVM without --cleanup (docs/jailer.md), besides the directory that all of one program share.
@@ -158,15 +147,7 @@ def test_kills_at_random_moments(base: Path, no_leftovers: NoLeftovers, scale: S
                     os.kill(started, signal.SIGTERM)
             jailed.process.wait(10)
             wait_for(partial(_childless, started), "the end of every cell", PROMISE_S)
-            _after_the_janitor(jailed)
-
-
-def _after_the_janitor(jailed: JailedMicrovm) -> None:
-    """Wait for the janitor, if there is one; purge what it was not told of because the jailer died too early."""
-    base = jailed.base
-    wait_for(lambda: not _janitors(base), "the janitor")
-    subprocess.run([JAILER, "--purge", jailed.id, "--chroot-base-dir", base], check=True, capture_output=True)
-    _remove_shared_parents(base)
+            after_the_janitor(jailed)
 
 
 @pytest.mark.parametrize("point", SUPERVISOR_POINTS)
@@ -183,7 +164,7 @@ def test_supervisor_killed_at_each_step(base: Path, no_leftovers: NoLeftovers, p
                     assert jailed.api("PUT", "/actions", {"action_type": "InstanceStart"}).status == 400
             assert jailed.process.wait(10) == -signal.SIGKILL
             wait_for(lambda: not jailed.directory.exists(), "the janitor")
-        _remove_shared_parents(base)
+        remove_shared_parents(base)
 
 
 @pytest.mark.parametrize("point", ["cell.forked", "cell.confined", "cell.filtered", "cell.sealed"])
@@ -210,8 +191,8 @@ def test_signal_during_the_launch(base: Path, no_leftovers: NoLeftovers, number:
         )
         os.kill(jailed.process.pid, number)
         assert jailed.process.wait(PATIENCE_S) == {signal.SIGTERM: -signal.SIGTERM, signal.SIGHUP: 156}[number]
-        wait_for(lambda: not _janitors(base), "the janitor")
-        _remove_shared_parents(base)
+        wait_for(lambda: not janitors(base), "the janitor")
+        remove_shared_parents(base)
 
 
 def _status_text(pid: int) -> str:
@@ -273,7 +254,7 @@ def test_purge_removes_the_cgroups_of_workers(base: Path, no_leftovers: NoLeftov
             shutil.rmtree(base / "firecracker")
         purge = [str(JAILER), "--purge", id_of(base), "--chroot-base-dir", str(base)]
         subprocess.run(purge, check=True, capture_output=True)
-        _remove_shared_parents(base)
+        remove_shared_parents(base)
 
 
 def test_what_stays_and_purge(base: Path, no_leftovers: NoLeftovers) -> None:
@@ -300,7 +281,7 @@ def test_what_stays_and_purge(base: Path, no_leftovers: NoLeftovers) -> None:
         assert done.stdout.splitlines() == [f"removed {directory}", f"removed {cgroup}"]
         again = subprocess.run(purge, check=True, capture_output=True, text=True)
         assert again.stdout == f"nothing is left of {jailed.id} ({directory})\n"
-        _remove_shared_parents(base)
+        remove_shared_parents(base)
 
 
 def test_cleanup_removes_exactly_its_own(base: Path, no_leftovers: NoLeftovers) -> None:
@@ -329,29 +310,20 @@ def test_cleanup_removes_exactly_its_own(base: Path, no_leftovers: NoLeftovers) 
             wait_for(lambda: not second.directory.exists(), "the janitor")
         cgroups = Path("/sys/fs/cgroup")
         wait_for(lambda: not list(cgroups.glob(f"*/firecracker/{second.id}")), "the cgroups to be removed")
-        _remove_shared_parents(base)
+        remove_shared_parents(base)
 
 
 def test_the_janitor_is_confined(base: Path) -> None:
     with microvm(base, "--cleanup") as jailed:
         jailed.boot()
         jailed.wait_cells(*ALL)
-        janitors = _janitors(base)
-        assert len(janitors) == 1
-        state = wait_for(lambda: (s := status(janitors[0]))["Seccomp"] == "2" and s, "the janitor's filter")
+        found = janitors(base)
+        assert len(found) == 1
+        state = wait_for(lambda: (s := status(found[0]))["Seccomp"] == "2" and s, "the janitor's filter")
         assert int(state["CapEff"], 16) == 1 << 1 | 1 << 3  # CAP_DAC_OVERRIDE, CAP_FOWNER
         assert state["NoNewPrivs"] == "1"
-        assert "pids:/firecracker" not in Path(f"/proc/{janitors[0]}/cgroup").read_text()
+        assert "pids:/firecracker" not in Path(f"/proc/{found[0]}/cgroup").read_text()
         jailed.stop()
-        wait_for(lambda: not is_alive(janitors[0]), "the janitor's end")
+        wait_for(lambda: not is_alive(found[0]), "the janitor's end")
 
 
-def _janitors(base: Path) -> list[int]:
-    """Return the janitors of jails below a base directory."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            named = (process / "comm").read_text() == "cellblock-clean\n"
-            if named and str(base).encode() in (process / "cmdline").read_bytes():
-                found.append(int(process.name))
-    return found

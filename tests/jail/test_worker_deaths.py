@@ -25,8 +25,8 @@ import pytest
 
 from lab.client import Reply, without_log
 from tests.harness.jail import PATIENCE_S, PROMISE_S, JailedMicrovm, id_of, is_alive, microvm, status, wait_for
+from tests.harness.jail_left import after_the_janitor
 from tests.harness.run_options import NoLeftovers
-from tests.jail.test_lifetimes import _after_the_janitor
 
 EXIT_CODES = {"SIGKILL": 1, "SIGSEGV": 150}
 ACTIONS = {"kill": "SIGKILL", "crash": "SIGSEGV"}
@@ -203,7 +203,7 @@ def test_a_worker_that_dies(base: Path, no_leftovers: NoLeftovers, case: Case, a
             assert reply is not None
             check_life(jailed, events, case, name, reply)
         events.close()
-        _after_the_janitor(jailed)
+        after_the_janitor(jailed)
 
 
 def check_life(jailed: JailedMicrovm, events: Events, case: Case, name: str, reply: Reply) -> None:
@@ -261,4 +261,4 @@ def test_a_worker_that_stops_and_goes_on(base: Path, no_leftovers: NoLeftovers, 
         assert jailed.api("GET", "/").body["state"] == wanted
         assert jailed.stop() == -signal.SIGTERM, jailed.describe()
         events.close()
-        _after_the_janitor(jailed)
+        after_the_janitor(jailed)

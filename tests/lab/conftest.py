@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from tests.harness.ghost_bench import bench
+from tests.harness.jail_fixtures import base
 
-__all__ = ["bench"]
+__all__ = ["base", "bench"]

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from tests.harness.jail import id_of, is_alive, limits, microvm, namespace, status, wait_for
-from tests.jail.conftest import base  # noqa: F401  the fixture
 
 ALL = ("supervisor", "vmm", "vcpu 0")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -24,7 +23,7 @@ def pure_v2() -> None:
     assert (CGROUPS / "cgroup.controllers").exists(), "cgroup v2 is not mounted at /sys/fs/cgroup"
 
 
-def test_cgroup_v2(base: Path) -> None:  # noqa: F811
+def test_cgroup_v2(base: Path) -> None:
     # fmt: off
     options = [
         "--cgroup-version", "2", "--parent-cgroup", "jail-lab/nested", "--cgroup", "pids.max=55",
@@ -52,7 +51,7 @@ def test_cgroup_v2(base: Path) -> None:  # noqa: F811
         wait_for(lambda: not jailed.directory.exists(), "the janitor", PATIENCE_S)
 
 
-def test_each_worker_has_a_threaded_cgroup(base: Path) -> None:  # noqa: F811
+def test_each_worker_has_a_threaded_cgroup(base: Path) -> None:
     """Its limit holds it back; the microVM's cgroup still lists every process, and has its own limits."""
     # fmt: off
     options = [
@@ -82,7 +81,7 @@ def test_each_worker_has_a_threaded_cgroup(base: Path) -> None:  # noqa: F811
         wait_for(lambda: not (CGROUPS / "jail-lab").exists(), "the janitor", PATIENCE_S)
 
 
-def test_parent_with_domain_controllers_is_busy(base: Path) -> None:  # noqa: F811
+def test_parent_with_domain_controllers_is_busy(base: Path) -> None:
     parent = CGROUPS / "jail-lab-busy"
     parent.mkdir()
     try:
@@ -101,7 +100,7 @@ def test_parent_with_domain_controllers_is_busy(base: Path) -> None:  # noqa: F8
         parent.rmdir()
 
 
-def test_unknown_controller_is_refused(base: Path) -> None:  # noqa: F811
+def test_unknown_controller_is_refused(base: Path) -> None:
     with microvm(base, "--cgroup-version", "2", "--cgroup", "nonsense.max=1") as jailed:
         assert jailed.run() == 1
         assert jailed.output() == "Controller nonsense is unavailable\n"
@@ -109,7 +108,7 @@ def test_unknown_controller_is_refused(base: Path) -> None:  # noqa: F811
     assert os.listdir(base) == []
 
 
-def test_walls_on_this_kernel(base: Path) -> None:  # noqa: F811
+def test_walls_on_this_kernel(base: Path) -> None:
     with microvm(base, "--resource-limit", "no-file=500") as jailed:
         jailed.boot()
         cells = jailed.wait_cells(*ALL)
@@ -125,7 +124,7 @@ def test_walls_on_this_kernel(base: Path) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("attack", ["execve", "open"])
-def test_attacks_on_this_kernel(base: Path, attack: str) -> None:  # noqa: F811
+def test_attacks_on_this_kernel(base: Path, attack: str) -> None:
     with microvm(base, "--drill", attack) as jailed:
         jailed.start()
         if attack == "open":
