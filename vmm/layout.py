@@ -88,11 +88,22 @@ KVM_TSS_ADDRESS = 0xFFFB_D000
 
 COM1_PORT = 0x3F8
 COM1_PORT_COUNT = 8
+PIC_MASTER_PORT = 0x20
+PIC_SLAVE_PORT = 0xA0
+PIC_PORT_COUNT = 2
+#: Edge or level control registers of the 8259s.
+ELCR_PORT = 0x4D0
+PIT_PORT = 0x40
+PIT_PORT_COUNT = 4
+#: Gate of counter 2 of the PIT, its output, and the speaker; between the two ports of the keyboard controller.
+SPEAKER_PORT = 0x61
 I8042_DATA_PORT = 0x60
 I8042_COMMAND_PORT = 0x64
 
 # ---------------------------------------------------------------- interrupt lines (GSI)
 
+#: The same number as its input of the 8259, as with Firecracker; PCs usually have GSI 2 for it.
+PIT_GSI = 0
 I8042_GSI = 1
 COM1_GSI = 4
 #: GSIs of virtio-mmio devices, VMGenID and VMClock.

@@ -1,7 +1,7 @@
 """ACPI tables of a hardware-reduced machine: RSDP, XSDT, FADT, MADT and a DSDT with the devices.
 
-Source: ACPI specification 6.5, chapter 5. There is no PIC, no PIT, no RTC and no power management hardware; the
-interrupt controllers are the LAPICs and one IOAPIC.
+Source: ACPI specification 6.5, chapter 5. There is no RTC and no power management hardware. The interrupt controllers
+are the LAPICs and one IOAPIC; the 8259s and the 8254 are for guests that do not read these tables (vmm.boot.mptable).
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ _POWER_BUTTON = 1 << 4
 _SLEEP_BUTTON = 1 << 5
 _HARDWARE_REDUCED = 1 << 20
 
+#: There are 8259s beside the APICs. Linux leaves them alone all the same where the hardware is reduced.
+_PCAT_COMPATIBLE = 1
 _APIC_ENABLED = 1
 _IO_APIC_ID = 0
 
@@ -168,8 +170,7 @@ def madt(vcpu_count: int) -> bytes:
     """Build the MADT: an enabled LAPIC per vCPU, id = index, and the IOAPIC. Raises AcpiError."""
     if not 0 < vcpu_count <= MAX_VCPUS:
         raise AcpiError("acpi.vcpu_count", f"{vcpu_count} vCPUs cannot be described, at most {MAX_VCPUS}")
-    # Flags 0: no PIC beside the APICs (PCAT_COMPAT).
-    body = _MADT.pack(layout.LAPIC_ADDRESS, 0)
+    body = _MADT.pack(layout.LAPIC_ADDRESS, _PCAT_COMPATIBLE)
     body += _IO_APIC.pack(1, _IO_APIC.size, _IO_APIC_ID, layout.IOAPIC_ADDRESS, 0)
     for index in range(vcpu_count):
         body += _LOCAL_APIC.pack(0, _LOCAL_APIC.size, index, index, _APIC_ENABLED)

@@ -11,7 +11,7 @@ from ipc.guest_mapping import HUGE_PAGE_SIZE
 from ipc.guest_memory import GuestMemory
 from ipc.messages.records import BootRegisters
 from vmm import layout
-from vmm.boot import acpi, bzimage, elf, heap, long_mode, payload, pvh, zero_page
+from vmm.boot import acpi, bzimage, elf, heap, long_mode, mptable, payload, pvh, zero_page
 from vmm.boot.cmdline import Cmdline
 from vmm.boot.errors import (
     INITRD_PREFIX,
@@ -130,6 +130,7 @@ def load_kernel(
             timings.done("huge pages")
         memory.write(layout.COMMAND_LINE_ADDRESS, command_line)
         system_memory = layout.SystemMemory()
+        mptable.write(memory, system_memory, vcpu_count)
         rsdp_address = acpi.write_tables(memory, system_memory, vcpu_count, devices)
         if use_pvh:
             assert kernel.pvh_entry is not None
