@@ -22,7 +22,7 @@ from ipc.launch_plan import MAX_WORKERS
 from ipc.shared_memory import PAGE_SIZE, fence
 
 MAGIC = 0x3130_474E_4952_4243  # "CBRING01" in little-endian byte order
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 ENTRY_COUNT = 256
 ENTRY_SIZE = 64
 STRING_DATA_SIZE = PAGE_SIZE
@@ -97,7 +97,13 @@ KIND_MMIO_WRITE = 4
 KIND_PIO_STRING_READ = 5  # count × size bytes in the string area, written by the consumer
 KIND_PIO_STRING_WRITE = 6  # count × size bytes in the string area, written by the producer
 
+KIND_ACKNOWLEDGE = 7  # INTA: the answer is 0, or the vector with ACKNOWLEDGED
+
 FLAG_SYNCHRONOUS = 1
+
+# The answer to KIND_ACKNOWLEDGE, above the vector.
+ACKNOWLEDGED = 0x100
+ACKNOWLEDGED_MORE = 0x200  # the line is still high: ask again
 
 # Values of WORD_ASLEEP.
 AWAKE = 0  # the consumer looks by itself
@@ -112,8 +118,9 @@ _SPIN_RANGE = range(SPINS)
 #: What :meth:`ExitRingConsumer.next_time` returns if there is no entry: later than all.
 NEVER = (1 << 64) - 1
 
-_LAST_KIND = KIND_PIO_STRING_WRITE
-_PORT_KINDS = frozenset((KIND_PIO_READ, KIND_PIO_WRITE, KIND_PIO_STRING_READ, KIND_PIO_STRING_WRITE))
+_LAST_KIND = KIND_ACKNOWLEDGE
+_STRING_KINDS = frozenset((KIND_PIO_STRING_READ, KIND_PIO_STRING_WRITE))
+_PORT_KINDS = frozenset((KIND_PIO_READ, KIND_PIO_WRITE, KIND_ACKNOWLEDGE)) | _STRING_KINDS
 _POSTABLE_KINDS = frozenset((KIND_PIO_WRITE, KIND_MMIO_WRITE))
 _LAST_PORT = 0xFFFF
 _PORT_SIZES = frozenset((1, 2, 4))
@@ -365,7 +372,7 @@ class ExitRingConsumer:
             )
         if not entry.flags and kind not in _POSTABLE_KINDS:
             raise RingError(f"entry {entry.sequence}: kind {kind} cannot be posted")
-        if kind >= KIND_PIO_STRING_READ:
+        if kind in _STRING_KINDS:
             if not 0 < entry.count * size <= STRING_DATA_SIZE:
                 raise RingError(f"entry {entry.sequence}: string of {entry.count} × {size} bytes")
         elif entry.count != 1:

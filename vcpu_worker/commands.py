@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import time
 
 from base import faults
@@ -34,6 +35,7 @@ from ipc.messages.worker import (
 from vcpu_worker import state as vcpu_state
 from vcpu_worker.descriptor_set import DescriptorSet
 from vcpu_worker.errors import ConfigurationError, StateError, WorkerError
+from vcpu_worker.external_interrupt import ExternalInterrupt
 from vcpu_worker.ghost_control import GhostControl
 from vcpu_worker.lifecycle import Event, State, next_state
 from vcpu_worker.machine import Machine
@@ -84,7 +86,15 @@ class Control:
             machine, threads, completions, descriptors, send=send, ghost_failed=self._ghost_failed
         )
         self._ghosts.on_own_event_done = self._release
-        replacement = Replacement(machine, self._ghosts, self._runners, descriptors, self._advance)
+        self._external_interrupt = ExternalInterrupt()
+        replacement = Replacement(
+            machine,
+            self._ghosts,
+            self._runners,
+            descriptors,
+            self._advance,
+            external_interrupt=self._external_interrupt,
+        )
         self._commands: dict[type[Any], Command] = {
             ReadHostCpu: self._read_host_cpu,
             Configure: self._configure,
@@ -106,6 +116,15 @@ class Control:
         if command is None and self.state not in _UNCONFIGURED:
             command = self._ghosts.commands.get(kind)
         return command
+
+    def watch(self, poll: select.poll) -> None:
+        """Take what the loop waits with: what is registered there besides comes to :meth:`ready`."""
+        self._external_interrupt.watch(poll)
+
+    def ready(self, descriptor: int) -> None:
+        """Something has happened on a descriptor."""
+        if descriptor == self._external_interrupt.eventfd:
+            self._external_interrupt.read()
 
     def due_ns(self) -> int:
         """Return when vCPUs or ghosts are to be stopped again (CLOCK_MONOTONIC); 0: not at all."""
@@ -138,6 +157,9 @@ class Control:
         try:
             self._descriptors.receive()
             machine.configure(command, self._descriptors)
+            self._external_interrupt.attach(machine.external_interrupt, self._external_interrupt_risen)
+            if not command.resumes_other:
+                self._external_interrupt.listen(ask=False)
             for runner in self._runners:
                 self._descriptors.send_vcpu(runner.vcpu.index, runner.vcpu.kvm.descriptor)
         except (WorkerError, IpcError):
@@ -257,6 +279,13 @@ class Control:
                 runner.thread.kick()
         self._kick_pause_ms = min(2 * self._kick_pause_ms, LAST_KICK_PAUSE_MS)
         self._schedule_kick()
+
+    def _external_interrupt_risen(self) -> None:
+        for runner in self._runners:
+            if runner.vcpu.index == 0:  # the others have no such line
+                runner.loop.raise_external_interrupt()
+                if runner.running:
+                    runner.thread.kick()
 
     def _stopped(self, runner: Runner, result: Any) -> None:
         """A vCPU left its run loop."""

@@ -6,7 +6,15 @@ import os
 
 from ipc.channel import PairChannel
 from ipc.errors import ChannelError
-from ipc.messages.descriptors import DevicePages, ExitRing, GuestMemory, Interrupt, IpiPath, VcpuDescriptor
+from ipc.messages.descriptors import (
+    DevicePages,
+    ExitRing,
+    ExternalInterrupt,
+    GuestMemory,
+    Interrupt,
+    IpiPath,
+    VcpuDescriptor,
+)
 from vcpu_worker.errors import ConfigurationError
 
 #: An exit ring comes with its doorbell and its completion eventfd.
@@ -45,6 +53,8 @@ class DescriptorSet:
                     self._hold((ExitRing, message.vcpu), (owned.take(), owned.take(), owned.take()))
                 elif isinstance(message, Interrupt):
                     self._hold((Interrupt, message.gsi), (owned.take(),))
+                elif isinstance(message, ExternalInterrupt):
+                    self._hold((ExternalInterrupt,), (owned.take(),))
                 elif isinstance(message, IpiPath):
                     self._hold((IpiPath, message.vcpu, message.vector), (owned.take(),))
 
@@ -81,6 +91,10 @@ class DescriptorSet:
     def interrupt(self, gsi: int) -> int:
         """Take the eventfd of a GSI."""
         return self._take(f"eventfd of GSI {gsi}", Interrupt, gsi)[0]
+
+    def external_interrupt(self) -> int:
+        """Take the eventfd of the 8259s' INTR; -1 if none came, as for a worker that does not run vCPU 0."""
+        return self._held.pop((ExternalInterrupt,), (-1,))[0]
 
     def ipi_path(self, vcpu: int, vector: int) -> int:
         """Take the eventfd of an IPI path."""

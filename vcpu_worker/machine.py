@@ -78,6 +78,8 @@ class Machine:
             abi.SYNC_X86_REGS | abi.SYNC_X86_SREGS | abi.SYNC_X86_EVENTS
         )
         self._interrupts: dict[int, int] = {}
+        #: The eventfd of the 8259s' INTR, if vCPU 0 is one of ours; else -1.
+        self.external_interrupt = -1
         #: GSIs whose irqfds were taken away for another worker.
         self._handed_over: tuple[int, ...] = ()
         self._mappings: list[mmap.mmap] = []
@@ -106,6 +108,7 @@ class Machine:
         if self._stub is not None:
             self._stub.give_to(self.vm)
         self._interrupts = {gsi: descriptors.interrupt(gsi) for gsi in command.interrupts}
+        self.external_interrupt = descriptors.external_interrupt()
         slots = slots_of(self._map(descriptors.device_page(), DEVICE_PAGE_SIZE, writable=False))
         for vcpu in self.vcpus:
             ring, doorbell, completion = descriptors.exit_ring(vcpu.index)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import select
+
 from base import faults
 from base.lean_typing import Any
 from ipc.messages.worker import Finish, Finished, Ping, Pong
@@ -22,6 +24,12 @@ class Refusal:
         """Return what answers a command of this class."""
         command: Command = self._commands.get(kind, self._refuse)
         return command
+
+    def watch(self, poll: select.poll) -> None:
+        """There is nothing to wait for."""
+
+    def ready(self, descriptor: int) -> None:
+        """There is nothing to wait for."""
 
     def due_ns(self) -> int:
         """Nothing is ever due."""

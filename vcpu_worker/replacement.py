@@ -18,6 +18,7 @@ from ipc.messages.replacement import (
 from vcpu_worker import state as vcpu_state
 from vcpu_worker.descriptor_set import DescriptorSet
 from vcpu_worker.errors import ConfigurationError, StateError, WorkerError
+from vcpu_worker.external_interrupt import ExternalInterrupt
 from vcpu_worker.ghost_control import GhostControl
 from vcpu_worker.lifecycle import Event
 from vcpu_worker.machine import Machine
@@ -35,12 +36,15 @@ class Replacement:
         runners: Sequence[Runner],
         descriptors: DescriptorSet,
         advance: Callable[[Event], None],
+        *,
+        external_interrupt: ExternalInterrupt,
     ) -> None:
         self._machine = machine
         self._ghosts = ghosts
         self._runners = {runner.vcpu.index: runner for runner in runners}
         self._descriptors = descriptors
         self._advance = advance
+        self._external_interrupt = external_interrupt
         self._loaded: dict[int, vcpu_state.VcpuState] = {}
         self.commands: dict[type[Any], Command] = {
             HandOver: self._hand_over,
@@ -55,6 +59,7 @@ class Replacement:
         faults.visit("vcpu.hand_over")
         self._advance(Event.HAND_OVER)
         self._machine.hand_over()
+        self._external_interrupt.ignore()
 
         held = tuple(vcpu for vcpu, runner in self._runners.items() if runner.loop.start_held)
 
@@ -66,6 +71,7 @@ class Replacement:
     def _roll_back(self, command: RollBack, reply: Reply) -> None:
         self._advance(Event.ROLL_BACK)
         self._machine.roll_back()
+        self._external_interrupt.listen(ask=True)
         reply(RolledBack())
 
     # ------------------------------------------------------------ the successor
@@ -120,6 +126,7 @@ class Replacement:
             for vcpu, runner in self._runners.items():
                 # Its state does not tell whether the other workers are ready for it: INIT and SIPI may have come.
                 runner.loop.go_on(start_held=vcpu in held)
+            self._external_interrupt.listen(ask=True)
             self._advance(Event.TAKE_OVER)
         except (WorkerError, IpcError) as error:
             return error

@@ -73,7 +73,8 @@ class RunLoop:
     Without ``posts`` (other vCPUs have rings of their own) only writes that are marked as shared are posted.
 
     ``slots`` is the device page (64-bit words). Windows must not overlap; ``ports`` lie below 0x10000. ``run`` is
-    for the vCPU's thread; ``ask_to_stop``, ``allow_to_run`` and ``publish_counters`` are for any thread.
+    for the vCPU's thread; ``ask_to_stop``, ``allow_to_run``, ``raise_external_interrupt`` and ``publish_counters`` are
+    for any thread.
     """
 
     def __init__(
@@ -97,6 +98,9 @@ class RunLoop:
         #: What the workers before have counted.
         self._counted_before = [0] * ring_abi.COUNTER_COUNT
         self._stop = False
+        #: INTR of the 8259s may be high: the vector is to be asked for.
+        self._external_interrupt = False
+        self._refused = 0
         self._posted = WRITE_POSTED if posts else WRITE_SHARED
         #: ``run`` returns STARTING when the first INIT comes, as long as this is set.
         self.start_held = start_held
@@ -125,6 +129,11 @@ class RunLoop:
         """Take ``ask_to_stop`` back; only while ``run`` is not executing."""
         self._vcpu.run8[abi.RUN_IMMEDIATE_EXIT] = 0
         self._stop = False
+
+    def raise_external_interrupt(self) -> None:
+        """INTR of the 8259s has risen; KVM_RUN must be kicked beside, if it is executing."""
+        self._external_interrupt = True
+        self._vcpu.run8[abi.RUN_IMMEDIATE_EXIT] = 1
 
     def publish_counters(self) -> None:
         """Write the exit counters to the ring's header, for the controller."""
@@ -169,7 +178,9 @@ class RunLoop:
         kvm_run = abi.KVM_RUN
         exit_io = abi.EXIT_IO
         exit_mmio = abi.EXIT_MMIO
-        refused = 0
+        self._refused = 0
+        if self._external_interrupt:
+            run8[abi.RUN_IMMEDIATE_EXIT] = 1  # it may have risen while the vCPU was parked
         while True:
             try:
                 ioctl(descriptor, kvm_run)
@@ -178,12 +189,8 @@ class RunLoop:
                 if self._stop:
                     self.publish_counters()
                     return None
-                if error.errno != EINTR:
-                    if error.errno == EAGAIN and self.start_held:
-                        return reporting.STARTING
-                    refused += 1
-                    if error.errno != EAGAIN or refused > _MAX_REFUSALS:
-                        return self._finish(reporting.describe_failure(error.errno or 0))
+                if (final := self._not_run(error.errno or 0)) is not None:
+                    return final
                 continue
             reason = run32[_WORD_REASON]
             if reason == exit_io:
@@ -205,15 +212,66 @@ class RunLoop:
                         counts[_LOCAL_READ] += 1
                         continue
                 self._mmio_access()
-            elif reason == abi.EXIT_IOAPIC_EOI:
-                counts[_IOAPIC_EOI] += 1
-            elif reason != abi.EXIT_INTR:
-                return self._finish(reporting.describe(vcpu))
+            elif (final := self._other_exit(reason)) is not None:
+                return final
+
+    def _other_exit(self, reason: int) -> FinalExit | None:
+        """Neither port I/O nor MMIO. None: go on."""
+        if reason == abi.EXIT_IRQ_WINDOW_OPEN:
+            self._take_external_interrupt()
+        elif reason == abi.EXIT_IOAPIC_EOI:
+            self._counts[_IOAPIC_EOI] += 1
+        elif reason != abi.EXIT_INTR:
+            return self._finish(reporting.describe(self._vcpu))
+        return None
+
+    def _not_run(self, errno: int) -> FinalExit | None:
+        """KVM_RUN failed, not because we are to stop. None: go on."""
+        if errno == EINTR:
+            if self._vcpu.run8[abi.RUN_IMMEDIATE_EXIT]:
+                self._interrupted()
+            return None
+        if errno == EAGAIN and self.start_held:
+            return reporting.STARTING
+        self._refused += 1
+        if errno != EAGAIN or self._refused > _MAX_REFUSALS:
+            return self._finish(reporting.describe_failure(errno))
+        return None
 
     def _finish(self, final: FinalExit) -> FinalExit:
         self._counts[_FINAL] += 1
         self.publish_counters()
         return final
+
+    # ------------------------------------------------------------ the 8259s
+
+    def _interrupted(self) -> None:
+        """KVM_RUN was made to return; not to stop, or that came this very moment."""
+        run8 = self._vcpu.run8
+        run8[abi.RUN_IMMEDIATE_EXIT] = 0
+        if self._stop:
+            run8[abi.RUN_IMMEDIATE_EXIT] = 1
+        elif self._external_interrupt:
+            if run8[abi.RUN_READY_FOR_INTERRUPT_INJECTION]:
+                self._take_external_interrupt()
+            else:
+                run8[abi.RUN_REQUEST_INTERRUPT_WINDOW] = 1
+
+    def _take_external_interrupt(self) -> None:
+        """The vCPU can take an interrupt now, and no exit is open: carry out the INTA cycle."""
+        run8 = self._vcpu.run8
+        run8[abi.RUN_REQUEST_INTERRUPT_WINDOW] = 0
+        if self._stop or not self._external_interrupt:
+            return  # to be parked: what runs on asks again
+        # Before the call: what rises afterwards is in the answer, or is told anew.
+        self._external_interrupt = False
+        answer = self._ring.call(ring_abi.KIND_ACKNOWLEDGE, 0, 1, 0)
+        if answer & ring_abi.ACKNOWLEDGED:
+            self._vcpu.inject_interrupt(answer & 0xFF)
+        self._ring.applied()
+        if answer & ring_abi.ACKNOWLEDGED_MORE:
+            self._external_interrupt = True
+            run8[abi.RUN_REQUEST_INTERRUPT_WINDOW] = 1
 
     # ------------------------------------------------------------ ports
 

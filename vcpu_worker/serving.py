@@ -22,6 +22,12 @@ class Commands(Protocol):
     def find(self, kind: type[Any]) -> Command | None:
         """Return what carries out a command of this class; None: it is no command now."""
 
+    def watch(self, poll: select.poll) -> None:
+        """Take what the loop waits with, to register what else is to be waited for."""
+
+    def ready(self, descriptor: int) -> None:
+        """Something has happened on a descriptor; it may be none of what was registered."""
+
     def due_ns(self) -> int:
         """Return when act_if_due() has something to do (CLOCK_MONOTONIC); 0: not at all."""
 
@@ -44,6 +50,7 @@ def serve(
     poll.register(channel.fileno(), select.POLLIN)
     poll.register(descriptor_socket, select.POLLIN)
     poll.register(completions.eventfd, select.POLLIN)
+    commands.watch(poll)
     while True:
         # ZeroMQ's descriptor is edge-triggered: read until there is nothing after everything that may have sent.
         while not commands.has_ended() and (completions.deliver() or _receive(commands, channel)):
@@ -53,6 +60,7 @@ def serve(
         for descriptor, events in poll.poll(_timeout_ms(commands)):
             if descriptor == descriptor_socket and (events & ~select.POLLIN or not descriptors.receive()):
                 return GENERIC_ERROR  # the controller is gone
+            commands.ready(descriptor)
         commands.act_if_due()
 
 

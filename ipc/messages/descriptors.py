@@ -51,5 +51,10 @@ class IpiPath(NamedTuple):
     vector: int
 
 
+class ExternalInterrupt(NamedTuple):
+    """With one descriptor: the eventfd that is signalled when INTR of the 8259s rises. To the worker of vCPU 0."""
+
+
 DESCRIPTORS.register(5, VcpuDescriptor, vcpu=VCPU_FIELD)
 DESCRIPTORS.register(6, IpiPath, vcpu=VCPU_FIELD, vector=VECTOR_FIELD)
+DESCRIPTORS.register(7, ExternalInterrupt)

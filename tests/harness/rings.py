@@ -14,9 +14,14 @@ from ipc.exit_ring import RING_SIZE, STRING_DATA_SIZE, Entry, ExitRingConsumer, 
 from ipc.shared_memory import create_shared, map_shared
 
 U64 = (1 << 64) - 1
-READS = (exit_ring.KIND_PIO_READ, exit_ring.KIND_MMIO_READ, exit_ring.KIND_PIO_STRING_READ)
+READS = (
+    exit_ring.KIND_PIO_READ,
+    exit_ring.KIND_MMIO_READ,
+    exit_ring.KIND_PIO_STRING_READ,
+    exit_ring.KIND_ACKNOWLEDGE,
+)
 STRINGS = (exit_ring.KIND_PIO_STRING_READ, exit_ring.KIND_PIO_STRING_WRITE)
-PORTS = (exit_ring.KIND_PIO_READ, exit_ring.KIND_PIO_WRITE, *STRINGS)
+PORTS = (exit_ring.KIND_PIO_READ, exit_ring.KIND_PIO_WRITE, exit_ring.KIND_ACKNOWLEDGE, *STRINGS)
 WRITES = (exit_ring.KIND_PIO_WRITE, exit_ring.KIND_MMIO_WRITE)
 
 
@@ -43,7 +48,7 @@ def seen(entry: Entry) -> Access:
 
 def random_access(chooser: random.Random) -> Access:
     """Return a legal access."""
-    kind = chooser.randint(1, 6)
+    kind = chooser.randint(1, 7)
     size = chooser.choice((1, 2, 4) if kind in PORTS else (1, 2, 4, 8))
     address = chooser.getrandbits(16 if kind in PORTS else 64)
     data = 0 if kind in READS or kind in STRINGS else chooser.getrandbits(8 * size)
@@ -54,7 +59,7 @@ def random_access(chooser: random.Random) -> Access:
 @st.composite
 def accesses(draw) -> Access:
     """Legal accesses."""
-    kind = draw(st.integers(1, 6))
+    kind = draw(st.integers(1, 7))
     size = draw(st.sampled_from((1, 2, 4) if kind in PORTS else (1, 2, 4, 8)))
     address = draw(st.integers(0, 0xFFFF if kind in PORTS else U64))
     data = draw(st.integers(0, (1 << 8 * size) - 1)) if kind in WRITES else 0
@@ -113,7 +118,7 @@ class Ring:
 
 def check_bounds(access: Access) -> None:
     """What the consumer promises to its caller, whoever the producer is."""
-    assert access.kind in range(1, 7)
+    assert access.kind in range(1, 8)
     if access.kind in PORTS:
         assert access.size in (1, 2, 4)
         assert access.address <= 0xFFFF

@@ -142,8 +142,10 @@ X2APIC_API_DISABLE_BROADCAST_QUIRK = 2
 # ---------------------------------------------------------------- struct kvm_run (the mapped page of a vCPU)
 
 RUN_SIZE = 2352  # the structure; the mapping is KVM_GET_VCPU_MMAP_SIZE bytes
+RUN_REQUEST_INTERRUPT_WINDOW = 0
 RUN_IMMEDIATE_EXIT = 1
 RUN_EXIT_REASON = 8
+RUN_READY_FOR_INTERRUPT_INJECTION = 12
 RUN_IF_FLAG = 13
 RUN_EXIT = 32  # the union
 RUN_IO_DIRECTION = 32  # u8
@@ -227,6 +229,10 @@ SREGS_CR4 = 248
 SREGS_CR8 = 256
 SREGS_EFER = 264
 SREGS_APIC_BASE = 272
+# struct kvm_vcpu_events
+EVENTS_INTERRUPT_INJECTED = 8  # u8
+EVENTS_INTERRUPT_NR = 9  # u8
+EVENTS_INTERRUPT_SOFT = 10  # u8
 FPU_FCW = 128  # u16
 FPU_MXCSR = 408  # u32
 #: slot flags guest_phys_addr memory_size userspace_addr

@@ -134,9 +134,24 @@ class KvmVcpu:
         """struct kvm_vcpu_events."""
         return self._get(abi.KVM_GET_VCPU_EVENTS, abi.VCPU_EVENTS_SIZE)
 
-    def set_events(self, value: bytes) -> None:
+    def set_events(self, value: bytes | bytearray) -> None:
         """struct kvm_vcpu_events."""
         self._set(abi.KVM_SET_VCPU_EVENTS, value, abi.VCPU_EVENTS_SIZE)
+
+    def inject_interrupt(self, vector: int) -> None:
+        """Let the vCPU take an external interrupt before its next instruction; only when it can (the kvm_run page says
+        so) and no exit is open.
+
+        Not by KVM_INTERRUPT: what that leaves with KVM until the vCPU runs is part of no state that can be read, so
+        that it would be lost if the vCPU were saved before (kvm_vcpu_arch.pending_external_vector, Linux 6.1).
+        """
+        events = bytearray(self.get_events())
+        events[abi.EVENTS_INTERRUPT_INJECTED] = 1
+        events[abi.EVENTS_INTERRUPT_NR] = vector
+        events[abi.EVENTS_INTERRUPT_SOFT] = 0
+        self.set_events(events)
+        if self.get_mp_state() == abi.MP_STATE_HALTED:
+            self.set_mp_state(abi.MP_STATE_RUNNABLE)
 
     def get_debugregs(self) -> bytes:
         """struct kvm_debugregs."""

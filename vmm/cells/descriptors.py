@@ -10,14 +10,21 @@ import stat
 from base.lean_typing import Sequence
 from ipc.channel import PairChannel
 from ipc.errors import IpcError
-from ipc.messages.descriptors import DevicePages, ExitRing, GuestMemory, Interrupt, VcpuDescriptor
+from ipc.messages.descriptors import (
+    DevicePages,
+    ExitRing,
+    ExternalInterrupt,
+    GuestMemory,
+    Interrupt,
+    VcpuDescriptor,
+)
 from vmm.errors import WorkerError
 
 
 class WorkerDescriptors:
     """What a worker gets before Configure; the descriptors stay with the caller."""
 
-    __slots__ = ("device_page", "guest_memory", "interrupts", "memory_size", "rings")
+    __slots__ = ("device_page", "external_interrupt", "guest_memory", "interrupts", "memory_size", "rings")
 
     def __init__(
         self,
@@ -26,6 +33,8 @@ class WorkerDescriptors:
         device_page: int,
         rings: Sequence[tuple[int, int, int, int]],
         interrupts: Sequence[tuple[int, int]],
+        *,
+        external_interrupt: int = -1,
     ) -> None:
         self.guest_memory = guest_memory
         self.memory_size = memory_size
@@ -34,6 +43,8 @@ class WorkerDescriptors:
         self.rings = rings
         #: (GSI, eventfd)
         self.interrupts = interrupts
+        #: The eventfd of INTR, for the worker of vCPU 0; -1 for others.
+        self.external_interrupt = external_interrupt
 
 
 def send_descriptors(channel: PairChannel, descriptors: WorkerDescriptors) -> None:
@@ -44,6 +55,8 @@ def send_descriptors(channel: PairChannel, descriptors: WorkerDescriptors) -> No
         channel.send(ExitRing(vcpu), fds=tuple(ring))
     for gsi, eventfd in descriptors.interrupts:
         channel.send(Interrupt(gsi), fds=(eventfd,))
+    if descriptors.external_interrupt >= 0:
+        channel.send(ExternalInterrupt(), fds=(descriptors.external_interrupt,))
 
 
 def receive_run_pages(channel: PairChannel, vcpus: Sequence[int], size: int) -> dict[int, mmap.mmap]:

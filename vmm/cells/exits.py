@@ -16,6 +16,7 @@ from ipc.exit_ring import (
     COUNTER_MMIO_READ,
     COUNTER_MMIO_WRITE,
     ENTRY_COUNT,
+    KIND_ACKNOWLEDGE,
     KIND_MMIO_READ,
     KIND_MMIO_WRITE,
     KIND_PIO_READ,
@@ -60,6 +61,8 @@ class ExitExecutor:
     ``rings`` are the executors of all vCPUs of the microVM; this one adds itself. A guest's locks put accesses of
     different vCPUs in order, of which posted ones may still be in another ring: before a port is accessed, what other
     rings hold of before is executed.
+
+    ``acknowledge`` answers INTA cycles, which only vCPU 0 has (vmm.devices.legacy.external_interrupt).
     """
 
     def __init__(
@@ -71,12 +74,14 @@ class ExitExecutor:
         failed: Callable[[str], None],
         before_batch: Callable[[], None] = lambda: None,
         rings: list[ExitExecutor] | None = None,
+        acknowledge: Callable[[], int] = lambda: 0,
     ) -> None:
         self._ports = ports
         self._mmio = mmio
         self._before_batch = before_batch
         self._after_batch = after_batch
         self._failed = failed
+        self._acknowledge = acknowledge
         self._rings = [] if rings is None else rings
         self._rings.append(self)
         self._ops: EventOps | None = None
@@ -243,6 +248,8 @@ class ExitExecutor:
             return self._ports.read(entry.address, entry.size)
         if kind == KIND_MMIO_READ:
             return self._mmio.read(entry.address, entry.size)
+        if kind == KIND_ACKNOWLEDGE:
+            return self._acknowledge()
         self._string(entry)
         return 0
 

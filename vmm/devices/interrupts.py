@@ -42,9 +42,13 @@ class DueInterrupts:
         """Deliver what was kept back, in the order in which it was raised."""
         self.held = False
         if self._lines:
-            lines, self._lines = self._lines, []
-            for line in lines:
-                line.deliver()
+            self.deliver()
+
+    def deliver(self) -> None:
+        """Deliver what was kept back so far; the batch goes on."""
+        lines, self._lines = self._lines, []
+        for line in lines:
+            line.deliver()
 
     def add(self, line: InterruptLine) -> None:
         """Keep an edge of this line back."""
@@ -118,10 +122,13 @@ class InterruptLine:
 
 
 class InterruptAllocator:
-    """Gives out the pins of the IOAPIC."""
+    """Gives out the pins of the IOAPIC. ``wire`` connects a line that is given out with what else it leads to."""
 
-    def __init__(self, due_interrupts: DueInterrupts) -> None:
+    def __init__(
+        self, due_interrupts: DueInterrupts, wire: Callable[[InterruptLine], None] = lambda line: None
+    ) -> None:
         self._due_interrupts = due_interrupts
+        self._wire = wire
         self._lines: dict[int, InterruptLine] = {}
 
     @property
@@ -147,6 +154,7 @@ class InterruptAllocator:
         elif gsi in self._lines or gsi >= IOAPIC_PIN_COUNT:
             raise DeviceError(f"there is no free interrupt line {gsi}")
         line = self._lines[gsi] = InterruptLine(gsi, self._due_interrupts, state)
+        self._wire(line)
         return line
 
     def free(self, line: InterruptLine) -> None:

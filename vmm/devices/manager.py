@@ -14,9 +14,13 @@ from vmm.devices.interrupts import DueInterrupts, InterruptAllocator, InterruptL
 from vmm.devices.legacy.boot_timer import BootTimer
 from vmm.devices.legacy.exerciser import EXERCISER_MMIO, EXERCISER_PORT, MMIO_LENGTH, Exerciser, ExerciserPage
 from vmm.devices.legacy.exerciser import PORT_COUNT as EXERCISER_PORT_COUNT
+from vmm.devices.legacy.external_interrupt import ExternalInterrupt
+from vmm.devices.legacy.host_timer import HostTimer
 from vmm.devices.legacy.i8042 import I8042
 from vmm.devices.legacy.i8042 import PORT_COUNT as I8042_PORT_COUNT
 from vmm.devices.legacy.ioapic import IOAPIC_LENGTH, IOWIN, IoApic, SetRoutes
+from vmm.devices.legacy.pic import CASCADE, ELCR, INPUT_COUNT, SLAVE, Pic
+from vmm.devices.legacy.pit import LISTENING, MASKED, SPEAKER, WAITING, Pit
 from vmm.devices.legacy.serial import Serial
 from vmm.errors import DeviceError
 from vmm.layout import (
@@ -25,9 +29,17 @@ from vmm.layout import (
     COM1_GSI,
     COM1_PORT,
     COM1_PORT_COUNT,
+    ELCR_PORT,
     I8042_DATA_PORT,
     I8042_GSI,
     IOAPIC_ADDRESS,
+    PIC_MASTER_PORT,
+    PIC_PORT_COUNT,
+    PIC_SLAVE_PORT,
+    PIT_GSI,
+    PIT_PORT,
+    PIT_PORT_COUNT,
+    SPEAKER_PORT,
 )
 
 if TYPE_CHECKING:
@@ -57,16 +69,67 @@ class DeviceManager:
         #: Around each batch of exits: edges of a batch become one, at its end.
         self.begin_batch = due_interrupts.begin_batch
         self.end_batch = due_interrupts.end_batch
-        self.allocator = InterruptAllocator(due_interrupts)
+        #: The guest has initialised the 8259s: only then lines lead there.
+        self._pic_in_use = False
+        self.allocator = InterruptAllocator(due_interrupts, self._wire)
+        self.external_interrupt = ExternalInterrupt()
+        self.timer = HostTimer()
+        self._attach_pic_and_pit()
+        self.pic.settle = due_interrupts.deliver
         self.i8042 = I8042(self.allocator.line(I8042_GSI), reset)
-        self.i8042.attach(self.ports.insert(self.i8042, I8042_DATA_PORT, I8042_PORT_COUNT))
+        # Port 0x61, in the middle of its ports, is the PIT's.
+        data = self.ports.insert(self.i8042, I8042_DATA_PORT, SPEAKER_PORT - I8042_DATA_PORT)
+        speaker = self.ports.insert(self.pit, SPEAKER_PORT, 1, SPEAKER)
+        behind = SPEAKER_PORT + 1 - I8042_DATA_PORT
+        rest = self.ports.insert(self.i8042, I8042_DATA_PORT + behind, I8042_PORT_COUNT - behind, behind)
+        self.i8042.attach([*data, *speaker, *rest])
         self.serial = Serial(self.allocator.line(COM1_GSI), transmit)
         self.serial.attach(self.ports.insert(self.serial, COM1_PORT, COM1_PORT_COUNT))
         self.ioapic = IoApic(self.allocator.connected, set_routes, log)
+        self.ioapic.on_change = self.pit.update
         (select,) = self.mmio.insert(self.ioapic, IOAPIC_ADDRESS, IOWIN)
         (window,) = self.mmio.insert(self.ioapic, IOAPIC_ADDRESS + IOWIN, IOAPIC_LENGTH - IOWIN, IOWIN)
         self.ioapic.attach(select, window)
         self.exerciser: Exerciser | None = None
+
+    def _attach_pic_and_pit(self) -> None:
+        self._timer_line = self.allocator.line(PIT_GSI)
+        self.pit = Pit(self._timer_edge, self._timer_reach, self.timer.set)
+        self.timer.fired = self.pit.fire
+        self.pic = Pic(self.external_interrupt.raised, self._pic_changed)
+        self.external_interrupt.connect(self.pic)
+        for port, offset in ((PIC_MASTER_PORT, 0), (PIC_SLAVE_PORT, SLAVE), (ELCR_PORT, ELCR)):
+            for slot in self.ports.insert(self.pic, port, PIC_PORT_COUNT, offset):
+                # Whatever asks the chips (a read, an INTA cycle) comes through a ring, behind what was posted.
+                slot.publish(write_posted=True, write_shared=True)
+        self.ports.insert(self.pit, PIT_PORT, PIT_PORT_COUNT)
+
+    def _wire(self, line: InterruptLine) -> None:
+        """Connect a line with its input of the 8259s. The timer's edges go there by themselves; one is no input."""
+        number = line.gsi
+        if self._pic_in_use and number < INPUT_COUNT and number not in (PIT_GSI, CASCADE):
+            line.add_receiver(lambda: self.pic.pulse(number))
+
+    def _pic_changed(self) -> None:
+        """The guest has accessed the 8259s."""
+        if not self._pic_in_use and self.pic.master.ready:
+            self._pic_in_use = True
+            for line in self.interrupts:
+                self._wire(line)
+        self.pit.update()
+
+    def _timer_edge(self) -> None:
+        """Counter 0 interrupts: where it is masked the edge is lost, for ticks that are past are of no use."""
+        if not self.ioapic.is_masked(PIT_GSI):
+            self._timer_line.trigger()
+        self.pic.pulse(PIT_GSI)
+
+    def _timer_reach(self) -> int:
+        if not self.ioapic.is_masked(PIT_GSI):
+            return LISTENING
+        if self.pic.is_masked(PIT_GSI):
+            return MASKED
+        return WAITING if self.pic.is_waiting(PIT_GSI) else LISTENING
 
     def attach_boot_timer(self, start_us: int, start_cpu_us: int) -> None:
         """Attach the boot timer page; times as in BootTimer."""
@@ -105,13 +168,14 @@ class DeviceManager:
     @property
     def units(self) -> tuple[Saveable, ...]:
         """Every part that has a state to save. Only between batches of exits, while all vCPUs are parked."""
-        return (self.ioapic, self.serial, self.i8042, *self.interrupts)
+        return (self.ioapic, self.serial, self.i8042, self.pic, self.pit, *self.interrupts)
 
     def close(self) -> None:
         """Release shared memory and eventfds."""
         self._page.close()
         self._page_buffer.close()
         os.close(self.page_descriptor)
+        self.external_interrupt.close()
         self.allocator.close()
 
 

@@ -181,6 +181,7 @@ class Assembly:
             after_batch=self._after_exits,
             failed=failed,
             rings=self._rings,
+            acknowledge=self.devices.external_interrupt.acknowledge if vcpu == 0 else _nothing_to_acknowledge,
         )
         self.vmm.attach_executor(vcpu, executor)
 
@@ -205,6 +206,7 @@ class Assembly:
                 (vcpu, executor.descriptor, executor.doorbell, executor.completion) for vcpu, executor in executors
             ),
             interrupts=tuple((line.gsi, line.eventfd) for line in self.devices.interrupts),
+            external_interrupt=self.devices.external_interrupt.eventfd if 0 in worker.assignment.vcpus else -1,
         )
 
     def _make_successor(self, predecessor: Worker) -> Successor:
@@ -218,6 +220,11 @@ class Assembly:
 
         worker = self.make_successor(predecessor.index)
         return Successor(worker, self._configuration(predecessor), self.descriptors(predecessor), interrupts)
+
+
+def _nothing_to_acknowledge() -> int:
+    """The 8259s are wired to vCPU 0 alone."""
+    return 0
 
 
 def _discard(byte: int) -> None:

@@ -159,7 +159,9 @@ class Vmm(DeviceOperations):
         """Begin with every vCPU parked, as InstanceStart does before it resumes. The state becomes Paused."""
         self._driver.begin()
         self._set_state(STATE_PAUSED)
-        self._subscriptions += [self._events.add_subscriber(each) for each in (self, self._heartbeat)]
+        self._subscriptions += [
+            self._events.add_subscriber(each) for each in (self, self._heartbeat, self.device_manager.timer)
+        ]
 
     def resume_vm(self) -> None:
         """Let all vCPUs run (PATCH /vm Resumed). Idempotent. Raises WorkerError, StateError after the end.

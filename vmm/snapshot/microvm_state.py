@@ -13,6 +13,8 @@ from ipc.schema import U32, U64, Bytes, Int, ListOf, RecordOf, Saveable, Section
 from vmm.devices.interrupts import InterruptLine
 from vmm.devices.legacy.i8042 import I8042
 from vmm.devices.legacy.ioapic import IoApic
+from vmm.devices.legacy.pic import Pic
+from vmm.devices.legacy.pit import Pit
 from vmm.devices.legacy.serial import Serial
 from vmm.operations import quiescence
 from vmm.operations.quiescence import QuiescentWorker
@@ -54,7 +56,7 @@ MACHINE = Section(
 )
 #: One a vCPU: the record of docs/formats/vcpu-state.md, with LAPIC and clock.
 VCPU = Section("vcpu", 1, RecordOf(SavedState, vcpu=_VCPU, version=Int(U32, 1), state=Bytes(MAX_VCPU_STATE)))
-DEVICES = (IoApic.SECTION, Serial.SECTION, I8042.SECTION, InterruptLine.SECTION)
+DEVICES = (IoApic.SECTION, Serial.SECTION, I8042.SECTION, Pic.SECTION, Pit.SECTION, InterruptLine.SECTION)
 SECTIONS = (MACHINE, quiescence.SECTION, VCPU, *DEVICES)
 
 

@@ -29,7 +29,7 @@ def test_layout_is_pinned(ring):
     assert (RING_SIZE, ENTRY_COUNT, ENTRY_SIZE, STRING_DATA_SIZE) == (24576, 256, 64, 4096)
     header = bytearray(4096)
     header[0:8] = b"CBRING01"
-    header[8:16] = (2).to_bytes(8, "little")
+    header[8:16] = (3).to_bytes(8, "little")
     header[16:24] = (256).to_bytes(8, "little")
     header[136:144] = (1).to_bytes(8, "little")  # asleep
     assert ring.buffer[:4096] == header

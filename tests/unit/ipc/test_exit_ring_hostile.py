@@ -98,7 +98,7 @@ FIELDS = ("sequence", "time", "address", "data", "kind", "size", "flags", "count
 def is_legal(fields: Sequence[int]) -> bool:
     """Judge an entry by docs/formats/exit-ring.md."""
     sequence, _, address, data, kind, size, flags, count = fields
-    if sequence != 1 or kind not in range(1, 7) or flags > 1:
+    if sequence != 1 or kind not in range(1, 8) or flags > 1:
         return False
     port, string, write = kind in PORTS, kind in STRINGS, kind in WRITES
     if size not in ((1, 2, 4) if port else (1, 2, 4, 8)) or (port and address > 0xFFFF):
@@ -149,6 +149,9 @@ LEGAL = {"sequence": 1, "time": 77, "address": 0x3F8, "data": 0x41, "kind": 2, "
         {"sequence": 257},
         {"kind": 0},
         {"kind": 7},
+        {"kind": 8, "flags": 1},
+        {"kind": 7, "flags": 1, "address": 0x10000},
+        {"kind": 7, "flags": 1, "count": 2},
         {"size": 0},
         {"size": 3},
         {"size": 8},

@@ -109,6 +109,7 @@ KINDS = {
         4: "Interrupt",
         5: "VcpuDescriptor",
         6: "IpiPath",
+        7: "ExternalInterrupt",
     },
 }
 

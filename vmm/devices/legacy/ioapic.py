@@ -86,6 +86,12 @@ class IoApic(Device):
         self._select = state.select
         self._id = state.id
         self._level_reported = False
+        #: Called when an entry was changed.
+        self.on_change: Callable[[], None] = lambda: None
+
+    def is_masked(self, pin: int) -> bool:
+        """Tell whether an edge on this pin would lead to nothing."""
+        return bool(self._entries[pin] & ENTRY_MASKED)
 
     def routes(self) -> tuple[Route, ...]:
         """Return the present routes of all connected pins (for a worker that is made later)."""
@@ -144,6 +150,7 @@ class IoApic(Device):
         else:
             after = before & ~0xFFFF_FFFF | value & ~ENTRY_READ_ONLY
         self._entries[pin] = after
+        self.on_change()
         if pin not in self._connected or after == before:
             return None
         if after & before & ENTRY_MASKED:

@@ -11,10 +11,10 @@ from unittest.mock import patch
 import pytest
 
 from base.deferral import Deferral
-from ipc.exit_ring import ENTRY_COUNT, KIND_MMIO_WRITE, KIND_PIO_READ, KIND_PIO_WRITE, WORD_POSTED
+from ipc.exit_ring import ENTRY_COUNT, KIND_ACKNOWLEDGE, KIND_MMIO_WRITE, KIND_PIO_READ, KIND_PIO_WRITE, WORD_POSTED
 from ipc.shared_memory import create_shared, map_shared
 from tests.harness.exits import MMIO, PORT, Endless
-from vmm.cells.exits import BATCH
+from vmm.cells.exits import BATCH, ExitExecutor
 
 
 def written(machine) -> list[int]:
@@ -32,6 +32,35 @@ def test_what_another_vcpu_has_posted_before_comes_first(machine):
     first.drain()
     assert written(machine) == [1, 2, 3]
     assert not machine.failures and first.idle and second.idle
+
+
+def test_an_inta_cycle_comes_after_what_was_posted_before(machine):
+    """The vCPU that has the line is answered; others hear that nothing asks."""
+    cycles = []
+
+    def acknowledge():
+        cycles.append(list(machine.device.accesses))
+        return 0x121
+
+    first = ExitExecutor(
+        machine.ports,
+        machine.mmio,
+        after_batch=lambda: None,
+        failed=machine.failures.append,
+        acknowledge=acknowledge,
+    )
+    machine.events.add_subscriber(first)
+    machine.executors.append(first)
+    second = machine.ring()
+
+    def produce():
+        producers = machine.producer(first), machine.producer(second)
+        producers[0].post(KIND_PIO_WRITE, PORT, 1, 0x11)
+        return [producer.call(KIND_ACKNOWLEDGE, 0, 1, 0) for producer in producers]
+
+    assert machine.serve_child(machine.child(produce)) == [0x121, 0]
+    assert cycles == [[("write", 0, 1, 0x11)]]
+    assert machine.failures == []
 
 
 @pytest.mark.soak("devices")

@@ -113,12 +113,12 @@ def test_ctrl_alt_del(make):
 
 def test_interrupts_reach_the_worker(make):
     def configure(worker: StandInWorker, sequence: int) -> None:
-        worker.take_descriptors(5)
+        worker.take_descriptors(6)
         worker.hand_over_vcpu(0, run_page())
         worker.send(Configured(1), sequence)
 
     def wait_for_key(worker: StandInWorker) -> None:
-        keyboard = worker.received["Interrupt"][0]
+        keyboard = worker.received["Interrupt"][1]
         os.set_blocking(keyboard, True)
         os.eventfd_read(keyboard)
         got = [worker.ring.call(KIND_PIO_READ, 0x60, 1, 0) for _ in range(4)]

@@ -19,6 +19,8 @@ from vmm.devices.bus import Device, port_bus
 from vmm.devices.interrupts import InterruptLine
 from vmm.devices.legacy.i8042 import I8042
 from vmm.devices.legacy.ioapic import IoApic
+from vmm.devices.legacy.pic import Pic
+from vmm.devices.legacy.pit import LISTENING, Pit
 from vmm.devices.legacy.serial import Serial
 from vmm.snapshot.microvm_state import SECTIONS
 
@@ -51,10 +53,28 @@ def interrupt(**state: Any) -> Iterator[InterruptLine]:
     line.close()
 
 
+@contextmanager
+def pic(**state: Any) -> Iterator[Pic]:
+    yield Pic(lambda: None, lambda: None, **state)
+
+
+@contextmanager
+def pit(**state: Any) -> Iterator[Pit]:
+    """Its clock stands still: what has passed since is part of the state."""
+    yield Pit(lambda: None, lambda: LISTENING, lambda deadline: None, lambda: 1 << 50, **state)
+
+
 #: How each unit is made: with `state=`, or as it is after a reset.
-MAKERS: dict[type[Any], Callable[..., Any]] = {Serial: serial, I8042: i8042, IoApic: ioapic, InterruptLine: interrupt}
+MAKERS: dict[type[Any], Callable[..., Any]] = {
+    Serial: serial,
+    I8042: i8042,
+    IoApic: ioapic,
+    Pic: pic,
+    Pit: pit,
+    InterruptLine: interrupt,
+}
 #: How many offsets the windows of a device have.
-SPANS: dict[type[Any], int] = {Serial: 8, I8042: 5, IoApic: 0x11}
+SPANS: dict[type[Any], int] = {Serial: 8, I8042: 5, IoApic: 0x11, Pic: 6, Pit: 5}
 UNITS = pytest.mark.parametrize("unit", MAKERS, ids=lambda unit: unit.__name__)
 
 
