@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import signal
 import struct
 
 from base.lean_std import socket
@@ -20,6 +21,10 @@ controller_pid = 0
 _EXECUTED = b"drill execve: succeeded\n"
 _PTRACE_ATTACH, _PTRACE_DETACH = 16, 17
 _FIONCLEX = 0x5450
+_F_SETFL = 4
+_SYS_TGKILL = 234
+#: The signal by which a worker interrupts its vCPUs: glibc's SIGRTMIN. It ends whoever has no handler for it.
+_KICK = 34
 _SYS_EXECVEAT = 322
 _AT_EMPTY_PATH = 0x1000
 
@@ -110,6 +115,43 @@ def _ptrace() -> str:
     return f"process {target}"
 
 
+def _blocking() -> str:
+    os.set_blocking(2, True)  # FIONBIO
+    return "FIONBIO"
+
+
+def _file_status() -> str:
+    import fcntl
+
+    fcntl.fcntl(2, _F_SETFL, 0)
+    return "F_SETFL"
+
+
+def _target(name: str) -> int:
+    if name == "self":
+        return os.getpid()
+    if name == "supervisor":
+        return os.getppid()
+    return controller_pid if name == "controller" else int(name)
+
+
+def _signal(name: str, number: int) -> str:
+    target = _target(name)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(*map(ctypes.c_long, (_SYS_TGKILL, target, target, number))) == -1:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return f"signal {number} to process {target}"
+
+
+def _kick(target: str) -> str:
+    return _signal(target, _KICK)
+
+
+def _kill(target: str) -> str:
+    return _signal(target, signal.SIGKILL)
+
+
 DRILLS: dict[str, Callable[[], str]] = {
     "execve": _execve,
     "open": _open,
@@ -118,20 +160,34 @@ DRILLS: dict[str, Callable[[], str]] = {
     "executable-mapping": _executable_mapping,
     "ioctl": _ioctl,
     "ptrace": _ptrace,
+    "blocking": _blocking,
+    "file-status": _file_status,
 }
+
+#: Those that are aimed at a process: ``NAME=self``, ``=supervisor``, ``=controller`` or ``=PID``.
+AIMED: dict[str, Callable[[str], str]] = {"kick": _kick, "kill": _kill}
+_TARGETS = ("self", "supervisor", "controller")
 
 
 def check(specifications: tuple[str, ...]) -> None:
     """Raise ValueError unless every specification is ``NAME`` or ``ROLE:NAME`` (ROLE: vcpu, the default, or vmm)."""
     for specification in specifications:
         role, name = _parse(specification)
-        if name not in DRILLS or role not in (ROLE_VCPU, ROLE_VMM):
-            raise ValueError(f"--drill {specification}: a drill is one of {', '.join(DRILLS)}, or vmm: and one of them")
+        aimed, _, target = name.partition("=")
+        known = name in DRILLS or (aimed in AIMED and (target in _TARGETS or target.isdecimal()))
+        if not known or role not in (ROLE_VCPU, ROLE_VMM):
+            names = ", ".join((*DRILLS, *(f"{each}=TARGET" for each in AIMED)))
+            raise ValueError(f"--drill {specification}: a drill is one of {names}, or vmm: and one of them")
 
 
 def _parse(specification: str) -> tuple[str, str]:
     role, separator, name = specification.partition(":")
     return (role, name) if separator else (ROLE_VCPU, role)
+
+
+def _attack(name: str) -> str:
+    aimed, separator, target = name.partition("=")
+    return AIMED[aimed](target) if separator else DRILLS[name]()
 
 
 def run(specifications: tuple[str, ...], role: str = ROLE_VCPU) -> None:
@@ -141,7 +197,7 @@ def run(specifications: tuple[str, ...], role: str = ROLE_VCPU) -> None:
         if wanted != role:
             continue
         try:
-            outcome = f"succeeded ({DRILLS[name]()})"
+            outcome = f"succeeded ({_attack(name)})"
         except OSError as error:
             outcome = f"refused: {error.strerror} ({error.errno})"
         os.write(2, f"drill {name}: {outcome}\n".encode())

@@ -2,7 +2,9 @@
 
 Importing pyseccomp takes 26 ms (it looks for the library with ldconfig), so a launch never does it unless the
 compiled filter is missing or was made from another policy text. A compiled filter's default action is the
-placeholder RET_LOG; :func:`jailer.seccomp.install.load` puts the action of the chosen mode in its place.
+placeholder RET_LOG; :func:`jailer.seccomp.install.load` puts the action of the chosen mode in its place. Where a rule
+says OWN_PROCESS, the placeholder of that name is compared with; :func:`jailer.seccomp.install.install` puts the pid
+there.
 
 File format (little endian): magic ``CBSECC01``; 32 bytes SHA-256 of the policy text and the format; u16 length of
 the libseccomp version, the version; u32 number of instructions; the instructions (struct sock_filter, 8 bytes each).
@@ -17,14 +19,14 @@ import sys
 
 from base.lean_typing import Any
 from jailer.errors import PolicyError
-from jailer.seccomp.policy import ALLOWED, DIRECTORY, Policy, Rule, full_text, parse
+from jailer.seccomp.policy import ALLOWED, DIRECTORY, OWN_PROCESS, Policy, Rule, full_text, parse
 
 ROLES = ("supervisor", "vmm", "vcpu", "janitor", "supervisor-faults", "vmm-faults", "vcpu-faults")
 BUILD_DIRECTORY = os.path.join(DIRECTORY, "build")
 MAGIC = b"CBSECC01"
 #: The kernel takes at most 4096 instructions per filter (BPF_MAXINSNS).
 MAX_INSTRUCTIONS = 4096
-_FORMAT = "x86_64 2"
+_FORMAT = "x86_64 3"
 # Classic BPF (linux/bpf_common.h): BPF_LD|BPF_W|BPF_ABS, BPF_JMP|BPF_JEQ|BPF_K, BPF_RET|BPF_K.
 _LOAD, _JUMP_EQUAL, _RETURN = 0x20, 0x15, 0x06
 _RET_ALLOW = 0x7FFF0000
@@ -80,7 +82,29 @@ def compile_policy(policy: Policy) -> tuple[bytes, str]:
     prologue = b"".join(
         _shortcut(pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, rule.syscall), rule) for rule in policy.first
     )
-    return prologue + _export(seccomp_filter), _library_version()
+    program = prologue + _export(seccomp_filter)
+    if _names_own_process(policy) != bool(own_process_places(program)):
+        raise PolicyError(f"{policy.role}.policy: libseccomp compares with the own process in an unknown way")
+    return program, _library_version()
+
+
+def _names_own_process(policy: Policy) -> bool:
+    """Does a rule name the own process, and no wider one (whose conditions are fewer) makes it superfluous?"""
+    for rule in policy.rules:
+        if any(condition.value == OWN_PROCESS for condition in rule.conditions) and not any(
+            other.syscall == rule.syscall and set(other.conditions) < set(rule.conditions) for other in policy.rules
+        ):
+            return True
+    return False
+
+
+def own_process_places(program: bytes) -> tuple[int, ...]:
+    """Return the byte offsets at which the own process id is to be put (u32: the constant of a comparison)."""
+    return tuple(
+        index * 8 + 4
+        for index, (code, _, _, constant) in enumerate(struct.iter_unpack("<HBBI", program))
+        if code == _JUMP_EQUAL and constant == OWN_PROCESS
+    )
 
 
 def _shortcut(number: int, rule: Rule) -> bytes:

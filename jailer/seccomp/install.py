@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 
 from base.errno_text import errno_text
@@ -9,7 +10,15 @@ from base.lean_typing import NamedTuple
 from ipc.launch_plan import ROLE_SUPERVISOR, SECCOMP_KILL, SECCOMP_REPORT
 from jailer import syscalls
 from jailer.errors import PolicyError
-from jailer.seccomp.compile import ROLES, cache_key, compile_policy, compiled_path, sha256, unpack
+from jailer.seccomp.compile import (
+    ROLES,
+    cache_key,
+    compile_policy,
+    compiled_path,
+    own_process_places,
+    sha256,
+    unpack,
+)
 from jailer.seccomp.policy import full_text, parse
 
 _RET = 0x06  # BPF_RET | BPF_K
@@ -18,15 +27,21 @@ RET_USER_NOTIF = 0x7FC00000
 RET_LOG = 0x7FFC0000  # the placeholder of compiled filters
 _INSTRUCTION = struct.Struct("<HBBI")
 assert _INSTRUCTION.size == 8  # struct sock_filter
+_CONSTANT = struct.Struct("<I")
 
 
 class Filter(NamedTuple):
-    """A filter ready to be installed, and the digest by which the walls' report knows it."""
+    """A filter ready to be installed, and the digest by which the walls' report knows it.
+
+    ``own_process`` are the byte offsets in the program at which :func:`install` puts the process id; the digest is that
+    of the program before, the same for every cell of a role.
+    """
 
     role: str
     mode: str
     program: bytes
     digest: str
+    own_process: tuple[int, ...]
 
 
 class Loaded(NamedTuple):
@@ -71,7 +86,8 @@ def load(roles: tuple[str, ...], mode: str, variant: str = "") -> Loaded:
         elif mode != SECCOMP_KILL:
             raise PolicyError(f"unknown seccomp mode {mode!r}")
         program = with_default(program, action)
-        _ready[role, mode, variant] = filters[role] = Filter(role, mode, program, sha256(program).hex())
+        made = Filter(role, mode, program, sha256(program).hex(), own_process_places(program))
+        _ready[role, mode, variant] = filters[role] = made
     return Loaded(filters, warning)
 
 
@@ -85,9 +101,20 @@ def with_default(program: bytes, action: int) -> bytes:
     return b"".join([replacement if each == placeholder else each for each in instructions])
 
 
+def for_process(chosen: Filter, pid: int) -> bytes:
+    """Return the program in which OWN_PROCESS is this process."""
+    if not chosen.own_process:
+        return chosen.program
+    program = bytearray(chosen.program)
+    for offset in chosen.own_process:
+        _CONSTANT.pack_into(program, offset, pid)
+    return bytes(program)
+
+
 def install(chosen: Filter) -> int:
     """Install a filter on every thread of this process; PR_SET_NO_NEW_PRIVS must be set.
 
+    The process id is the one that its own pid namespace knows: system calls name it so, and a filter sees them as made.
     Returns the listener's descriptor in report mode (unless the role is the supervisor), else -1. Raises PolicyError.
     """
     flags = syscalls.SECCOMP_FILTER_FLAG_TSYNC
@@ -95,7 +122,7 @@ def install(chosen: Filter) -> int:
     if listening:
         flags |= syscalls.SECCOMP_FILTER_FLAG_NEW_LISTENER | syscalls.SECCOMP_FILTER_FLAG_TSYNC_ESRCH
     try:
-        result = syscalls.seccomp_set_filter(chosen.program, flags)
+        result = syscalls.seccomp_set_filter(for_process(chosen, os.getpid()), flags)
     except OSError as error:
         raise PolicyError(f"cannot install the seccomp filter of {chosen.role}: {errno_text(error)}") from None
     return result if listening else -1

@@ -14,6 +14,8 @@ Lines (``#`` starts a comment; leading blanks do not matter)::
     COND: argN == VALUE                    64-bit comparison of argument N (0…5)
           argN:32 == VALUE                 comparison of its low 32 bits (all that the kernel looks at in ioctl codes)
           argN lacks VALUE                 none of these bits is set
+          argN:32 == OWN_PROCESS           it is the process that the filter is installed in (its thread-group id, as
+                                           its own pid namespace counts)
 
 What no rule allows or refuses ends the process. A call that a file allows overrides an included refusal.
 """
@@ -30,6 +32,10 @@ from jailer.errors import PolicyError
 DIRECTORY = os.path.dirname(os.path.abspath(__file__))
 _MAX_LINES = 2000
 _LOW_32 = 0xFFFFFFFF
+#: Stands for the own process id in a compiled filter until it is installed. No process ever has it (PID_MAX_LIMIT is
+#: 2**22), so that a filter in which it was left allows nothing that it should not.
+OWN_PROCESS = 0x4F574E50
+_OWN_PROCESS_NAME = "OWN_PROCESS"
 
 
 class Condition(NamedTuple):
@@ -126,6 +132,8 @@ class _Parser:
         verb = words[0]
         if verb == "define":
             _, name, value = words
+            if name == _OWN_PROCESS_NAME:
+                raise ValueError(f"{name} has its meaning already")
             self._names[name] = int(value, 0)
         elif verb == "include":
             _, role = words
@@ -165,6 +173,8 @@ class _Parser:
             if name not in ("arg0", "arg1", "arg2", "arg3", "arg4", "arg5") or width not in ("", "32"):
                 raise ValueError(f"expected argN or argN:32, not {argument!r}")
             number = self._number(value)
+            if value == _OWN_PROCESS_NAME and (operator, width) != ("==", "32"):
+                raise ValueError(f"expected: argN:32 == {_OWN_PROCESS_NAME}")
             if operator == "==":
                 mask = _LOW_32 if width else (1 << 64) - 1
                 conditions.append(Condition(int(name[3:]), mask, number & mask))
@@ -180,6 +190,8 @@ class _Parser:
 
     def _number(self, word: str) -> int:
         """Return the value of ``NAME|NAME|0x10``."""
+        if word == _OWN_PROCESS_NAME:
+            return OWN_PROCESS
         value = 0
         for part in word.split("|"):
             if part in self._names:
@@ -188,6 +200,8 @@ class _Parser:
                 value |= int(part, 0)
             else:
                 raise KeyError(f"{part!r} is not defined")
+        if value == OWN_PROCESS:
+            raise ValueError(f"the number {value:#x} stands for {_OWN_PROCESS_NAME}")
         return value
 
 

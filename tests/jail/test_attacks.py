@@ -6,11 +6,15 @@ The drills are in ipc/drills.py; a worker is forked right at the start of the co
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.harness.jail import JailedMicrovm, id_of, microvm, wait_for
+from tests.harness.jail import GID, UID, JailedMicrovm, id_of, microvm, wait_for
 
 #: attack → the walls that stop it, each by itself: (wall, what the attacker sees; None: the cell is ended).
 ATTACKS: dict[str, dict[str, str | None]] = {
@@ -21,6 +25,8 @@ ATTACKS: dict[str, dict[str, str | None]] = {
     "executable-mapping": {"seccomp": None},
     "ioctl": {"seccomp": None},
     "ptrace": {"seccomp": None, "dumpable": "refused: Operation not permitted (1)"},
+    "blocking": {"seccomp": None},
+    "file-status": {"seccomp": None},
 }
 CASES = [(attack, wall) for attack, walls in ATTACKS.items() for wall in walls]
 #: System calls as the report names them.
@@ -31,6 +37,8 @@ CALLS = {
     "executable-mapping": "mmap",
     "ioctl": "ioctl",
     "ptrace": "ptrace",
+    "blocking": "ioctl",
+    "file-status": "fcntl",
 }
 
 
@@ -116,3 +124,94 @@ def test_unknown_drill(base: Path) -> None:
     with microvm(base, "--drill", "nonsense") as jailed:
         assert jailed.run() == 1
         assert jailed.output().startswith("--drill nonsense: a drill is one of execve, ")
+
+
+# ---------------------------------------------------------------- signals to other processes
+
+#: The drills that send a signal: the one that a worker's own kick is, and the one that nobody survives.
+SIGNALS = {"kick": 34, "kill": int(signal.SIGKILL)}
+
+
+@contextmanager
+def _bystander() -> Iterator[subprocess.Popen[bytes]]:
+    """A process of the cells' uid that has nothing to do with them."""
+    with subprocess.Popen(["sleep", "1000"], user=UID, group=GID, extra_groups=[], start_new_session=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _ended_for_tgkill(jailed: JailedMicrovm, name: str) -> None:
+    line = _ended_by_seccomp(jailed, "vcpu 0")
+    assert "ended by the filter for a forbidden system call" in line
+    assert f"drill {name}: " not in jailed.output()
+
+
+@pytest.mark.parametrize("attack", SIGNALS)
+def test_a_worker_signals_any_process_of_its_user_without_the_filter(base: Path, attack: str) -> None:
+    with _bystander() as bystander:
+        name = f"{attack}={bystander.pid}"
+        with microvm(base, "--drill", name, *_without("seccomp")) as jailed:
+            jailed.start()
+            assert _outcome(jailed, name) == f"succeeded (signal {SIGNALS[attack]} to process {bystander.pid})"
+            assert bystander.wait(30) == -SIGNALS[attack]
+
+
+@pytest.mark.parametrize("attack", SIGNALS)
+def test_a_worker_signals_another_microvm_without_the_filter(base: Path, attack: str) -> None:
+    with microvm(base, microvm_id=id_of(base, "other")) as other:
+        other.start().wait_up()
+        name = f"{attack}={other.cells()['vmm']}"
+        with microvm(base, "--drill", name, *_without("seccomp"), microvm_id=id_of(base, "attacker")) as jailed:
+            jailed.start()
+            wait_for(lambda: f"was ended by signal {SIGNALS[attack]} " in other.log(), other.describe)
+
+
+@pytest.mark.parametrize("attack", SIGNALS)
+def test_a_worker_signals_its_own_microvm_without_the_filter(base: Path, attack: str) -> None:
+    number = SIGNALS[attack]
+    options = ("--drill", f"{attack}=controller", *_without("seccomp"))
+    with microvm(base, *options, microvm_id=id_of(base, "controller")) as jailed:
+        jailed.start()
+        wait_for(lambda: re.search(rf"vmm .*was ended by signal {number} ", jailed.log()), jailed.describe)
+    options = ("--drill", f"{attack}=supervisor", *_without("seccomp"))
+    with microvm(base, *options, microvm_id=id_of(base, "supervisor")) as jailed:
+        assert jailed.start().process.wait(30) == -number  # the client's process is the supervisor
+
+
+@pytest.mark.parametrize("attack", SIGNALS)
+def test_the_filter_stops_signals_to_others(base: Path, attack: str) -> None:
+    with _bystander() as bystander, microvm(base, microvm_id=id_of(base, "other")) as other:
+        other.start().wait_up()
+        targets = (str(bystander.pid), str(other.cells()["vmm"]), "controller", "supervisor", "1")
+        for index, target in enumerate(targets):
+            name = f"{attack}={target}"
+            with microvm(base, "--drill", name, microvm_id=id_of(base, f"attacker-{index}")) as jailed:
+                jailed.start()
+                _ended_for_tgkill(jailed, name)
+                jailed.wait_up()
+                assert jailed.process.poll() is None  # the supervisor
+        assert bystander.poll() is None
+        assert other.api("GET", "/").status == 200
+
+
+@pytest.mark.parametrize("options", [(), ("--new-pid-ns",)], ids=["host", "new-pid-ns"])
+def test_a_worker_may_kick_its_own_threads_and_only_kick(base: Path, options: tuple[str, ...]) -> None:
+    with microvm(base, "--drill", "kick=self", *options, microvm_id=id_of(base, "kick")) as jailed:
+        jailed.start()
+        assert _outcome(jailed, "kick=self").startswith("succeeded (signal 34 to process ")
+        jailed.wait_up()
+    with microvm(base, "--drill", "kill=self", *options, microvm_id=id_of(base, "kill")) as jailed:
+        jailed.start()
+        _ended_for_tgkill(jailed, "kill=self")
+
+
+@pytest.mark.parametrize("attack", SIGNALS)
+def test_a_controller_signals_nobody(base: Path, attack: str) -> None:
+    with _bystander() as bystander:
+        for index, target in enumerate((str(bystander.pid), "supervisor", "self")):
+            with microvm(base, "--drill", f"vmm:{attack}={target}", microvm_id=id_of(base, str(index))) as jailed:
+                assert jailed.run() == 148
+                _ended_by_seccomp(jailed, "vmm")
+        assert bystander.poll() is None

@@ -15,7 +15,7 @@ from jailer.errors import PolicyError
 from jailer.seccomp import install, notification
 from jailer.seccomp.compile import ROLES, cache_key, compile_policy, pack, sha256, unpack
 from jailer.seccomp.names import SYSCALL_NAMES
-from jailer.seccomp.policy import ALLOWED, Condition, Policy, Rule, full_text, parse, read_text
+from jailer.seccomp.policy import ALLOWED, OWN_PROCESS, Condition, Policy, Rule, full_text, parse, read_text
 from tests.harness import bpf
 
 NUMBERS = {name: number for number, name in SYSCALL_NAMES.items()}
@@ -51,6 +51,7 @@ def test_statements() -> None:
         refuse EACCES open
         refuse ENOSYS stat if arg0 == 1
         pretend sched_setscheduler
+        allow tgkill if arg0:32 == OWN_PROCESS and arg2:32 == TWO
         """
     )
     assert policy.rules == (
@@ -61,6 +62,7 @@ def test_statements() -> None:
         Rule("open", errno.EACCES, ()),
         Rule("stat", errno.ENOSYS, (Condition(0, (1 << 64) - 1, 1),)),
         Rule("sched_setscheduler", 0, ()),
+        Rule("tgkill", ALLOWED, (Condition(0, 0xFFFFFFFF, OWN_PROCESS), Condition(2, 0xFFFFFFFF, 2))),
     )
 
 
@@ -82,6 +84,12 @@ def test_statements() -> None:
         "allow read if arg0 == UNDEFINED",
         "allow read if arg0 == 1 and",
         "allow read if arg0 == 1 or arg1 == 1",
+        "allow tgkill if arg0 == OWN_PROCESS",
+        "allow tgkill if arg0:32 lacks OWN_PROCESS",
+        "allow tgkill if arg0 lacks OWN_PROCESS",
+        "allow tgkill if arg0:32 == OWN_PROCESS|1",
+        f"allow tgkill if arg0:32 == {OWN_PROCESS}",
+        "define OWN_PROCESS 1",
         "include main",
         "first read",
         "first ioctl if arg1 == 1",
@@ -204,6 +212,57 @@ def test_what_only_the_supervisor_may_do() -> None:
         assert bpf.evaluate(program, NUMBERS["kill"], kill) == bpf.RET_KILL_PROCESS, role
 
 
+# ---------------------------------------------------------------- the own process
+
+PID = 4321
+
+
+def _verdict(role: str, call: str, *arguments: int, variant: str = "") -> int:
+    """Return what the installed filter of a process with the id PID says."""
+    chosen = install.load((role,), "kill", variant).filters[role]
+    return bpf.evaluate(install.for_process(chosen, PID), NUMBERS[call], arguments)
+
+
+def test_workers_signal_nobody_but_themselves() -> None:
+    # The kernel takes the low 32 bits of all three arguments.
+    for own in (PID, PID | 1 << 32, PID | 0xFFFFFFFF << 32):
+        assert _verdict("vcpu", "tgkill", own, 99, 34) == bpf.RET_ALLOW
+        for number in (0, 6, 9, 19, 33, 35):
+            assert _verdict("vcpu", "tgkill", own, 99, number) == bpf.RET_KILL_PROCESS, number
+    for other in (0, 1, PID - 1, PID + 1, PID << 8, PID << 32, 0xFFFFFFFF, -PID & 0xFFFFFFFF, OWN_PROCESS):
+        assert _verdict("vcpu", "tgkill", other, PID, 34) == bpf.RET_KILL_PROCESS, other
+    for call in ("kill", "tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_send_signal", "pidfd_open"):
+        assert _verdict("vcpu", call, PID, 34, 34) == bpf.RET_KILL_PROCESS, call
+
+
+def test_the_controller_signals_by_pidfd_only() -> None:
+    for call in ("kill", "tkill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_open"):
+        for number in (9, 34):
+            assert _verdict("vmm", call, PID, number, number) == bpf.RET_KILL_PROCESS, call
+
+
+def test_a_filter_that_was_not_made_for_a_process_lets_nobody_be_signalled() -> None:
+    program = install.load(("vcpu",), "kill").filters["vcpu"].program
+    assert OWN_PROCESS > 1 << 22  # PID_MAX_LIMIT: no process has this id
+    for pid in (1, PID, 1 << 22):
+        assert bpf.evaluate(program, NUMBERS["tgkill"], (pid, pid, 34)) == bpf.RET_KILL_PROCESS
+
+
+def test_nothing_but_the_process_id_differs() -> None:
+    for role in ("supervisor", "vmm", "vcpu"):
+        for variant in ("", "-faults"):
+            chosen = install.load((role,), "kill", variant).filters[role]
+            program = install.for_process(chosen, PID)
+            assert len(program) == len(chosen.program)
+            different = {
+                offset // 8
+                for offset, pair in enumerate(zip(program, chosen.program, strict=True))
+                if pair[0] != pair[1]
+            }
+            assert different == {place // 8 for place in chosen.own_process}
+            assert bool(different) == ((role, variant) in {("vcpu", ""), ("vcpu", "-faults"), ("vmm", "-faults")})
+
+
 def test_workers_reach_no_file_and_make_no_socket() -> None:
     program = install.with_default(compile_policy(parse("vcpu"))[0], bpf.RET_KILL_PROCESS)
     denied = bpf.RET_ERRNO | errno.EACCES
@@ -211,8 +270,6 @@ def test_workers_reach_no_file_and_make_no_socket() -> None:
         assert bpf.evaluate(program, NUMBERS[name]) == denied, name
     for name in "socket connect bind accept4 memfd_create unlink rename pidfd_send_signal dup".split():
         assert bpf.evaluate(program, NUMBERS[name], (1, 9)) == bpf.RET_KILL_PROCESS, name
-    assert bpf.evaluate(program, NUMBERS["tgkill"], (1, 1, 34)) == bpf.RET_ALLOW
-    assert bpf.evaluate(program, NUMBERS["tgkill"], (1, 1, 9)) == bpf.RET_KILL_PROCESS
     for protection, verdict in ((3, bpf.RET_ALLOW), (7, bpf.RET_KILL_PROCESS), (4, bpf.RET_KILL_PROCESS)):
         for name in ("mmap", "mprotect"):
             assert bpf.evaluate(program, NUMBERS[name], (0, 4096, protection)) == verdict, (name, protection)
@@ -263,11 +320,11 @@ def test_supervisor_allows_what_workers_are_allowed() -> None:
 
 
 def test_variant_for_armed_faults() -> None:
-    kill = NUMBERS["kill"]
-    with_faults = install.load(("vcpu", "janitor"), "kill", "-faults").filters
-    assert bpf.evaluate(with_faults["vcpu"].program, kill, (1, 9)) == bpf.RET_ALLOW
-    assert bpf.evaluate(with_faults["vcpu"].program, kill, (1, 15)) == bpf.RET_KILL_PROCESS
-    assert bpf.evaluate(with_faults["janitor"].program, kill, (1, 9)) == bpf.RET_KILL_PROCESS
+    for role in ("vmm", "vcpu"):
+        assert _verdict(role, "kill", PID, 9, variant="-faults") == bpf.RET_ALLOW
+        assert _verdict(role, "kill", PID, 15, variant="-faults") == bpf.RET_KILL_PROCESS
+        assert _verdict(role, "kill", PID + 1, 9, variant="-faults") == bpf.RET_KILL_PROCESS
+    assert _verdict("janitor", "kill", PID, 9, variant="-faults") == bpf.RET_KILL_PROCESS
 
 
 def test_missing_filter_is_compiled_with_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
@@ -318,11 +375,17 @@ def test_description_of_a_forbidden_call() -> None:
 
 
 def test_ioctl_codes_of_workers_are_the_documented_ones() -> None:
-    """docs/seccomp-worker.md is made from a trace of real workers; FIONBIO is Python's socket.setblocking."""
+    """docs/seccomp-worker.md is made from a trace of real workers."""
     page = (Path(__file__).resolve().parents[3] / "docs" / "seccomp-worker.md").read_text()
     documented = {int(code, 16) for code in re.findall(r"\bKVM_\w+ (0x[0-9A-F]+)", page.partition("## ioctl")[2])}
-    fionbio = 0x5421
     allowed = {
         condition.value for rule in parse("vcpu").rules if rule.syscall == "ioctl" for condition in rule.conditions
     }
-    assert allowed == documented | {fionbio}
+    assert allowed == documented
+
+
+def test_workers_cannot_make_a_shared_open_file_blocking() -> None:
+    fionbio, fioasync, f_setfl = 0x5421, 0x5452, 4
+    for code in (fionbio, fioasync, fionbio | 0xFFFFFFFF << 32):
+        assert _verdict("vcpu", "ioctl", 5, code) == bpf.RET_KILL_PROCESS
+    assert _verdict("vcpu", "fcntl", 5, f_setfl) == bpf.RET_KILL_PROCESS
