@@ -188,6 +188,10 @@ def _run(vcpu: KvmVcpu, rounds: int) -> float:
     return time.perf_counter() - begin
 
 
+#: What guests use stays mapped.
+_MEMORIES: list[GuestMemory] = []
+
+
 def _bare_vcpu(guest: Path) -> KvmVcpu:
     """A VM with the guest loaded by the product's loader and a vCPU set up as a worker does it."""
     system = KvmSystem(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
@@ -198,7 +202,9 @@ def _bare_vcpu(guest: Path) -> KvmVcpu:
     kernel = os.open(guest, os.O_RDONLY | os.O_CLOEXEC)
     registers = load_kernel(memory, kernel, Cmdline("")).registers
     vm = KvmVm(system)
-    vm.map_memory(descriptor, size, regions, False)
+    for slot, region in enumerate(regions):
+        vm.set_memory_region(slot, region.guest_address, region.size, memory.address + region.offset)
+    _MEMORIES.append(memory)
     vcpu = KvmVcpu(vm, 0, system.vcpu_mmap_size())
     vcpu.set_cpuid(cpuid.normalise(system.supported_cpuid(), Topology(0, 1, False)))
     vcpu.set_sregs(boot_state.boot_sregs(vcpu.get_sregs(), registers))

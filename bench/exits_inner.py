@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable
 
 from ipc import device_pages, exit_ring
-from ipc.messages.records import MemoryRegion, Window
+from ipc.guest_mapping import GuestMapping
+from ipc.messages.records import Window
 from ipc.shared_memory import create_published, create_shared, map_shared
 from tests.guests.build import build
 from tests.harness.workers import LOCAL, MODES, PARAMETERS, boot_registers, load_elf, write_boot_structures
@@ -28,9 +29,12 @@ from vcpu_worker.kvm.vcpu import KvmVcpu
 from vcpu_worker.kvm.vm import KvmVm
 from vcpu_worker.run_loop import RunLoop
 from vcpu_worker.vcpu_thread import Completions, VcpuThread, install_kick_handler
+from vcpu_worker.windows import Windows
 
 MEMORY_SIZE = 4 << 20
 EXITS = 10_000
+#: They are unmapped with their last reference.
+_MAPPINGS: list[GuestMapping] = []
 
 
 def make_vcpu() -> KvmVcpu:
@@ -42,8 +46,10 @@ def make_vcpu() -> KvmVcpu:
     entry = load_elf(memory, build("worker"))
     memory[PARAMETERS] = MODES.index("local")
     vm = KvmVm(system)
-    vm.map_memory(descriptor, MEMORY_SIZE, [MemoryRegion(0, MEMORY_SIZE, 0)], False)
+    mapping = GuestMapping(descriptor, MEMORY_SIZE)
+    vm.set_memory_region(0, 0, MEMORY_SIZE, mapping.address)
     vcpu = KvmVcpu(vm, 0, system.vcpu_mmap_size())
+    _MAPPINGS.append(mapping)
     vcpu.set_cpuid(cpuid.normalise(system.supported_cpuid(), Topology(0, 1, False)))
     boot = boot_registers(entry)
     vcpu.set_sregs(boot_state.boot_sregs(vcpu.get_sregs(), boot))
@@ -61,7 +67,9 @@ def make_loop(vcpu: KvmVcpu) -> RunLoop:
     ring = map_shared(ring_fd, exit_ring.RING_SIZE)
     exit_ring.initialise(ring)
     producer = exit_ring.ExitRingProducer(ring, os.eventfd(0), os.eventfd(0))
-    return RunLoop(vcpu, producer, device_pages.slots_of(mapping), [Window(LOCAL, 1, slot)], [])
+    windows = Windows()
+    windows.set([Window(LOCAL, 1, slot)], [], device_pages.SLOT_COUNT)
+    return RunLoop(vcpu, producer, device_pages.slots_of(mapping), windows)
 
 
 def bare(vcpu: KvmVcpu, *argument: int) -> float:

@@ -31,7 +31,8 @@ _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class GuestMapping:
-    """``size`` bytes of the memfd ``descriptor``, mapped for reading and writing, at a multiple of 2 MiB.
+    """``size`` bytes of the memfd ``descriptor``, mapped for reading (and writing, if ``writable``), at a multiple of
+    2 MiB.
 
     It stays out of core dumps. ``view`` shows it as bytes. It is unmapped when neither this object nor a view of it is
     referred to any more. The descriptor stays the caller's. Raises OSError.
@@ -39,11 +40,11 @@ class GuestMapping:
 
     __slots__ = ("address", "size", "view")
 
-    def __init__(self, descriptor: int, size: int) -> None:
+    def __init__(self, descriptor: int, size: int, *, writable: bool = True) -> None:
         if size <= 0 or os.fstat(descriptor).st_size < size:
             # Beyond the end of the file an access would end the process.
             raise OSError(22, "the file is smaller than its mapping")
-        self.address = _map(descriptor, size)
+        self.address = _map(descriptor, size, mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0))
         self.size = size
         array = type("GuestBytes", (_Unmapping, ctypes.c_ubyte * size), {})
         self.view: memoryview = memoryview(array.from_address(self.address)).cast("B")  # type: ignore[attr-defined]
@@ -84,13 +85,13 @@ class _Unmapping:
         _munmap(ctypes.addressof(self), ctypes.sizeof(self))
 
 
-def _map(descriptor: int, size: int) -> int:
+def _map(descriptor: int, size: int, protection: int) -> int:
     """Map the file at a multiple of 2 MiB: reserve more than enough addresses, use some, give the rest back."""
     reserved = size + HUGE_PAGE_SIZE
     start = _check(_mmap(None, reserved, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0))
     address = -(-start // HUGE_PAGE_SIZE) * HUGE_PAGE_SIZE
     try:
-        _check(_mmap(address, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0))
+        _check(_mmap(address, size, protection, mmap.MAP_SHARED | _MAP_FIXED, descriptor, 0))
     except OSError:
         _munmap(start, reserved)
         raise

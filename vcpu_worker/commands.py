@@ -11,6 +11,7 @@ from base.lean_typing import Any, Callable
 from ipc.errors import IpcError
 from ipc.messages.ghosts import VCPU_STARTING
 from ipc.messages.records import MAX_TEXT
+from ipc.messages.vm import RoutesSet, SetRoutes
 from ipc.messages.worker import (
     Configure,
     Configured,
@@ -26,10 +27,8 @@ from ipc.messages.worker import (
     ReadHostCpu,
     Resume,
     Resumed,
-    RoutesSet,
     SavedState,
     SaveState,
-    SetRoutes,
     VcpuExited,
 )
 from vcpu_worker import state as vcpu_state
@@ -44,6 +43,7 @@ from vcpu_worker.replies import Command, Reply, bind, failed, text_of
 from vcpu_worker.reporting import REASON_RUN_FAILED, STARTING, FinalExit
 from vcpu_worker.runner import Runner
 from vcpu_worker.vcpu_thread import Completions, VcpuThread
+from vcpu_worker.vm_changes import VmChanges
 
 #: A vCPU that is asked to stop is kicked at once and again after 1, 2, 4 … ms until it is parked.
 FIRST_KICK_PAUSE_MS = 1
@@ -86,6 +86,7 @@ class Control:
             machine, threads, completions, descriptors, send=send, ghost_failed=self._ghost_failed
         )
         self._ghosts.on_own_event_done = self._release
+        self._vm_changes = VmChanges(machine, descriptors)
         self._external_interrupt = ExternalInterrupt()
         replacement = Replacement(
             machine,
@@ -106,6 +107,7 @@ class Control:
             Ping: self._ping,
             Finish: self._finish,
             **replacement.commands,
+            **self._vm_changes.commands,
         }
 
     # ------------------------------------------------------------ what the loop asks
@@ -153,6 +155,8 @@ class Control:
         if command.resumes_other:
             faults.visit("vcpu.resumes_other")
         machine = self._machine
+        if not self._vm_changes.has_memory:
+            raise ConfigurationError("the guest has no memory yet")
         self._advance(Event.CONFIGURE)
         try:
             self._descriptors.receive()

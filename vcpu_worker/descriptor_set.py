@@ -1,4 +1,4 @@
-"""Descriptors that the controller sent ahead of Configure, by what they are for."""
+"""Descriptors that the controller sent ahead of a command, by what they are for."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from ipc.channel import PairChannel
 from ipc.errors import ChannelError
 from ipc.messages.descriptors import (
     DevicePages,
+    DoorbellEvent,
     ExitRing,
     ExternalInterrupt,
     GuestMemory,
     Interrupt,
     IpiPath,
+    MemoryObject,
     VcpuDescriptor,
 )
 from vcpu_worker.errors import ConfigurationError
 
 #: An exit ring comes with its doorbell and its completion eventfd.
 _RING_DESCRIPTORS = 3
-#: As many messages as one Configure can need: memory, page, 32 rings, 64 interrupts.
+#: More than any commands under way can need: memory, page, 32 rings, and what is added to the VM.
 _MAX_HELD = 128
 
 
@@ -30,6 +32,7 @@ class DescriptorSet:
         self._channel = channel
         self._held: dict[tuple[object, ...], tuple[int, ...]] = {}
         self._memory_size = 0
+        self._object_sizes: dict[int, int] = {}
 
     def receive(self) -> bool:
         """Read everything that has arrived; False when the controller closed its end. Raises IpcError subclasses."""
@@ -55,6 +58,11 @@ class DescriptorSet:
                     self._hold((Interrupt, message.gsi), (owned.take(),))
                 elif isinstance(message, ExternalInterrupt):
                     self._hold((ExternalInterrupt,), (owned.take(),))
+                elif isinstance(message, MemoryObject):
+                    self._object_sizes[message.slot] = message.size
+                    self._hold((MemoryObject, message.slot), (owned.take(),))
+                elif isinstance(message, DoorbellEvent):
+                    self._hold((DoorbellEvent, message.doorbell), (owned.take(),))
                 elif isinstance(message, IpiPath):
                     self._hold((IpiPath, message.vcpu, message.vector), (owned.take(),))
 
@@ -68,16 +76,21 @@ class DescriptorSet:
     def _take(self, what: str, *key: object) -> tuple[int, ...]:
         descriptors = self._held.pop(key, None)
         if descriptors is None:
-            raise ConfigurationError(f"the {what} was not handed over before Configure")
+            raise ConfigurationError(f"the {what} was not handed over before")
         return descriptors
 
-    def guest_memory(self, size: int) -> int:
-        """Take the guest memory's descriptor; ``size`` is what Configure says."""
-        (descriptor,) = self._take("guest memory", GuestMemory)
-        if size != self._memory_size:
-            os.close(descriptor)
-            raise ConfigurationError(f"the guest memory has {self._memory_size} bytes, Configure says {size}")
-        return descriptor
+    def guest_memory(self) -> tuple[int, int]:
+        """Take the guest memory: descriptor and size."""
+        return self._take("guest memory", GuestMemory)[0], self._memory_size
+
+    def memory_object(self, slot: int) -> tuple[int, int]:
+        """Take what is behind a memory slot: descriptor and size."""
+        (descriptor,) = self._take(f"object of memory slot {slot}", MemoryObject, slot)
+        return descriptor, self._object_sizes.pop(slot)
+
+    def doorbell(self, doorbell: int) -> int:
+        """Take the eventfd of a doorbell."""
+        return self._take(f"eventfd of doorbell {doorbell}", DoorbellEvent, doorbell)[0]
 
     def device_page(self) -> int:
         """Take the device page's descriptor."""

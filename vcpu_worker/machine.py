@@ -28,6 +28,7 @@ from vcpu_worker.kvm.system import KvmSystem, describe_missing
 from vcpu_worker.kvm.vcpu import KvmVcpu
 from vcpu_worker.kvm.vm import KvmVm, MsiRoute
 from vcpu_worker.run_loop import RunLoop
+from vcpu_worker.windows import Windows
 
 #: KVM_CHECK_EXTENSION takes an int.
 _MAX_CAPABILITY = (1 << 31) - 1
@@ -77,6 +78,7 @@ class Machine:
         self._sync_regs = self.vm.extension(abi.KVM_CAP_SYNC_REGS) & (
             abi.SYNC_X86_REGS | abi.SYNC_X86_SREGS | abi.SYNC_X86_EVENTS
         )
+        self.windows = Windows()
         self._interrupts: dict[int, int] = {}
         #: The eventfd of the 8259s' INTR, if vCPU 0 is one of ours; else -1.
         self.external_interrupt = -1
@@ -87,7 +89,7 @@ class Machine:
     # ------------------------------------------------------------ Configure
 
     def configure(self, command: Configure, descriptors: DescriptorSet) -> None:
-        """Do what concerns the whole VM: memory, interrupts, rings, run loops. Takes the descriptors it needs."""
+        """Do what concerns all vCPUs: rings, run loops, the ghosts' stub. Takes the descriptors it needs."""
         if [vcpu.index for vcpu in self.vcpus] != list(command.vcpus):
             raise ConfigurationError(
                 f"this worker was made for vCPUs {[vcpu.index for vcpu in self.vcpus]}, not {list(command.vcpus)}"
@@ -100,14 +102,8 @@ class Machine:
         self._check_capabilities(command.capabilities)
         # Whatever a template set is part of the state, whether KVM lists it or not.
         self.state_msrs = state_indices((*self.state_msrs, *(change.register for change in command.msr_changes)))
-        memory = descriptors.guest_memory(command.memory_size)
-        try:
-            self.vm.map_memory(memory, command.memory_size, command.regions, command.track_dirty_pages)
-        finally:
-            os.close(memory)
         if self._stub is not None:
             self._stub.give_to(self.vm)
-        self._interrupts = {gsi: descriptors.interrupt(gsi) for gsi in command.interrupts}
         self.external_interrupt = descriptors.external_interrupt()
         slots = slots_of(self._map(descriptors.device_page(), DEVICE_PAGE_SIZE, writable=False))
         for vcpu in self.vcpus:
@@ -118,8 +114,7 @@ class Machine:
                 vcpu.kvm,
                 vcpu.ring,
                 slots,
-                command.ports,
-                command.mmio,
+                self.windows,
                 # Writes of different vCPUs are ordered by the guest's own locks: none may wait in one ring while a
                 # later one, in another, is executed.
                 posts=command.vcpu_count == 1,
@@ -180,6 +175,14 @@ class Machine:
         kvm.set_regs(boot_state.boot_regs(boot))
 
     # ------------------------------------------------------------ interrupts
+
+    def add_interrupt(self, gsi: int, eventfd: int) -> None:
+        """Take the eventfd of a GSI; one that the GSI had before is not bound any more, and closed."""
+        self.vm.deassign_irqfd(gsi)
+        before = self._interrupts.get(gsi, -1)
+        self._interrupts[gsi] = eventfd
+        if before >= 0:
+            os.close(before)
 
     def set_routes(self, routes: Sequence[Route]) -> None:
         """Put routes into force. Order: masked irqfds go first, then the table changes, then unmasked ones come.

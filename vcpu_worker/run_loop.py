@@ -10,24 +10,18 @@ from __future__ import annotations
 
 import fcntl
 
-from base.lean_typing import Sequence
 from ipc import exit_ring as ring_abi
 from ipc.device_pages import READ_LOCAL, WRITE_LAZY, WRITE_POSTED, WRITE_SHARED
 from ipc.exit_ring import ExitRingProducer
-from ipc.messages.records import Window
 from vcpu_worker import reporting
-from vcpu_worker.errors import ConfigurationError
 from vcpu_worker.kvm import abi
 from vcpu_worker.kvm.vcpu import KvmVcpu
 from vcpu_worker.reporting import FinalExit
+from vcpu_worker.windows import NO_DEVICE, Windows
 
 EINTR = 4
 EAGAIN = 11
 
-_PORT_COUNT = 1 << 16
-#: MMIO addresses whose window was looked up; a guest that touches more of them only makes us look again.
-_MMIO_CACHE_LIMIT = 4096
-_NO_DEVICE = -1
 #: KVM_RUN may say EAGAIN when an INIT reaches a vCPU that waits for it; never this often in one run.
 _MAX_REFUSALS = 1000
 _ALL_ONES = (1 << 64) - 1
@@ -72,9 +66,8 @@ class RunLoop:
 
     Without ``posts`` (other vCPUs have rings of their own) only writes that are marked as shared are posted.
 
-    ``slots`` is the device page (64-bit words). Windows must not overlap; ``ports`` lie below 0x10000. ``run`` is
-    for the vCPU's thread; ``ask_to_stop``, ``allow_to_run``, ``raise_external_interrupt`` and ``publish_counters`` are
-    for any thread.
+    ``slots`` is the device page (64-bit words), ``windows`` are those of the worker. ``run`` is for the vCPU's thread;
+    ``ask_to_stop``, ``allow_to_run``, ``raise_external_interrupt`` and ``publish_counters`` are for any thread.
     """
 
     def __init__(
@@ -82,8 +75,7 @@ class RunLoop:
         vcpu: KvmVcpu,
         ring: ExitRingProducer,
         slots: memoryview,
-        ports: Sequence[Window],
-        mmio: Sequence[Window],
+        windows: Windows,
         *,
         posts: bool = True,
         start_held: bool = False,
@@ -91,9 +83,10 @@ class RunLoop:
         self._vcpu = vcpu
         self._ring = ring
         self._slots = slots
-        self._port_slots: dict[int, int] = {}
-        self._mmio = tuple(mmio)
-        self._mmio_slots: dict[int, int] = {}
+        self._port_slots = windows.port_slots
+        self._byte_inputs = windows.byte_inputs
+        self._mmio_slots = windows.mmio_slots
+        self._find_mmio = windows.find_mmio
         self._counts = [0] * _COUNT
         #: What the workers before have counted.
         self._counted_before = [0] * ring_abi.COUNTER_COUNT
@@ -104,19 +97,6 @@ class RunLoop:
         self._posted = WRITE_POSTED if posts else WRITE_SHARED
         #: ``run`` returns STARTING when the first INIT comes, as long as this is set.
         self.start_held = start_held
-        for window in ports:
-            if window.address + window.length > _PORT_COUNT or window.slot + window.length > len(slots):
-                raise ConfigurationError(f"port window {window.address:#x}+{window.length} is out of range")
-            for offset in range(window.length):
-                if self._port_slots.setdefault(window.address + offset, window.slot + offset) != window.slot + offset:
-                    raise ConfigurationError(f"port {window.address + offset:#x} belongs to two windows")
-        last = -1
-        for window in sorted(mmio):
-            if window.address <= last or window.slot >= len(slots):
-                raise ConfigurationError(f"MMIO window {window.address:#x}+{window.length} overlaps or has no slot")
-            last = window.address + window.length - 1
-        # The word at RUN_IO_DIRECTION (direction, size, port) of a one-byte IN ← slot.
-        self._byte_inputs = {port << 16 | 1 << 8 | abi.EXIT_IO_IN: slot for port, slot in self._port_slots.items()}
 
     # ------------------------------------------------------------ control, from any thread
 
@@ -354,21 +334,6 @@ class RunLoop:
 
     # ------------------------------------------------------------ MMIO
 
-    def _find_mmio(self, address: int) -> int:
-        """Return the slot of the window that holds ``address``, or _NO_DEVICE."""
-        slot = self._mmio_slots.get(address)
-        if slot is not None:
-            return slot
-        slot = _NO_DEVICE
-        for window in self._mmio:
-            if window.address <= address < window.address + window.length:
-                slot = window.slot
-                break
-        if len(self._mmio_slots) >= _MMIO_CACHE_LIMIT:
-            self._mmio_slots.clear()
-        self._mmio_slots[address] = slot
-        return slot
-
     def _mmio_access(self) -> None:
         vcpu = self._vcpu
         address = vcpu.run64[_LONG_MMIO_ADDRESS]
@@ -380,7 +345,7 @@ class RunLoop:
             self._mmio_read(address, length, slot)
 
     def _mmio_write(self, address: int, length: int, slot: int) -> None:
-        if slot == _NO_DEVICE:
+        if slot == NO_DEVICE:
             self._counts[_NOBODY_WRITE] += 1
             return
         value = self._vcpu.run64[_LONG_MMIO_DATA] & (1 << 8 * length) - 1
@@ -399,7 +364,7 @@ class RunLoop:
 
     def _mmio_read(self, address: int, length: int, slot: int) -> None:
         vcpu = self._vcpu
-        if slot == _NO_DEVICE:
+        if slot == NO_DEVICE:
             vcpu.run64[_LONG_MMIO_DATA] = 0  # what lies there is left from another access
             self._counts[_NOBODY_READ] += 1
             return

@@ -5,6 +5,6 @@
 wherever it is used.
 """
 
-from ipc.messages import descriptors, ghosts, records, replacement, supervisor, worker
+from ipc.messages import descriptors, ghosts, records, replacement, supervisor, vm, worker
 
-__all__ = ["descriptors", "ghosts", "records", "replacement", "supervisor", "worker"]
+__all__ = ["descriptors", "ghosts", "records", "replacement", "supervisor", "vm", "worker"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from base.lean_typing import NamedTuple
 from ipc.launch_plan import MAX_MEMORY_BYTES
 from ipc.messages.records import MAX_GSI, VCPU_FIELD, VECTOR_FIELD
+from ipc.messages.vm import DOORBELL_FIELD, SLOT_FIELD
 from ipc.schema import Int, Schema
 
 DESCRIPTORS = Schema()
@@ -55,6 +56,21 @@ class ExternalInterrupt(NamedTuple):
     """With one descriptor: the eventfd that is signalled when INTR of the 8259s rises. To the worker of vCPU 0."""
 
 
+class MemoryObject(NamedTuple):
+    """With one descriptor: the memfd of ``size`` bytes behind this memory slot (MapMemory)."""
+
+    slot: int
+    size: int
+
+
+class DoorbellEvent(NamedTuple):
+    """With one descriptor: the eventfd of this doorbell (AddDoorbell)."""
+
+    doorbell: int
+
+
 DESCRIPTORS.register(5, VcpuDescriptor, vcpu=VCPU_FIELD)
 DESCRIPTORS.register(6, IpiPath, vcpu=VCPU_FIELD, vector=VECTOR_FIELD)
 DESCRIPTORS.register(7, ExternalInterrupt)
+DESCRIPTORS.register(8, MemoryObject, slot=SLOT_FIELD, size=Int(MAX_MEMORY_BYTES, 1))
+DESCRIPTORS.register(9, DoorbellEvent, doorbell=DOORBELL_FIELD)

@@ -8,8 +8,9 @@ from ipc.messages.ghosts import OpenIpiTarget
 from ipc.messages.records import MAX_GSI, ROUTE_FIELD, VCPU_FIELD, VECTOR_FIELD, WORKER, Route
 from ipc.schema import U16, Bytes, Flag, Int, ListOf, RecordOf
 
-#: Paths that one TakeOver may bring.
+#: Paths, and routes, that one TakeOver may bring; there may be more of it.
 MAX_PATHS_AT_ONCE = 32
+MAX_ROUTES_AT_ONCE = 64
 
 
 class GhostState(NamedTuple):
@@ -85,7 +86,7 @@ WORKER.register(48, StateLoaded)
 WORKER.register(
     49,
     TakeOver,
-    routes=ListOf(ROUTE_FIELD, 64),
+    routes=ListOf(ROUTE_FIELD, MAX_ROUTES_AT_ONCE),
     paths=ListOf(_PATH, MAX_PATHS_AT_ONCE),
     ghosts=ListOf(_GHOST_STATE, MAX_WORKERS),
     held=ListOf(VCPU_FIELD, MAX_WORKERS),

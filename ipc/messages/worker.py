@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from base.lean_typing import NamedTuple
-from ipc.device_pages import SLOT_COUNT
-from ipc.launch_plan import MAX_MEMORY_BYTES, MAX_WORKERS
+from ipc.launch_plan import MAX_WORKERS
 from ipc.messages.records import (
     CPUID_FIELD,
     MAX_CPUID_ENTRIES,
-    MAX_GSI,
     MAX_TEMPLATE_ITEMS,
-    ROUTE_FIELD,
     TEXT_FIELD,
     VCPU_FIELD,
     WORKER,
@@ -18,16 +15,11 @@ from ipc.messages.records import (
     BootRegisters,
     CapabilityDemand,
     CpuidEntry,
-    MemoryRegion,
     MsrChange,
     MsrValue,
-    Route,
-    Window,
 )
 from ipc.schema import U8, U16, U32, U64, Bytes, Flag, Int, ListOf, RecordOf, Text
 
-_REGION = RecordOf(MemoryRegion, guest_address=Int(U64), size=Int(MAX_MEMORY_BYTES, 1), offset=Int(MAX_MEMORY_BYTES))
-_WINDOW = RecordOf(Window, address=Int(U64), length=Int(1 << 40, 1), slot=Int(SLOT_COUNT - 1))
 _MSR = RecordOf(MsrValue, register=Int(U32), value=Int(U64))
 _MSR_CHANGE = RecordOf(MsrChange, register=Int(U32), mask=Int(U64), value=Int(U64))
 _CAPABILITY = RecordOf(CapabilityDemand, number=Int(U32), required=Flag())
@@ -66,24 +58,18 @@ class Welcome(NamedTuple):
 
 
 class Configure(NamedTuple):
-    """Make the VM. The descriptors were all sent on the descriptor channel before (the messages of ``DESCRIPTORS``).
+    """Make the vCPUs. What the VM has beside them was said before (``ipc.messages.vm``), and the device page and the
+    exit rings were sent on the descriptor channel.
 
-    ``vcpus`` are the indices that this worker runs; ``boot`` is used for vCPU 0 only. ``interrupts`` are the GSIs
-    whose eventfds were sent. ``resumes_other``: for another worker, whose state will come (LoadState, TakeOver).
-    The last three come from the CPU template: ``cpuid`` is what HostCpuRead said with the template's changes, not yet
-    normalised (empty: without a template, what the host supports).
+    ``vcpus`` are the indices that this worker runs; ``boot`` is used for vCPU 0 only. ``resumes_other``: for another
+    worker, whose state will come (LoadState, TakeOver). The last three come from the CPU template: ``cpuid`` is what
+    HostCpuRead said with the template's changes, not yet normalised (empty: no template, what the host supports).
     """
 
     vcpu_count: int
     smt: bool
     vcpus: tuple[int, ...]
-    regions: tuple[MemoryRegion, ...]
-    memory_size: int
     boot: BootRegisters
-    ports: tuple[Window, ...]
-    mmio: tuple[Window, ...]
-    interrupts: tuple[int, ...]
-    track_dirty_pages: bool
     resumes_other: bool
     cpuid: tuple[CpuidEntry, ...] = ()
     msr_changes: tuple[MsrChange, ...] = ()
@@ -91,19 +77,9 @@ class Configure(NamedTuple):
 
 
 class Configured(NamedTuple):
-    """The VM is made and its vCPUs are parked; each vCPU descriptor was sent upwards, in the order of ``vcpus``."""
+    """The vCPUs are made and parked; each vCPU descriptor was sent upwards, in the order of ``vcpus``."""
 
     tsc_khz: int
-
-
-class SetRoutes(NamedTuple):
-    """Set these routes; other GSIs keep theirs."""
-
-    routes: tuple[Route, ...]
-
-
-class RoutesSet(NamedTuple):
-    """The routes are in force."""
 
 
 class Resume(NamedTuple):
@@ -212,21 +188,13 @@ WORKER.register(
     vcpu_count=Int(MAX_WORKERS, 1),
     smt=Flag(),
     vcpus=ListOf(VCPU_FIELD, MAX_WORKERS),
-    regions=ListOf(_REGION, 8),
-    memory_size=Int(MAX_MEMORY_BYTES, 1),
     boot=_REGISTERS,
-    ports=ListOf(_WINDOW, 64),
-    mmio=ListOf(_WINDOW, 64),
-    interrupts=ListOf(Int(MAX_GSI - 1), 64),
-    track_dirty_pages=Flag(),
     resumes_other=Flag(),
     cpuid=ListOf(CPUID_FIELD, MAX_CPUID_ENTRIES),
     msr_changes=ListOf(_MSR_CHANGE, MAX_TEMPLATE_ITEMS),
     capabilities=ListOf(_CAPABILITY, MAX_TEMPLATE_ITEMS),
 )
 WORKER.register(5, Configured, tsc_khz=Int(U32))
-WORKER.register(6, SetRoutes, routes=ListOf(ROUTE_FIELD, 64))
-WORKER.register(7, RoutesSet)
 WORKER.register(8, Resume)
 WORKER.register(9, Resumed)
 WORKER.register(10, Pause)

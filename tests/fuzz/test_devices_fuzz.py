@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from base.deferral import Deferral
 from ipc.device_pages import slots_of
 from ipc.exit_ring import (
     ENTRY_COUNT,
@@ -68,12 +69,14 @@ class Machine:
         assert 0 <= byte <= 0xFF
         self.transmitted += 1
 
-    def _set_routes(self, routes, done) -> None:
+    def _set_routes(self, routes) -> Deferral:
         for route in routes:
             assert 0 <= route.data <= 0xFFFF_FFFF
             assert route.address >> 20 == 0xFEE
+        deferral = Deferral()
         if self.answer_routes:
-            done()
+            deferral.complete()
+        return deferral
 
     def _log(self, text: str) -> None:
         assert len(text) < 1000

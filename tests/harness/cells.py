@@ -23,9 +23,9 @@ from ipc import descriptors
 from ipc.channel import Channel, PairChannel
 from ipc.exit_ring import RING_SIZE, ExitRingProducer
 from ipc.launch_plan import PLACEMENT_SPLIT, SECCOMP_OFF, LaunchPlan, endpoint
-from ipc.messages.descriptors import DESCRIPTORS, ExitRing, VcpuDescriptor
+from ipc.messages.descriptors import DESCRIPTORS, ExitRing, GuestMemory, Interrupt, VcpuDescriptor
 from ipc.messages.ghosts import GhostsParked, ParkGhosts
-from ipc.messages.records import WORKER, BootRegisters, MemoryRegion
+from ipc.messages.records import WORKER, BootRegisters
 from ipc.messages.replacement import (
     HandedOver,
     HandOver,
@@ -38,6 +38,17 @@ from ipc.messages.replacement import (
 )
 from ipc.messages.supervisor import (
     CellEnded,
+)
+from ipc.messages.vm import (
+    AddDoorbell,
+    AddInterrupts,
+    MapMemory,
+    RemoveDoorbell,
+    RoutesSet,
+    SetRoutes,
+    SetWindows,
+    UnmapMemory,
+    VmChanged,
 )
 from ipc.messages.worker import (
     Configure,
@@ -53,22 +64,22 @@ from ipc.messages.worker import (
     Pong,
     Resume,
     Resumed,
-    RoutesSet,
     SavedState,
     SaveState,
-    SetRoutes,
     VcpuExited,
     Welcome,
 )
 from ipc.shared_memory import create_shared, map_shared
 from tests.harness.supervisor import StandInSupervisor, WorkerBody, run_process
 from vmm.cells import worker as workers_module
-from vmm.cells.descriptors import WorkerDescriptors
+from vmm.cells.descriptors import VmChange, WorkerDescriptors
 from vmm.cells.lifecycle import DEADLINES
 from vmm.cells.supervisor import SupervisorClient
 from vmm.cells.worker import Worker
 
 MEMORY_SIZE = 1 << 20
+#: What is changed in a VM, and answered with VmChanged.
+VM_CHANGES = (AddInterrupts, SetWindows, MapMemory, UnmapMemory, AddDoorbell, RemoveDoorbell)
 RUN_PAGE_SIZE = 4096
 EPOCH = 0x1234_5678_9ABC
 #: A bound against a hanging suite; nothing is measured with it.
@@ -113,11 +124,15 @@ class StandInWorker:
         self.channel.connect(endpoint(plan.worker_ipc_directory, index))
         self.descriptors = PairChannel(pair, DESCRIPTORS, plan.epoch)
         self.received: dict[str, list[int]] = {}
+        self.changes: list[Any] = []
+        #: Descriptors that belong to the changes.
+        self.announced = 0
         self.handlers: dict[type, Callable[[Any, int], object]] = {
             Configure: self.configure,
             Resume: lambda message, sequence: self.send(Resumed(), sequence),
             Pause: lambda message, sequence: self.send(Paused(0), sequence),
             SetRoutes: lambda message, sequence: self.send(RoutesSet(), sequence),
+            **dict.fromkeys(VM_CHANGES, self.change_vm),
             Ping: lambda message, sequence: self.send(Pong("standin"), sequence),
             SaveState: lambda message, sequence: self.send(SavedState(message.vcpu, 1, b"state"), sequence),
             DumpCpuConfig: lambda message, sequence: self.send(DumpedCpuConfig(message.vcpu, (), ()), sequence),
@@ -195,8 +210,17 @@ class StandInWorker:
         self.descriptors.send(VcpuDescriptor(vcpu), fds=(descriptor,))
         os.close(descriptor)
 
+    def change_vm(self, message: Any, sequence: int) -> None:
+        """Agree; the descriptors that belong to it are taken at Configure."""
+        self.changes.append(message)
+        if isinstance(message, AddInterrupts):
+            self.announced += len(message.gsis)
+        elif isinstance(message, MapMemory):
+            self.announced += message.own or message.slot == 0
+        self.send(VmChanged(), sequence)
+
     def configure(self, message: Configure, sequence: int) -> None:
-        self.take_descriptors(2 + len(message.vcpus) + len(message.interrupts))
+        self.take_descriptors(1 + len(message.vcpus) + self.announced)
         for vcpu in message.vcpus:
             self.hand_over_vcpu(vcpu, run_page())
         self.send(Configured(tsc_khz=1000), sequence)
@@ -302,7 +326,7 @@ class Controller:
 
     def configured(self) -> Worker:
         worker = self.greeted()
-        worker.configure(configure_message(), self.descriptors())
+        worker.configure(configure_message(), self.descriptors(), self.changes())
         return worker
 
     def running(self) -> Worker:
@@ -311,19 +335,24 @@ class Controller:
         return worker
 
     def descriptors(self) -> WorkerDescriptors:
-        """Descriptors for one vCPU, two interrupts."""
-        memory = create_shared("guest-memory", MEMORY_SIZE)
+        """What one vCPU needs."""
         page = create_shared("device-page", mmap.PAGESIZE)
         ring = create_shared("exit-ring", RING_SIZE)
-        eventfds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(4)]
-        self._descriptors += [memory, page, ring, *eventfds]
-        return WorkerDescriptors(
-            guest_memory=memory,
-            memory_size=MEMORY_SIZE,
-            device_page=page,
-            rings=((0, ring, eventfds[0], eventfds[1]),),
-            interrupts=((1, eventfds[2]), (4, eventfds[3])),
-        )
+        eventfds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
+        self._descriptors += [page, ring, *eventfds]
+        return WorkerDescriptors(page, ((0, ring, eventfds[0], eventfds[1]),))
+
+    def changes(self) -> list[VmChange]:
+        """A VM with memory and two interrupts: three descriptors."""
+        memory = create_shared("guest-memory", MEMORY_SIZE)
+        eventfds = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
+        self._descriptors += [memory, *eventfds]
+        interrupts = zip((1, 4), eventfds, strict=True)
+        return [
+            VmChange(MapMemory(0, 0, MEMORY_SIZE, 0, False, False, False), ((GuestMemory(MEMORY_SIZE), memory),)),
+            VmChange(SetWindows((), (), True)),
+            VmChange(AddInterrupts((1, 4)), tuple((Interrupt(gsi), eventfd) for gsi, eventfd in interrupts)),
+        ]
 
     def serve(self, done: Callable[[], bool]) -> None:
         """Run the event loop until ``done()``."""
@@ -356,13 +385,7 @@ def configure_message(**changes: Any) -> Configure:
         "vcpu_count": 1,
         "smt": False,
         "vcpus": (0,),
-        "regions": (MemoryRegion(0, MEMORY_SIZE, 0),),
-        "memory_size": MEMORY_SIZE,
         "boot": BootRegisters(0, 0, 0, 0, 0, 2, 0x11, 0, 0, 0, 0, (0, 0, 0, 0), 0, 0),
-        "ports": (),
-        "mmio": (),
-        "interrupts": (1, 4),
-        "track_dirty_pages": False,
         "resumes_other": False,
     }
     return Configure(**{**values, **changes})

@@ -41,8 +41,7 @@ class Machine:
         self.devices = self.assembly.devices
         self.vmm = self.assembly.vmm
         self.controller.greeted()
-        ports, mmio = self.devices.ports.windows(), self.devices.mmio.windows()
-        self.assembly.prepare(configure_message(ports=ports, mmio=mmio))
+        self.assembly.prepare(configure_message())
         self.assembly.add_worker(self.worker)
         self.assembly.connect()
         os.close(descriptor)

@@ -19,17 +19,8 @@ import time
 from pathlib import Path
 
 from ipc.messages.records import Route
-from ipc.messages.worker import (
-    DumpCpuConfig,
-    DumpedCpuConfig,
-    Ping,
-    Pong,
-    Resume,
-    RoutesSet,
-    SavedState,
-    SaveState,
-    SetRoutes,
-)
+from ipc.messages.vm import RoutesSet, SetRoutes
+from ipc.messages.worker import DumpCpuConfig, DumpedCpuConfig, Ping, Pong, Resume, SavedState, SaveState
 from tests.harness.workers import ChecksCounts, Controller
 from vcpu_worker.kvm import abi
 

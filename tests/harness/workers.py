@@ -20,7 +20,8 @@ from ipc.channel import Channel, PairChannel
 from ipc.errors import ChannelError
 from ipc.launch_plan import ENDPOINT_BOUND, Assignment, LaunchPlan, endpoint
 from ipc.messages.descriptors import DESCRIPTORS, DevicePages, ExitRing, GuestMemory, Interrupt, VcpuDescriptor
-from ipc.messages.records import WORKER, BootRegisters, Failed, MemoryRegion, Window
+from ipc.messages.records import WORKER, BootRegisters, Failed, Window
+from ipc.messages.vm import MAX_INTERRUPTS_AT_ONCE, AddInterrupts, MapMemory, SetWindows, VmChanged
 from ipc.messages.worker import (
     Configure,
     Configured,
@@ -253,15 +254,19 @@ class Controller:
             vcpu_count=1,
             smt=False,
             vcpus=(0,),
-            regions=(MemoryRegion(0, self.memory_size, 0),),
-            memory_size=self.memory_size,
             boot=boot_registers(self.entry),
-            ports=self.ports,
-            mmio=self.mmio,
-            interrupts=tuple(self.interrupts),
-            track_dirty_pages=False,
             resumes_other=False,
         )
+
+    def changes(self) -> list[Any]:
+        """What the worker's VM gets before Configure."""
+        gsis = tuple(self.interrupts)
+        starts = range(0, len(gsis), MAX_INTERRUPTS_AT_ONCE)
+        return [
+            MapMemory(0, 0, self.memory_size, 0, own=False, read_only=False, track_dirty_pages=False),
+            SetWindows(self.ports, self.mmio, last=True),
+            *[AddInterrupts(gsis[start : start + MAX_INTERRUPTS_AT_ONCE]) for start in starts],
+        ]
 
     def send_descriptors(self) -> None:
         """Everything that goes down before Configure."""
@@ -271,10 +276,16 @@ class Controller:
         for gsi, eventfd in self.interrupts.items():
             self.descriptor_channel.send(Interrupt(gsi), fds=(eventfd,))
 
+    def prepare(self) -> None:
+        """Everything that comes before Configure."""
+        self.send_descriptors()
+        for sequence in [self.submit(change) for change in self.changes()]:
+            assert self.collect(sequence) == VmChanged()
+
     def configure(self) -> Configured:
         """Greet and configure."""
         self.greet()
-        self.send_descriptors()
+        self.prepare()
         configured = self.request(self.configuration(), Configured)
         assert self.hello is not None
         self._upper.setblocking(False)

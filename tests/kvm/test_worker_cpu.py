@@ -39,7 +39,7 @@ def by_leaf(entries: tuple[CpuidEntry, ...]) -> dict[tuple[int, int], CpuidEntry
 
 def configure(worker: Controller, **changes: Any) -> Any:
     worker.greet()
-    worker.send_descriptors()
+    worker.prepare()
     return worker.collect(worker.submit(worker.configuration()._replace(**changes)))
 
 
@@ -52,7 +52,7 @@ def test_a_template_reaches_cpuid_and_msrs(tmp_path: Path):
             FEATURES: features._replace(ecx=features.ecx & ~HIDDEN),
             **{key: by_leaf(host)[key]._replace(ecx=0x1234_5678) for key in HOST_DATA},
         }
-        worker.send_descriptors()
+        worker.prepare()
         pattern = 0x0007_0406_0007_0400
         message: Configure = worker.configuration()._replace(
             cpuid=tuple(changes.get((each.leaf, each.subleaf), each) for each in host),

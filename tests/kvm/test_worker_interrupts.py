@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ipc.messages.records import Route
-from ipc.messages.worker import RoutesSet, SetRoutes
+from ipc.messages.vm import RoutesSet, SetRoutes
 from tests.harness.run_options import Scale
 from tests.harness.workers import DONE, FAILED, Controller
 

@@ -17,7 +17,8 @@ from ipc.messages.replacement import (
     TakenOver,
     TakeOver,
 )
-from ipc.messages.worker import Ping, Pong, Resume, SavedState, SaveState, SetRoutes
+from ipc.messages.vm import SetRoutes
+from ipc.messages.worker import Ping, Pong, Resume, SavedState, SaveState
 from tests.harness.workers import ChecksCounts, Controller
 from vcpu_worker import state as vcpu_state
 from vcpu_worker.cpu.msr import IA32_TSC, IA32_TSC_DEADLINE
@@ -124,7 +125,7 @@ def test_a_successor_writes_nothing_into_the_ring_before_it_runs(tmp_path: Path,
         successor.greet()
         words = memoryview(successor._ring_map).cast("Q")
         words[9] = 77  # its predecessor waits for an answer
-        successor.send_descriptors()
+        successor.prepare()
         successor.collect(successor.submit(successor.configuration()._replace(resumes_other=known)))
         assert words[9] == (77 if known else 0)
         words.release()

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 
-from base.lean_typing import Iterable, Mapping, NamedTuple, Sequence
-from ipc.guest_mapping import GuestMapping
-from ipc.messages.records import MemoryRegion
-from vcpu_worker.errors import ConfigurationError
+from base.lean_typing import Iterable, Mapping, NamedTuple
 from vcpu_worker.kvm import abi
 from vcpu_worker.kvm.ioctl import ioctl_buffer, ioctl_integer, ioctl_pointer
 from vcpu_worker.kvm.system import KvmSystem
@@ -36,7 +32,6 @@ class KvmVm:
         self.descriptor = system.create_vm()
         self._routes: dict[int, MsiRoute] = {}
         self._irqfds: dict[int, int] = {}
-        self._mappings: list[GuestMapping] = []
         try:
             self.enable(abi.KVM_CAP_SPLIT_IRQCHIP, IOAPIC_PINS)
             self.enable(abi.KVM_CAP_X2APIC_API, abi.X2APIC_API_USE_32BIT_IDS | abi.X2APIC_API_DISABLE_BROADCAST_QUIRK)
@@ -71,26 +66,6 @@ class KvmVm:
             abi.KVM_SET_USER_MEMORY_REGION,
             bytearray(abi.USERSPACE_MEMORY_REGION.pack(slot, flags, guest_address, size, host_address)),
         )
-
-    def map_memory(self, descriptor: int, size: int, regions: Sequence[MemoryRegion], track_dirty_pages: bool) -> None:
-        """Map ``size`` bytes of the guest memory memfd and give each region a memory slot, in order.
-
-        The descriptor stays the caller's and may be closed.
-        """
-        for region in regions:
-            if (
-                region.offset + region.size > size
-                or (region.guest_address | region.size | region.offset) % mmap.PAGESIZE
-            ):
-                raise ConfigurationError(f"memory region at {region.guest_address:#x} does not fit the guest memory")
-        try:
-            mapping = GuestMapping(descriptor, size)
-        except OSError as error:
-            raise ConfigurationError(f"cannot map the guest memory of {size} bytes: {error}") from None
-        self._mappings.append(mapping)
-        flags = abi.MEM_LOG_DIRTY_PAGES if track_dirty_pages else 0
-        for slot, region in enumerate(regions):
-            self.set_memory_region(slot, region.guest_address, region.size, mapping.address + region.offset, flags)
 
     def get_clock(self) -> bytes:
         """struct kvm_clock_data."""

@@ -7,54 +7,41 @@ import mmap
 import os
 import stat
 
-from base.lean_typing import Sequence
+from base.lean_typing import Any, NamedTuple, Sequence
 from ipc.channel import PairChannel
 from ipc.errors import IpcError
-from ipc.messages.descriptors import (
-    DevicePages,
-    ExitRing,
-    ExternalInterrupt,
-    GuestMemory,
-    Interrupt,
-    VcpuDescriptor,
-)
+from ipc.messages.descriptors import DevicePages, ExitRing, ExternalInterrupt, VcpuDescriptor
 from vmm.errors import WorkerError
 
 
 class WorkerDescriptors:
-    """What a worker gets before Configure; the descriptors stay with the caller."""
+    """What a worker gets before Configure, beside what its VM has; the descriptors stay with the caller."""
 
-    __slots__ = ("device_page", "external_interrupt", "guest_memory", "interrupts", "memory_size", "rings")
+    __slots__ = ("device_page", "external_interrupt", "rings")
 
     def __init__(
-        self,
-        guest_memory: int,
-        memory_size: int,
-        device_page: int,
-        rings: Sequence[tuple[int, int, int, int]],
-        interrupts: Sequence[tuple[int, int]],
-        *,
-        external_interrupt: int = -1,
+        self, device_page: int, rings: Sequence[tuple[int, int, int, int]], *, external_interrupt: int = -1
     ) -> None:
-        self.guest_memory = guest_memory
-        self.memory_size = memory_size
         self.device_page = device_page
         #: (vCPU, ring memfd, doorbell, completion)
         self.rings = rings
-        #: (GSI, eventfd)
-        self.interrupts = interrupts
         #: The eventfd of INTR, for the worker of vCPU 0; -1 for others.
         self.external_interrupt = external_interrupt
 
 
+class VmChange(NamedTuple):
+    """A change of a worker's VM (``ipc.messages.vm``), and the descriptors that are sent ahead of it."""
+
+    message: Any
+    #: (message of the descriptor channel, descriptor); the descriptors stay with the caller.
+    descriptors: tuple[tuple[Any, int], ...] = ()
+
+
 def send_descriptors(channel: PairChannel, descriptors: WorkerDescriptors) -> None:
     """Send everything; does not block if the socket does not. Raises IpcError."""
-    channel.send(GuestMemory(descriptors.memory_size), fds=(descriptors.guest_memory,))
     channel.send(DevicePages(), fds=(descriptors.device_page,))
     for vcpu, *ring in descriptors.rings:
         channel.send(ExitRing(vcpu), fds=tuple(ring))
-    for gsi, eventfd in descriptors.interrupts:
-        channel.send(Interrupt(gsi), fds=(eventfd,))
     if descriptors.external_interrupt >= 0:
         channel.send(ExternalInterrupt(), fds=(descriptors.external_interrupt,))
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 
-from base.lean_typing import Any, Callable, NamedTuple, Sequence
-from ipc.messages.descriptors import IpiPath
+from base.lean_typing import Any, Callable, Sequence
+from ipc.messages import descriptors
 from ipc.messages.ghosts import (
     GHOST_INIT,
     GHOST_INTERRUPT,
@@ -26,55 +26,27 @@ from ipc.messages.ghosts import (
     StartVcpu,
 )
 from ipc.messages.records import Failed
+from vmm.cells.vms import IpiPath, WorkerVms
 from vmm.cells.worker import Worker
 from vmm.errors import VmmError
-from vmm.layout import FIRST_GHOST_GSI
 from vmm.placement import Placement
 
 #: A Linux guest uses four per vCPU. A guest that uses more has them forwarded by messages.
 MAX_PATHS = 512
 
 
-class OpenPath(NamedTuple):
-    """A path within the kernel to a vCPU: what is sent to it with this vector raises ``gsi`` in its owner's VM."""
-
-    vcpu: int
-    vector: int
-    gsi: int
-    eventfd: int
-
-
-class _Path:
-    """What is sent to one vCPU with one vector."""
-
-    __slots__ = ("eventfd", "gsi", "open", "sources", "waiting")
-
-    def __init__(self, gsi: int) -> None:
-        #: In the VM of the owner of its vCPU.
-        self.gsi = gsi
-        self.eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.open = False
-        #: Workers whose end was opened or is being opened.
-        self.sources: set[int] = set()
-        self.waiting: list[Callable[[], None]] = []
-
-
 class GhostForwarder:
     """One per microVM. ``failed`` is called with a text when a worker cannot do what it must."""
 
-    def __init__(self, placement: Placement, workers: Sequence[Worker], failed: Callable[[str], None]) -> None:
+    def __init__(
+        self, placement: Placement, workers: Sequence[Worker], vms: WorkerVms, failed: Callable[[str], None]
+    ) -> None:
         self._placement = placement
         self._workers = workers
+        self._vms = vms
         self._failed = failed
-        self._paths: dict[tuple[int, int], _Path] = {}
-        self._next_gsi = [FIRST_GHOST_GSI] * len(workers)
         #: How many events came, by kind.
         self.events: dict[int, int] = {}
-
-    @property
-    def path_count(self) -> int:
-        """How many paths within the kernel there are."""
-        return len(self._paths)
 
     def handle(self, worker: Worker, event: GhostEvent) -> None:
         """Carry out an event of a worker, then tell it so."""
@@ -95,7 +67,7 @@ class GhostForwarder:
             self._submit(owner, StartVcpu(vcpu, vector), done)
         elif kind == GHOST_INIT:
             self._submit(owner, InitVcpu(vcpu), done)
-        elif kind == GHOST_INTERRUPT and ((vcpu, vector) in self._paths or len(self._paths) < MAX_PATHS):
+        elif kind == GHOST_INTERRUPT and ((vcpu, vector) in self._vms.paths or len(self._vms.paths) < MAX_PATHS):
             self._by_path(worker, owner, vcpu, vector, done)
         else:
             self._submit(owner, RaiseInterrupt(vcpu, vector), done)
@@ -117,10 +89,9 @@ class GhostForwarder:
     # ------------------------------------------------------------ paths within the kernel
 
     def _by_path(self, source: Worker, owner: Worker, vcpu: int, vector: int, done: Callable[[], None]) -> None:
-        path = self._paths.get((vcpu, vector))
+        path = self._vms.paths.get((vcpu, vector))
         if path is None:
-            path = self._paths[vcpu, vector] = _Path(self._next_gsi[owner.index])
-            self._next_gsi[owner.index] += 1
+            path = self._vms.add_path(vcpu, vector, owner.index)
             os.eventfd_write(path.eventfd, 1)
             self._open_target(path, owner, vcpu, vector)
         else:
@@ -131,7 +102,7 @@ class GhostForwarder:
                 done()
                 return
             path.sources.add(source.index)
-            source.send_descriptor(IpiPath(vcpu, vector), path.eventfd)
+            source.send_descriptor(descriptors.IpiPath(vcpu, vector), path.eventfd)
             self._submit(source, OpenIpiSource(vcpu, vector), lambda reply: done())
 
         if path.open:
@@ -139,28 +110,15 @@ class GhostForwarder:
         else:
             path.waiting.append(open_source)
 
-    def _open_target(self, path: _Path, owner: Worker, vcpu: int, vector: int) -> None:
+    def _open_target(self, path: IpiPath, owner: Worker, vcpu: int, vector: int) -> None:
         def opened(_reply: Any) -> None:
             path.open = True
             waiting, path.waiting = path.waiting, []
             for each in waiting:
                 each()
 
-        owner.send_descriptor(IpiPath(vcpu, vector), path.eventfd)
+        owner.send_descriptor(descriptors.IpiPath(vcpu, vector), path.eventfd)
         self._submit(owner, OpenIpiTarget(vcpu, vector, path.gsi), opened)
-
-    def paths_to(self, vcpus: Sequence[int]) -> list[OpenPath]:
-        """Return the paths to these vCPUs, whose interrupts another worker's VM is to raise from now on."""
-        return [
-            OpenPath(vcpu, vector, path.gsi, path.eventfd)
-            for (vcpu, vector), path in self._paths.items()
-            if vcpu in vcpus
-        ]
-
-    def forget_sources(self, index: int) -> None:
-        """Another worker has this index now: what its ghosts signal is opened when they do it for the first time."""
-        for path in self._paths.values():
-            path.sources.discard(index)
 
     def _submit(self, worker: Worker, message: Any, callback: Callable[[Any], None]) -> None:
         def answered(reply: Any) -> None:
@@ -173,9 +131,3 @@ class GhostForwarder:
             worker.submit(message, answered)
         except VmmError:
             pass  # the worker's end is reported by itself
-
-    def close(self) -> None:
-        """Close the eventfds."""
-        for path in self._paths.values():
-            os.close(path.eventfd)
-        self._paths.clear()

@@ -8,12 +8,14 @@ import time
 import zmq
 
 from base.event_manager import EventManager
+from base.lean_std import deque
 from base.lean_typing import Any, Callable, Sequence, TypeVar
 from ipc.errors import IpcError, MessageError
 from ipc.launch_plan import Assignment, LaunchPlan
 from ipc.messages.ghosts import GhostEvent, GhostRecovered
 from ipc.messages.records import Failed, Route
 from ipc.messages.supervisor import CellEnded
+from ipc.messages.vm import RoutesSet, SetRoutes, VmChanged
 from ipc.messages.worker import (
     Configure,
     Configured,
@@ -24,11 +26,9 @@ from ipc.messages.worker import (
     Pong,
     Resume,
     Resumed,
-    RoutesSet,
-    SetRoutes,
     VcpuExited,
 )
-from vmm.cells.descriptors import WorkerDescriptors, receive_run_pages, send_descriptors
+from vmm.cells.descriptors import VmChange, WorkerDescriptors, receive_run_pages, send_descriptors
 from vmm.cells.handshake import WorkerHandshake
 from vmm.cells.lifecycle import DEADLINES, SECOND_NS, WorkerEvent, WorkerState
 from vmm.cells.process import DYING_MS
@@ -39,6 +39,8 @@ __all__ = ["SECOND_NS", "Worker", "WorkerDescriptors"]
 
 #: How long a command may take for which nobody says otherwise.
 COMMAND_TIMEOUT_NS = 30 * SECOND_NS
+#: Changes of its VM that a worker is told before it has answered: its descriptor channel has to hold all of theirs.
+CHANGES_UNDER_WAY = 4
 
 Reply = TypeVar("Reply")
 
@@ -223,25 +225,90 @@ class Worker(WorkerHandshake):
         elif self.vcpu_exit is None or self.failure:
             raise self.error()  # a vCPU that has ended meanwhile was reported, and is no failure of this command
 
-    def configure(self, message: Configure, descriptors: WorkerDescriptors) -> None:
-        """Hand over descriptors and configuration; afterwards the vCPUs are parked. Raises WorkerError."""
-        self._hand_over_descriptors(message, descriptors)
-        self._configured(message, self.request(message, Configured))
-        if not self.usable and (self.vcpu_exit is None or self.failure):
+    def configure(self, message: Configure, descriptors: WorkerDescriptors, changes: Sequence[VmChange]) -> None:
+        """Say what the VM has, and make its vCPUs, which are parked afterwards. Raises WorkerError."""
+        outcome: list[str] = []
+        self.configure_soon(message, descriptors, changes, outcome.append, COMMAND_TIMEOUT_NS)
+
+        def settled() -> bool:
+            return bool(outcome) or not self.alive or self.state is WorkerState.FAILED
+
+        if not settled():
+            self._events.run_until(settled, time.monotonic_ns() + COMMAND_TIMEOUT_NS)
+        if outcome and outcome[0]:
+            raise WorkerError(outcome[0])
+        if not outcome and self.usable:
+            raise WorkerError(f"{self.name} did not answer within {COMMAND_TIMEOUT_NS // SECOND_NS} s.")
+        if not outcome or (not self.usable and (self.vcpu_exit is None or self.failure)):
             raise self.error()
 
     def configure_soon(
-        self, message: Configure, descriptors: WorkerDescriptors, answered: Callable[[str], None], timeout_ns: int
+        self,
+        message: Configure,
+        descriptors: WorkerDescriptors,
+        changes: Sequence[VmChange],
+        answered: Callable[[str], None],
+        timeout_ns: int,
     ) -> None:
         """As :meth:`configure`, without waiting; ``answered`` gets why it failed, or nothing. Raises WorkerError."""
         self._hand_over_descriptors(message, descriptors)
 
-        def replied(reply: Any, refusal: str) -> None:
+        def made(reply: Any, refusal: str) -> None:
             if reply is not None:
                 self._configured(message, reply)
             answered(refusal)
 
-        self.ask(message, Configured, replied, timeout_ns=timeout_ns)
+        self.change_all(
+            changes, answered, lambda: self.ask(message, Configured, made, timeout_ns=timeout_ns), timeout_ns
+        )
+
+    def change_all(
+        self, changes: Sequence[VmChange], refused: Callable[[str], None], then: Callable[[], None], timeout_ns: int
+    ) -> None:
+        """Change its VM, in this order; ``then`` is called when the last change was sent, not when it was answered.
+
+        There are never more than a few under way. After ``refused`` no more is sent.
+        """
+        left = deque(changes)
+        all_sent = was_refused = False
+
+        def changed(reply: Any, refusal: str) -> None:
+            nonlocal was_refused
+            if was_refused:
+                return
+            if refusal:
+                was_refused = True
+                refused(refusal)
+            elif left:
+                send_next()
+
+        def send_next() -> None:
+            # While a change is being sent an answer may come, and send the next one, or the last.
+            nonlocal all_sent
+            if left:
+                self._ask_change(left.popleft(), changed, timeout_ns)
+            if not left and not all_sent and not was_refused:
+                all_sent = True
+                then()
+
+        for _ in range(min(len(left), CHANGES_UNDER_WAY) or 1):
+            send_next()
+
+    def _ask_change(self, change: VmChange, answered: Callable[[Any, str], None], timeout_ns: int) -> None:
+        for message, descriptor in change.descriptors:
+            self.send_descriptor(message, descriptor)
+        self.ask(change.message, VmChanged, answered, timeout_ns=timeout_ns)
+
+    def change(self, change: VmChange, done: Callable[[], None]) -> None:
+        """Change the VM of a worker that was configured; ``done``: it is in force (never called, if it fails)."""
+
+        def answered(reply: Any, refusal: str) -> None:
+            if refusal:
+                self._fail(f"The worker of vCPU {self.index} could not change its VM: {refusal}")
+            else:
+                done()
+
+        self._ask_change(change, answered, COMMAND_TIMEOUT_NS)
 
     def _hand_over_descriptors(self, message: Configure, descriptors: WorkerDescriptors) -> None:
         channel = self._descriptors

@@ -7,7 +7,7 @@ one then; what is signalled between stays in the eventfd and is raised when it i
 from __future__ import annotations
 
 from base.lean_std import deque
-from base.lean_typing import Callable, Protocol, Sequence
+from base.lean_typing import Callable, NamedTuple, Protocol, Sequence
 from ipc.messages.records import Route
 
 _DESTINATION_SHIFT = 12
@@ -22,17 +22,26 @@ class RouteTarget(Protocol):
         """Put routes into force, then call ``done``."""
 
 
+class PlacedRoute(NamedTuple):
+    """A route, and the index of the worker whose VM has its irqfd, or had it last."""
+
+    route: Route
+    worker: int
+
+
 class InterruptRouter:
     """Sans-IO: it calls ``set_routes`` of the workers and is called back.
 
-    ``owner`` maps an APIC id to a worker's number, or returns -1 for one that no vCPU has.
+    ``owner`` maps an APIC id to a worker's index, or returns -1 for one that no vCPU has. ``placed`` is where
+    the routes of all GSIs are noted: whoever keeps it keeps the only record of them.
     """
 
-    def __init__(self, targets: Sequence[RouteTarget], owner: Callable[[int], int]) -> None:
+    def __init__(
+        self, targets: Sequence[RouteTarget], owner: Callable[[int], int], placed: dict[int, PlacedRoute]
+    ) -> None:
         self._targets = targets
         self._owner = owner
-        #: GSI → worker that has its irqfd, or had it last.
-        self._places: dict[int, int] = {}
+        self._placed = placed
         self._waiting: deque[tuple[Sequence[Route], Callable[[], None]]] = deque()
         self._busy = False
 
@@ -41,10 +50,6 @@ class InterruptRouter:
         self._waiting.append((routes, done))
         if not self._busy:
             self._next()
-
-    def placed(self, target: int) -> set[int]:
-        """Return the GSIs whose irqfd is in the VM of this worker, or was there last."""
-        return {gsi for gsi, place in self._places.items() if place == target}
 
     def _next(self) -> None:
         if not self._waiting:
@@ -64,14 +69,15 @@ class InterruptRouter:
             done()
             return
         route = routes.popleft()
-        before = self._places.get(route.gsi)
+        placed = self._placed.get(route.gsi)
+        before = None if placed is None else placed.worker
         after = self._place(route, before)
 
         def given() -> None:
             self._carry_out(routes, done)
 
         def give() -> None:
-            self._places[route.gsi] = after
+            self._placed[route.gsi] = PlacedRoute(route, after)
             self._targets[after].set_routes((route,), given)
 
         if before is None or before == after:

@@ -14,18 +14,18 @@ from ipc.messages.records import BootRegisters
 from ipc.messages.worker import Configure
 from vmm.cells.exits import ExitExecutor
 from vmm.cells.ghosts import GhostForwarder
+from vmm.cells.vms import WorkerVms
 from vmm.cells.worker import Worker, WorkerDescriptors
 from vmm.config.resources import VmResources
 from vmm.config.start_options import StartOptions
 from vmm.cpu_config.setup import CpuSetup
 from vmm.devices.legacy.console import ConsoleInput, ConsoleOutput
 from vmm.devices.manager import DeviceManager
-from vmm.devices.routing import InterruptRouter
 from vmm.machine.ending import Ending
 from vmm.machine.vm import Vm
 from vmm.machine.vmm import Vmm
 from vmm.observe.logger import LOG
-from vmm.operations.replacement import Interrupts, Successor
+from vmm.operations.replacement import Successor
 from vmm.placement import Placement, PlacementError
 
 # Values of StartOptions.console (vmm.cli.CONSOLES).
@@ -60,22 +60,14 @@ def open_console(resources: VmResources, plan: LaunchPlan) -> Console:
     return Console(None, -1)
 
 
-def configuration(
-    resources: VmResources, memory: GuestMemory, devices: DeviceManager, boot: BootRegisters, setup: CpuSetup
-) -> Configure:
+def configuration(resources: VmResources, boot: BootRegisters, setup: CpuSetup) -> Configure:
     """Return what a worker is told at its start, without vCPUs."""
     machine = resources.machine_config
     return Configure(
         vcpu_count=machine.vcpu_count,
         smt=machine.smt,
         vcpus=(),
-        regions=memory.regions,
-        memory_size=memory.size,
         boot=boot,
-        ports=devices.ports.windows(),
-        mmio=devices.mmio.windows(),
-        interrupts=tuple(line.gsi for line in devices.interrupts),
-        track_dirty_pages=machine.track_dirty_pages,
         resumes_other=False,
         cpuid=setup.cpuid,
         msr_changes=setup.msr_changes,
@@ -105,13 +97,12 @@ class Assembly:
         self._executors: dict[int, ExitExecutor] = {}
         self._rings: list[ExitExecutor] = []
         self._message: Configure | None = None
-        self._ghosts: GhostForwarder | None = None
         self.ending = Ending(_no_tail if output is None else output.tail, restarts=restarts)
-        self._router = InterruptRouter(self.workers, self._owner)
+        self.vms = WorkerVms(self.workers, self._owner)
         self.devices = DeviceManager(
             transmit=_discard if output is None else output.transmit,
             reset=self.ending.guest_reset,
-            set_routes=self._router.set_routes,
+            set_routes=self.vms.set_routes,
             log=LOG.warn,
         )
         console_input = None
@@ -124,6 +115,7 @@ class Assembly:
             Vm(memory, placement),
             self.devices,
             self.ending,
+            vms=self.vms,
             workers=self.workers,
             output=output,
             console_input=console_input,
@@ -147,8 +139,12 @@ class Assembly:
 
     # ------------------------------------------------------------ workers
 
-    def prepare(self, configuration: Configure) -> None:
-        """Everything is attached: workers get this, and differ in their vCPUs only."""
+    def prepare(self, configuration: Configure, *, track_dirty_pages: bool = False) -> None:
+        """Everything is attached: note what the VMs have, and what workers are told, who differ in their vCPUs only."""
+        memory = self._memory
+        self.vms.map_guest_memory(memory.descriptor, memory.size, memory.regions, track_dirty_pages=track_dirty_pages)
+        self.vms.set_windows(self.devices.ports.windows(), self.devices.mmio.windows())
+        self.vms.add_interrupts([(line.gsi, line.eventfd) for line in self.devices.interrupts])
         self._message = configuration
 
     def add_worker(self, worker: Worker) -> None:
@@ -158,14 +154,14 @@ class Assembly:
         """
         for vcpu in worker.assignment.vcpus:
             self._add_ring(vcpu, worker)
-        worker.configure(self._configuration(worker), self.descriptors(worker))
+        worker.configure(self._configuration(worker), self._descriptors(worker), self.vms.everything())
         self.ending.watch(worker)
         self.workers.append(worker)
 
     def connect(self) -> None:
         """All workers are there: let their ghosts reach the other workers."""
-        self._ghosts = GhostForwarder(self.placement, self.workers, self.ending.forwarding_failed)
-        self.vmm.attach_ghosts(self._ghosts)
+        ghosts = GhostForwarder(self.placement, self.workers, self.vms, self.ending.forwarding_failed)
+        self.vmm.attach_ghosts(ghosts)
 
     def _add_ring(self, vcpu: int, worker: Worker) -> None:
         """Make the exit ring of a vCPU, which this worker runs, or whoever replaces it."""
@@ -195,31 +191,16 @@ class Assembly:
         assert self._message is not None
         return self._message._replace(vcpus=worker.assignment.vcpus)
 
-    def descriptors(self, worker: Worker) -> WorkerDescriptors:
-        """Return the descriptors that a worker with this assignment gets."""
+    def _descriptors(self, worker: Worker) -> WorkerDescriptors:
         executors = [(vcpu, self._executors[vcpu]) for vcpu in worker.assignment.vcpus]
-        return WorkerDescriptors(
-            guest_memory=self._memory.descriptor,
-            memory_size=self._memory.size,
-            device_page=self.devices.page_descriptor,
-            rings=tuple(
-                (vcpu, executor.descriptor, executor.doorbell, executor.completion) for vcpu, executor in executors
-            ),
-            interrupts=tuple((line.gsi, line.eventfd) for line in self.devices.interrupts),
-            external_interrupt=self.devices.external_interrupt.eventfd if 0 in worker.assignment.vcpus else -1,
-        )
+        rings = [(vcpu, each.descriptor, each.doorbell, each.completion) for vcpu, each in executors]
+        external = self.devices.external_interrupt.eventfd if 0 in worker.assignment.vcpus else -1
+        return WorkerDescriptors(self.devices.page_descriptor, rings, external_interrupt=external)
 
     def _make_successor(self, predecessor: Worker) -> Successor:
         """Return what is needed to let a worker go on for another one."""
-        vcpus = predecessor.assignment.vcpus
-
-        def interrupts() -> Interrupts:
-            placed = self._router.placed(predecessor.index)
-            routes = [route for route in self.devices.ioapic.routes() if route.gsi in placed]
-            return Interrupts(routes, self._ghosts.paths_to(vcpus) if self._ghosts is not None else ())
-
         worker = self.make_successor(predecessor.index)
-        return Successor(worker, self._configuration(predecessor), self.descriptors(predecessor), interrupts)
+        return Successor(worker, self._configuration(predecessor), self._descriptors(predecessor), self.vms)
 
 
 def _nothing_to_acknowledge() -> int:

@@ -106,7 +106,8 @@ class MicrovmBuilder:
     def _start_workers(self, assembly: Assembly, resources: VmResources, boot: BootRegisters) -> None:
         workers = self._pool.greeted(assembly.placement)
         setup = _cpu_setup(resources, workers[0])
-        assembly.prepare(configuration(resources, assembly.vmm.vm.memory, assembly.devices, boot, setup))
+        track = resources.machine_config.track_dirty_pages
+        assembly.prepare(configuration(resources, boot, setup), track_dirty_pages=track)
         for worker in workers:
             assembly.add_worker(worker)
         assembly.connect()

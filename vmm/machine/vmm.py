@@ -12,6 +12,7 @@ from vmm.cells.ghosts import GhostForwarder
 from vmm.cells.handshake import Kvm
 from vmm.cells.heartbeat import Heartbeat
 from vmm.cells.pool import end_workers
+from vmm.cells.vms import WorkerVms
 from vmm.cells.worker import Worker
 from vmm.devices.legacy.console import ConsoleInput, ConsoleOutput
 from vmm.devices.manager import DeviceManager, read_devices
@@ -53,6 +54,7 @@ class Vmm(DeviceOperations):
         device_manager: DeviceManager,
         ending: Ending,
         *,
+        vms: WorkerVms,
         workers: list[Worker],
         output: ConsoleOutput | None,
         console_input: ConsoleInput | None,
@@ -63,6 +65,7 @@ class Vmm(DeviceOperations):
         self.vm = vm
         self.device_manager = device_manager
         self.ending = ending
+        self._vms = vms
         self.vcpus_handles = workers
         self._executors: dict[int, ExitExecutor] = {}
         self._ghosts: GhostForwarder | None = None
@@ -255,7 +258,7 @@ class Vmm(DeviceOperations):
         self.ending.watch(successor)
         if self._ghosts is not None:
             successor.on_ghost_event = self._ghosts.handle
-            self._ghosts.forget_sources(predecessor.index)
+        self._vms.forget_sources(predecessor.index)
 
     def _read_quiescence(self) -> tuple[QuiescentWorker, ...]:
         open_exits = [
@@ -338,8 +341,7 @@ class Vmm(DeviceOperations):
             worker.close()
         for executor in self._executors.values():
             executor.close()
-        if self._ghosts is not None:
-            self._ghosts.close()
+        self._vms.close()
         if self._console_input is not None:
             self._console_input.close()
         if self._console_output is not None:

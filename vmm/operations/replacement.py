@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 
 from base.event_manager import EventManager, EventOps
-from base.lean_typing import Any, Callable, NamedTuple, Protocol, Sequence
+from base.lean_typing import Any, Callable, NamedTuple, Protocol
 from ipc.messages.descriptors import IpiPath
 from ipc.messages.ghosts import OpenIpiTarget
-from ipc.messages.records import Route
 from ipc.messages.replacement import (
     MAX_PATHS_AT_ONCE,
+    MAX_ROUTES_AT_ONCE,
     GhostState,
     HandedOver,
     HandOver,
@@ -23,8 +23,8 @@ from ipc.messages.replacement import (
 )
 from ipc.messages.supervisor import CellEnded
 from ipc.messages.worker import Configure, SavedState, SaveState
-from vmm.cells.ghosts import OpenPath
 from vmm.cells.lifecycle import DEADLINES, SECOND_NS, WorkerEvent, WorkerState
+from vmm.cells.vms import WorkerVms
 from vmm.cells.worker import Worker, WorkerDescriptors
 from vmm.errors import StateError
 from vmm.observe.event_log import EVENTS
@@ -39,23 +39,13 @@ from vmm.operations.tables import StepName
 AWAIT_END_TIMEOUT_NS = 10 * SECOND_NS
 
 
-class Interrupts(NamedTuple):
-    """What is bound in the VM of the worker that leaves, at the moment when it has handed over."""
-
-    routes: Sequence[Route]
-    paths: Sequence[OpenPath]
-
-
 class Successor(NamedTuple):
-    """A worker that is to go on for another one, not spawned yet, and what it is given.
-
-    ``interrupts`` is asked when the guest stands still and nothing is under way.
-    """
+    """A worker that is to go on for another one, not spawned yet, and what it is given."""
 
     worker: Worker
     configuration: Configure
     descriptors: WorkerDescriptors
-    interrupts: Callable[[], Interrupts]
+    vms: WorkerVms
 
 
 class Machine(Guest, Protocol):
@@ -128,7 +118,8 @@ class Replacement(Pausing):
 
     def _configure(self, member: Member, timeout_ns: int, answered: Answered) -> None:
         message = self._given.configuration._replace(resumes_other=True)
-        self.successor.configure_soon(message, self._given.descriptors, answered, timeout_ns)
+        changes = self._given.vms.for_successor()
+        self.successor.configure_soon(message, self._given.descriptors, changes, answered, timeout_ns)
 
     def _hand_over(self, member: Member, timeout_ns: int, answered: Answered) -> None:
         def handed_over(reply: Any, refusal: str) -> None:
@@ -167,29 +158,32 @@ class Replacement(Pausing):
             self.successor.ask(LoadState(vcpu, version, state), StateLoaded, loaded, timeout_ns=timeout_ns)
 
     def _take_over(self, member: Member, timeout_ns: int, answered: Answered) -> None:
-        routes, paths = self._given.interrupts()
-        left = list(paths)
+        # The guest stands still, and nothing is under way.
+        bound = self._given.vms.bound_to(self.predecessor_index, self.predecessor.assignment.vcpus)
+        routes, paths = list(bound.routes), list(bound.paths)
 
-        def next_part(routes: tuple[Route, ...] = ()) -> None:
+        def next_part() -> None:
             """A part at a time: the worker has to take the descriptors before more of them fit into the socket."""
-            part = left[:MAX_PATHS_AT_ONCE]
-            del left[:MAX_PATHS_AT_ONCE]
-            last = not left
-            for path in part:
+            first_routes, first_paths = routes[:MAX_ROUTES_AT_ONCE], paths[:MAX_PATHS_AT_ONCE]
+            del routes[:MAX_ROUTES_AT_ONCE], paths[:MAX_PATHS_AT_ONCE]
+            last = not routes and not paths
+            for path in first_paths:
                 self.successor.send_descriptor(IpiPath(path.vcpu, path.vector), path.eventfd)
-            targets = tuple(OpenIpiTarget(path.vcpu, path.vector, path.gsi) for path in part)
-            command = TakeOver(routes, targets, self._ghosts if last else (), self._held if last else (), last)
+            targets = tuple(OpenIpiTarget(path.vcpu, path.vector, path.gsi) for path in first_paths)
+            ghosts, held = (self._ghosts, self._held) if last else ((), ())
+            command = TakeOver(tuple(first_routes), targets, ghosts, held, last)
+
+            # Decided before the part is sent: its answer may come while the next is being made.
+            def taken_over(reply: Any, refusal: str) -> None:
+                if refusal or last:
+                    answered(refusal)
+                else:
+                    next_part()
+
             event = WorkerEvent.LOADED if last else None
             self.successor.ask(command, TakenOver, taken_over, timeout_ns=timeout_ns, event=event)
 
-        def taken_over(reply: Any, refusal: str) -> None:
-            if refusal or not left:
-                answered(refusal)
-            else:
-                next_part()
-
-        # Decided before the first part is sent: its answer may come while the next is being made.
-        next_part(tuple(routes))
+        self.successor.change_all(self._given.vms.since(), answered, next_part, timeout_ns)
 
     def _roll_back(self, member: Member, timeout_ns: int, answered: Answered) -> None:
         self.predecessor.ask(

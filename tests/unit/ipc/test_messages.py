@@ -16,7 +16,8 @@ from ipc.launch_plan import MAX_WORKERS
 from ipc.messages.descriptors import DESCRIPTORS
 from ipc.messages.records import WORKER
 from ipc.messages.supervisor import SUPERVISOR, SignalCell, Spawn
-from ipc.messages.worker import Configure, Pong, Resumed
+from ipc.messages.vm import SetWindows
+from ipc.messages.worker import Pong, Resumed
 from ipc.schema import (
     MAX_FRAME_SIZE,
     PROTOCOL_VERSION,
@@ -89,6 +90,13 @@ KINDS = {
         61: "InitVcpu",
         62: "ReadQuiescence",
         63: "QuiescenceRead",
+        64: "AddInterrupts",
+        65: "SetWindows",
+        66: "MapMemory",
+        67: "UnmapMemory",
+        68: "AddDoorbell",
+        69: "RemoveDoorbell",
+        70: "VmChanged",
     },
     "supervisor": {
         1: "Failed",
@@ -110,6 +118,8 @@ KINDS = {
         5: "VcpuDescriptor",
         6: "IpiPath",
         7: "ExternalInterrupt",
+        8: "MemoryObject",
+        9: "DoorbellEvent",
     },
 }
 
@@ -253,7 +263,7 @@ def test_frames_are_bounded_when_received():
 
 def test_bounds_fit_the_layouts():
     """A slot of the device page and a worker's index can be used as they come."""
-    windows = dict(records_of(WORKER)[Configure].fields)["ports"]
+    windows = dict(records_of(WORKER)[SetWindows].fields)["ports"]
     assert isinstance(windows, ListOf)
     assert isinstance(windows.item, RecordOf)
     slot = dict(windows.item.fields)["slot"]

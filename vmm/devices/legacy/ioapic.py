@@ -35,8 +35,8 @@ ENTRY_DESTINATION_SHIFT = 56
 MSI_ADDRESS_BASE = 0xFEE0_0000
 MSI_ADDRESS_LOGICAL = 1 << 2
 
-#: Hand routes to the workers; call back when they are in force.
-SetRoutes = Callable[[Sequence[Route], Callable[[], None]], None]
+#: Hand routes to the workers (vmm.devices.vms.WorkerVms).
+SetRoutes = Callable[[Sequence[Route]], Deferral]
 
 
 def msi_of_entry(gsi: int, entry: int) -> Route:
@@ -92,10 +92,6 @@ class IoApic(Device):
     def is_masked(self, pin: int) -> bool:
         """Tell whether an edge on this pin would lead to nothing."""
         return bool(self._entries[pin] & ENTRY_MASKED)
-
-    def routes(self) -> tuple[Route, ...]:
-        """Return the present routes of all connected pins (for a worker that is made later)."""
-        return tuple(msi_of_entry(pin, self._entries[pin]) for pin in sorted(self._connected))
 
     def save(self) -> IoApicState:
         """Return the registers."""
@@ -158,6 +154,5 @@ class IoApic(Device):
         if after & ENTRY_LEVEL and not after & ENTRY_MASKED and not self._level_reported:
             self._level_reported = True
             self._log(f"The guest set pin {pin} of the IOAPIC to level-triggered; it is treated as edge-triggered.")
-        deferral = Deferral()
-        self._set_routes((msi_of_entry(pin, after),), deferral.complete)
+        deferral = self._set_routes((msi_of_entry(pin, after),))
         return None if deferral.done else deferral

@@ -8,7 +8,6 @@ from ipc.messages.records import WORKER
 from ipc.messages.worker import Configure
 from ipc.schema import pack, unpack
 from tests.harness.memory_fixtures import MemoryFactory
-from vmm import layout
 from vmm.boot import long_mode
 
 
@@ -62,13 +61,7 @@ def test_registers_fit_into_the_message_for_the_worker(guest_memory: MemoryFacto
             vcpu_count=1,
             smt=False,
             vcpus=(0,),
-            regions=layout.ram_regions(1 << 20),
-            memory_size=1 << 20,
             boot=registers,
-            ports=(),
-            mmio=(),
-            interrupts=(),
-            track_dirty_pages=False,
             resumes_other=False,
         )
         assert WORKER.from_wire(*unpack(pack(WORKER.to_wire(message)))) == message

@@ -46,7 +46,7 @@ def test_a_life(make, tmp_path):
     worker.wait_greeted()
     assert os.listdir(tmp_path) == [], "nobody else can connect after HELLO"
     assert worker.pid > 0
-    worker.configure(configure_message(), controller.descriptors())
+    worker.configure(configure_message(), controller.descriptors(), controller.changes())
     assert worker.tsc_khz == 1000
     worker.resume()
     worker.resume()
@@ -85,9 +85,9 @@ def test_the_worker_gets_the_descriptors_that_were_meant(make, tmp_path):
 
     controller = make(behave)
     worker = controller.greeted()
-    descriptors = controller.descriptors()
-    worker.configure(configure_message(), descriptors)
-    assert [os.eventfd_read(eventfd) for _, eventfd in descriptors.interrupts] == [1, 2]
+    descriptors, changes = controller.descriptors(), controller.changes()
+    worker.configure(configure_message(), descriptors, changes)
+    assert [os.eventfd_read(eventfd) for _, eventfd in changes[-1].descriptors] == [1, 2]
     assert os.eventfd_read(descriptors.rings[0][2]) == 7
 
 
@@ -143,7 +143,7 @@ def test_a_worker_that_dies_at_any_step_is_reported_with_its_signal(make, step):
     def whole_life() -> None:
         worker.spawn()
         worker.wait_greeted()
-        worker.configure(configure_message(), controller.descriptors())
+        worker.configure(configure_message(), controller.descriptors(), controller.changes())
         worker.resume()
         worker.pause()
         worker.request(SaveState(0), SavedState)
@@ -359,7 +359,7 @@ def test_a_command_that_is_never_answered(make, monkeypatch, command):
     worker = controller.greeted()
 
     def whole_life() -> None:
-        worker.configure(configure_message(), controller.descriptors())
+        worker.configure(configure_message(), controller.descriptors(), controller.changes())
         worker.resume()
         worker.pause()
 
@@ -416,9 +416,9 @@ def test_a_worker_that_does_not_take_its_descriptors(make):
     controller = make(lambda worker: worker.greet() or worker.sleep())
     worker = controller.greeted()
     descriptors = controller.descriptors()
-    descriptors.interrupts = [descriptors.interrupts[0]] * 5000
+    descriptors.rings = [descriptors.rings[0]] * 5000
     with pytest.raises(WorkerError, match="broke the protocol"):
-        worker.configure(configure_message(), descriptors)
+        worker.configure(configure_message(), descriptors, controller.changes())
     assert worker.wait_ended()
 
 
@@ -481,7 +481,7 @@ def test_commands_after_the_end_say_how_it_ended(make):
     with pytest.raises(WorkerError, match="SIGSEGV"):
         worker.pause()
     with pytest.raises(WorkerError, match="SIGSEGV"):
-        worker.configure(configure_message(), controller.descriptors())
+        worker.configure(configure_message(), controller.descriptors(), controller.changes())
     worker.finish()
     worker.kill()
     assert worker.wait_ended()

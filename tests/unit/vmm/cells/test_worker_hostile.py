@@ -15,17 +15,8 @@ import zmq
 from ipc.messages.descriptors import VcpuDescriptor
 from ipc.messages.ghosts import GHOST_NMI, GhostEvent, GhostEventDone, Noted
 from ipc.messages.records import Failed, Route
-from ipc.messages.worker import (
-    Configured,
-    DumpedCpuConfig,
-    Finished,
-    Paused,
-    Pong,
-    Resumed,
-    RoutesSet,
-    VcpuExited,
-    Welcome,
-)
+from ipc.messages.vm import RoutesSet
+from ipc.messages.worker import Configured, DumpedCpuConfig, Finished, Paused, Pong, Resumed, VcpuExited, Welcome
 from tests.harness.cells import (
     Controller,
     Reports,
@@ -275,7 +266,7 @@ def test_a_run_page_that_is_none_is_refused(make, action):
     descriptors = controller.descriptors()
     before = open_descriptors()
     with pytest.raises(WorkerError, match="broke the protocol"):
-        worker.configure(configure_message(), descriptors)
+        worker.configure(configure_message(), descriptors, controller.changes())
     assert worker.wait_ended()
     worker.close()
     assert open_descriptors() <= before

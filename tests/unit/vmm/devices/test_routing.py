@@ -42,7 +42,7 @@ def make(count: int) -> tuple[InterruptRouter, list[Target]]:
     targets: list[Target] = []
     for _ in range(count):
         Target(targets)
-    return InterruptRouter(targets, lambda vcpu: vcpu if vcpu < count else -1), targets
+    return InterruptRouter(targets, lambda vcpu: vcpu if vcpu < count else -1, {}), targets
 
 
 def settle(targets: list[Target], chance: random.Random) -> None:

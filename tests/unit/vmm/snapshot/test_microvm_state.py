@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from ipc.messages.ghosts import QuiescentGhost
 from ipc.messages.records import MemoryRegion
 from ipc.messages.worker import SavedState
+from tests.harness.devices import routes_at_once
 from tests.harness.records import values_of
 from vmm.devices.interrupts import InterruptState
 from vmm.devices.legacy.serial import SerialState
@@ -41,7 +42,7 @@ def states(draw: st.DrawFn) -> MicrovmState:
 
 
 def manager() -> DeviceManager:
-    return DeviceManager(transmit=lambda _: None, reset=lambda: None, set_routes=lambda _, done: done(), log=print)
+    return DeviceManager(transmit=lambda _: None, reset=lambda: None, set_routes=routes_at_once, log=print)
 
 
 def test_the_state_of_the_devices_is_what_the_guest_has_written():

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devtool.project import ROOT
-from tests.harness.devices import CountingLine, device_page
+from tests.harness.devices import CountingLine, device_page, routes_at_once
 from tests.harness.records import values_of
 from vmm.devices.bus import Device, port_bus
 from vmm.devices.interrupts import InterruptLine
@@ -43,7 +43,7 @@ def i8042(**state: Any) -> Iterator[I8042]:
 
 @contextmanager
 def ioapic(**state: Any) -> Iterator[IoApic]:
-    yield IoApic({1, 4}, lambda routes, done: done(), lambda text: None, **state)
+    yield IoApic({1, 4}, routes_at_once, lambda text: None, **state)
 
 
 @contextmanager

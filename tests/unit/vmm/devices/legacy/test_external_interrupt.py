@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from base.event_manager import EventManager
 from ipc.exit_ring import ACKNOWLEDGED, ACKNOWLEDGED_MORE
+from tests.harness.devices import routes_at_once
 from vmm.devices.legacy.external_interrupt import ExternalInterrupt
 from vmm.devices.legacy.pic import Pic
 from vmm.devices.manager import DeviceManager
@@ -31,7 +32,7 @@ def told(line: ExternalInterrupt) -> int:
 
 @pytest.fixture
 def machine() -> Iterator[DeviceManager]:
-    devices = DeviceManager(transmit=lambda _: None, reset=lambda: None, set_routes=lambda _, done: done(), log=print)
+    devices = DeviceManager(transmit=lambda _: None, reset=lambda: None, set_routes=routes_at_once, log=print)
     try:
         yield devices
     finally:
