@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
@@ -358,3 +359,39 @@ def test_descriptors_are_closed():
         machine.ring()
         machine.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+class Thief(Watch):
+    """Empties a doorbell of which the event loop has learned already that it rang, and makes it blocking."""
+
+    def __init__(self, descriptor: int, doorbell: int) -> None:
+        super().__init__(descriptor)
+        self.doorbell = doorbell
+        self.stolen = 0
+
+    def process(self, events, ops) -> None:
+        super().process(events, ops)
+        if not self.stolen:
+            os.set_blocking(self.doorbell, True)
+            self.stolen = os.eventfd_read(self.doorbell)
+
+
+def test_a_doorbell_that_a_worker_makes_blocking_and_empties_does_not_block(machine):
+    def blocked(number, frame):
+        raise AssertionError("the controller waits for a worker")
+
+    executor = machine.ring()
+    thief = Thief(os.eventfd(0, os.EFD_NONBLOCK), executor.doorbell)
+    machine.events.add_subscriber(thief)
+    before = signal.signal(signal.SIGALRM, blocked)
+    signal.alarm(60)
+    try:
+        os.eventfd_write(thief.descriptor, 1)
+        machine.producer(executor).post(KIND_PIO_WRITE, PORT, 1, 1)  # rings second, so it is looked at second
+        machine.serve(lambda: machine.device.accesses)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        os.close(thief.descriptor)
+    assert thief.stolen == 1
+    assert machine.device.accesses == [("write", 0, 1, 1)]
