@@ -19,11 +19,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import CodeType
 
-from devtool.project import PRODUCT, ROOT, existing
+from devtool.project import PACK, PRODUCT, ROOT, existing
+from jailer import pack
 
 STAMP = ROOT / "build" / "bytecode.json"
 HOT_FUNCTIONS = ROOT / "jailer" / "hot" / "functions.txt"
 HOT_NAMES = ROOT / "jailer" / "hot" / "build" / "names.txt"
+#: Before the code in a cached file: magic number, flags, time and size of the source (PEP 552).
+_CACHE_HEADER_SIZE = 16
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _DOCUMENTED = (ast.Module, ast.ClassDef, *_FUNCTIONS)
 
@@ -92,8 +95,26 @@ def compile_product() -> None:
             except SyntaxError:
                 continue  # whoever imports it will say so
         current[name] = _identity(source, target)
-    if current != known:
+    if current != known or not PACK.is_file():
+        write_pack([Path(name) for name in current])
         _write(STAMP, json.dumps(current).encode())
+
+
+def write_pack(sources: Sequence[Path]) -> None:
+    """Write the cached byte code of these sources into one file (jailer.pack)."""
+    index: pack.Index = {}
+    codes: list[bytes] = []
+    offset = 0
+    for source in sources:
+        code = Path(importlib.util.cache_from_source(str(source))).read_bytes()[_CACHE_HEADER_SIZE:]
+        status = source.stat()
+        package = source.name == "__init__.py"
+        parts = source.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts[:-1] if package else parts)
+        index[name] = (str(source), package, status.st_mtime_ns, status.st_size, offset, len(code))
+        codes.append(code)
+        offset += len(code)
+    _write(PACK, pack.join(index, b"".join(codes)))
 
 
 # ---------------------------------------------------------------- names

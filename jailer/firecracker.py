@@ -5,6 +5,8 @@ What still holds: one process per role, seccomp filters, no_new_privs, no capabi
 
 from __future__ import annotations
 
+import gc
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmm.cli import CommandLine
@@ -31,6 +33,7 @@ def main(argv: list[str]) -> int:
 
 
 def _launch(arguments: list[str], command_line: CommandLine) -> int:
+    gc.disable()  # until template.warm()
     from base import timeline
     from jailer import cli
     from jailer.errors import JailerError

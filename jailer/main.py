@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -106,6 +107,7 @@ def _launch(options: cli.Options) -> int:
         return error.exit_code
     from jailer import hot
 
+    gc.disable()  # until template.warm()
     hot.intern_names()
     timeline.mark("import libraries")
     from base import lean_msgpack, lean_zmq

@@ -9,7 +9,7 @@ import time
 from base.lean_std import socket
 from base.lean_typing import Callable, NamedTuple
 from ipc.launch_plan import FORKED_AHEAD, Assignment, LaunchPlan
-from jailer import hot
+from jailer import hot, pack
 from jailer.hot import heap
 
 Seal = Callable[[], None]
@@ -41,7 +41,8 @@ _warmed = False
 def warm() -> None:
     """Touch what Python and the C library load on first use, and arrange the heap so that forks share most of it.
 
-    Called by a launch before its first fork; a template that waits for its launch has done it ahead.
+    Called by a launch before its first fork; a template that waits for its launch has done it ahead. The garbage
+    collector, off while the programs load their modules (which makes next to no garbage), is on from here.
     """
     global _warmed
     if _warmed:
@@ -52,10 +53,11 @@ def warm() -> None:
     time.localtime()  # reads /etc/localtime, once
     sys.stdout.flush() if sys.stdout else None
     sys.stderr.flush() if sys.stderr else None
-    gc.collect(1)
+    pack.remove()
     # Its entries hold names: each one that a cell replaces would cost it a page, for the count of the old name.
     sys._clear_type_cache()
     heap.close_gaps()
     hot.gather_code()
     gc.freeze()
     gc.collect()  # nothing to traverse any more: empties the free lists of tuples, floats and the like
+    gc.enable()

@@ -73,6 +73,10 @@ class Placement(NamedTuple):
                 return worker
         raise PlacementError(f"There is no vCPU {vcpu}.")
 
+    def destination(self, apic_id: int) -> int:
+        """Return the number of the worker that runs the vCPU with this APIC id (they are the same), -1 for none."""
+        return next((worker for worker, group in enumerate(self.groups) if apic_id in group), -1)
+
 
 def check(text: str, vcpu_count: int) -> None:
     """Raise PlacementError if ``text`` is no placement for so many vCPUs."""

@@ -15,6 +15,7 @@ from tests.harness.cells import (
     StandInWorker,
     configure_message,
 )
+from vmm.cells.vms import WorkerVms
 from vmm.devices.legacy.console import ConsoleOutput
 from vmm.errors import VmmError
 from vmm.machine.assembly import Assembly, Console
@@ -37,7 +38,10 @@ class Machine:
         self.reader, writer = os.pipe()
         self.output = ConsoleOutput(writer, owned=True)
         placement = Placement("Split", ((0,),), "test")
-        self.assembly = Assembly(self.events, "standin", memory, placement, Console(self.output, -1))
+        console = Console(self.output, -1)
+        vms = WorkerVms([], placement.destination)
+        vms.map_guest_memory(memory, track_dirty_pages=False)
+        self.assembly = Assembly(self.events, "standin", memory, placement, vms, console=console)
         self.devices = self.assembly.devices
         self.vmm = self.assembly.vmm
         self.controller.greeted()

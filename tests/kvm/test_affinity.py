@@ -68,7 +68,8 @@ def test_a_worker_that_cannot_be_bound_says_so(tmp_path, no_leftovers, cpus):
     """The kernel refuses the first set and silently makes the second one smaller."""
     with no_leftovers(), Controller(tmp_path, nothing_written, affinity=(cpus,)) as worker:
         worker.greet()
-        worker.prepare()
-        refusal = worker.refused(worker.configuration())
-        assert refusal.code == "worker.affinity"
-        assert f"vCPU 0: host CPU {ABSENT} may not be used" in refusal.text
+        worker.send_descriptors()
+        for command in (*worker.changes(), worker.configuration()):
+            refusal = worker.refused(command)
+            assert refusal.code == "worker.affinity"
+            assert f"vCPU 0: host CPU {ABSENT} may not be used" in refusal.text

@@ -11,6 +11,7 @@ from base.event_manager import EventManager
 from base.lean_typing import Any, Sequence
 from ipc.launch_plan import FORKED_AHEAD, LaunchPlan
 from ipc.messages.supervisor import CellEnded
+from vmm.cells.descriptors import VmChange
 from vmm.cells.lifecycle import DEADLINES, WorkerState
 from vmm.cells.supervisor import SupervisorClient
 from vmm.cells.worker import Worker
@@ -100,9 +101,15 @@ class WorkerPool:
         """Welcome the workers forked ahead, which say HELLO about now: they go on while the kernel is loaded."""
 
         def welcomed() -> bool:
-            return all(worker.state is not WorkerState.SPAWNED for worker in workers)
+            return all(worker.handshake_is_over() for worker in workers)
 
         self._events.run_until(welcomed, time.monotonic_ns() + WELCOME_NS)
+
+    def tell(self, changes: Sequence[VmChange]) -> None:
+        """Say to the workers that were welcomed what their VMs have; the others are told when they are configured."""
+        for worker in self._workers.values():
+            if worker.handshake_is_over() and not worker.handshake_refusal():
+                worker.tell(changes)
 
     def greeted(self, placement: Placement) -> list[Worker]:
         """Return all workers, ready to be configured. Raises WorkerError or SupervisorError."""

@@ -10,9 +10,10 @@ import os
 
 from base.deferral import Deferral
 from base.lean_typing import Callable, Iterable, NamedTuple, Sequence
+from ipc.guest_memory import GuestMemory
 from ipc.messages import descriptors as sent
 from ipc.messages.descriptors import DoorbellEvent, MemoryObject
-from ipc.messages.records import MemoryRegion, Route, Window
+from ipc.messages.records import Route, Window
 from ipc.messages.vm import (
     MAX_AT_ONCE,
     MAX_DOORBELLS,
@@ -69,8 +70,8 @@ class WorkerVms:
     ``owner`` maps an APIC id to a worker's index, or returns -1 for one that no vCPU has.
     """
 
-    def __init__(self, workers: Sequence[Worker], owner: Callable[[int], int]) -> None:
-        self._workers = workers
+    def __init__(self, workers: list[Worker], owner: Callable[[int], int]) -> None:
+        self.workers = workers
         #: What was changed since a worker that is to replace another one was told everything.
         self._since: list[VmChange] | None = None
         self._memory: dict[int, VmChange] = {}
@@ -103,15 +104,14 @@ class WorkerVms:
         self._interrupts.update(added)
         return self._change(*_interrupts(added))
 
-    def map_guest_memory(
-        self, descriptor: int, size: int, regions: Sequence[MemoryRegion], *, track_dirty_pages: bool
-    ) -> None:
-        """Show the guest its RAM; before there are workers. ``size`` is that of the object behind the descriptor."""
-        for region in regions:
+    def map_guest_memory(self, memory: GuestMemory, *, track_dirty_pages: bool) -> tuple[VmChange, ...]:
+        """Show the guest its RAM; before there are workers. Returns what :meth:`everything` begins with."""
+        for region in memory.regions:
             slot = self._free_slot()
             message = MapMemory(slot, *region, own=False, read_only=False, track_dirty_pages=track_dirty_pages)
-            memory = () if self._memory else ((sent.GuestMemory(size), descriptor),)
-            self._memory[slot] = VmChange(message, memory)
+            object_behind = () if self._memory else ((sent.GuestMemory(memory.size), memory.descriptor),)
+            self._memory[slot] = VmChange(message, object_behind)
+        return tuple(self._memory.values())
 
     def map_memory(self, slot: MemorySlot) -> Deferral:
         """Show other memory to the guest. Raises DeviceError if there is no slot left."""
@@ -153,7 +153,7 @@ class WorkerVms:
         if self._since is not None:
             self._since += changes
         deferral = Deferral()
-        left = len(changes) * len(self._workers)
+        left = len(changes) * len(self.workers)
         if not left:
             deferral.complete()
 
@@ -164,7 +164,7 @@ class WorkerVms:
                 deferral.complete()
 
         for change in changes:
-            for worker in self._workers:
+            for worker in self.workers:
                 worker.change(change, done)
         return deferral
 

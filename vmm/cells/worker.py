@@ -7,6 +7,7 @@ import time
 
 import zmq
 
+from base.deferral import Deferral
 from base.event_manager import EventManager
 from base.lean_std import deque
 from base.lean_typing import Any, Callable, Sequence, TypeVar
@@ -71,6 +72,10 @@ class Worker(WorkerHandshake):
         self._forget_owner()
         self._vcpus: set[int] = set()
         self._run_pages: dict[int, mmap.mmap] = {}
+        #: So many changes of the VM were told ahead of Configure; done when the last was sent.
+        self._told = 0
+        self._telling: Deferral | None = None
+        self._refusal = ""
 
     def _forget_owner(self) -> None:
         self.on_vcpu_exited = lambda worker, event: None
@@ -82,6 +87,9 @@ class Worker(WorkerHandshake):
     def spawn(self, assignment: Assignment | None = None) -> None:
         """As :meth:`WorkerHandshake.spawn`; what belonged to the process before is forgotten."""
         self.vcpu_exit = None
+        self._told = 0
+        self._telling = None
+        self._refusal = ""
         self._forget_owner()
         super().spawn(assignment)
 
@@ -225,6 +233,21 @@ class Worker(WorkerHandshake):
         elif self.vcpu_exit is None or self.failure:
             raise self.error()  # a vCPU that has ended meanwhile was reported, and is no failure of this command
 
+    def tell(self, changes: Sequence[VmChange]) -> None:
+        """Say what the VM has ahead of :meth:`configure`, whose changes begin with these. Does not wait.
+
+        If one of them cannot be made, ``configure`` says so.
+        """
+        self._told = len(changes)
+        telling = self._telling = Deferral()
+
+        def refused(refusal: str) -> None:
+            self._refusal = refusal
+            if not telling.done:
+                telling.complete()
+
+        self.change_all(changes, refused, telling.complete, 0)
+
     def configure(self, message: Configure, descriptors: WorkerDescriptors, changes: Sequence[VmChange]) -> None:
         """Say what the VM has, and make its vCPUs, which are parked afterwards. Raises WorkerError."""
         outcome: list[str] = []
@@ -256,11 +279,21 @@ class Worker(WorkerHandshake):
         def made(reply: Any, refusal: str) -> None:
             if reply is not None:
                 self._configured(message, reply)
-            answered(refusal)
+            answered(self._refusal or refusal)
 
-        self.change_all(
-            changes, answered, lambda: self.ask(message, Configured, made, timeout_ns=timeout_ns), timeout_ns
-        )
+        def make() -> None:
+            if self._refusal:
+                answered(self._refusal)
+            else:
+                self.ask(message, Configured, made, timeout_ns=timeout_ns)
+
+        def change_rest() -> None:
+            self.change_all(changes[self._told :], answered, make, timeout_ns)
+
+        if self._telling is None or self._telling.done:
+            change_rest()
+        else:
+            self._telling.then(change_rest)
 
     def change_all(
         self, changes: Sequence[VmChange], refused: Callable[[str], None], then: Callable[[], None], timeout_ns: int

@@ -26,7 +26,7 @@ from vmm.machine.vm import Vm
 from vmm.machine.vmm import Vmm
 from vmm.observe.logger import LOG
 from vmm.operations.replacement import Successor
-from vmm.placement import Placement, PlacementError
+from vmm.placement import Placement
 
 # Values of StartOptions.console (vmm.cli.CONSOLES).
 CONSOLE_STDIO = "stdio"
@@ -84,21 +84,21 @@ class Assembly:
         microvm_id: str,
         memory: GuestMemory,
         placement: Placement,
-        console: Console,
+        vms: WorkerVms,
         *,
+        console: Console,
         restarts: bool = False,
     ) -> None:
         self.placement = placement
         self.make_successor: Callable[[int], Worker]
         #: This list is everybody's: a worker that is replaced is replaced here.
-        self.workers: list[Worker] = []
-        self._memory = memory
+        self.workers = vms.workers
         self._output = output = console.output
         self._executors: dict[int, ExitExecutor] = {}
         self._rings: list[ExitExecutor] = []
         self._message: Configure | None = None
         self.ending = Ending(_no_tail if output is None else output.tail, restarts=restarts)
-        self.vms = WorkerVms(self.workers, self._owner)
+        self.vms = vms
         self.devices = DeviceManager(
             transmit=_discard if output is None else output.transmit,
             reset=self.ending.guest_reset,
@@ -122,12 +122,6 @@ class Assembly:
             make_successor=self._make_successor,
         )
 
-    def _owner(self, apic_id: int) -> int:
-        try:
-            return self.placement.owner(apic_id)
-        except PlacementError:
-            return -1
-
     def attach_devices(self, options: StartOptions, plan: LaunchPlan) -> None:
         """Attach what the command line asks for beside the standard devices."""
         if options.boot_timer:
@@ -139,10 +133,8 @@ class Assembly:
 
     # ------------------------------------------------------------ workers
 
-    def prepare(self, configuration: Configure, *, track_dirty_pages: bool = False) -> None:
+    def prepare(self, configuration: Configure) -> None:
         """Everything is attached: note what the VMs have, and what workers are told, who differ in their vCPUs only."""
-        memory = self._memory
-        self.vms.map_guest_memory(memory.descriptor, memory.size, memory.regions, track_dirty_pages=track_dirty_pages)
         self.vms.set_windows(self.devices.ports.windows(), self.devices.mmio.windows())
         self.vms.add_interrupts([(line.gsi, line.eventfd) for line in self.devices.interrupts])
         self._message = configuration

@@ -15,6 +15,7 @@ from vmm import file_limit
 from vmm.cells.clocks import synchronise_clocks
 from vmm.cells.pool import WorkerPool
 from vmm.cells.supervisor import SupervisorClient
+from vmm.cells.vms import WorkerVms
 from vmm.cells.worker import Worker
 from vmm.config.resources import VmResources
 from vmm.cpu_config.setup import CpuSetup, cpu_setup
@@ -64,15 +65,19 @@ class MicrovmBuilder:
         try:
             machine = resources.machine_config
             placement = decide(machine.vcpu_placement, machine.vcpu_count, self._plan, machine.affinity)
-            assembly = self._assemble(resources, memory, placement)
+            vms = WorkerVms([], placement.destination)
+            shown = vms.map_guest_memory(memory, track_dirty_pages=machine.track_dirty_pages)
+            self._pool.spawn(placement)
+            self._pool.tell(shown)  # a worker maps the memory while devices are made and the kernel is loaded
+            assembly = self._assemble(resources, memory, placement, vms)
         except (CellblockError, OSError):
+            self._pool.end()
             memory.close()
             raise
         if machine.vcpu_count > 1:
             _log_placement(placement, self._plan)
         try:
             assembly.attach_devices(resources.options, self._plan)
-            self._pool.spawn(placement)
             boot = load_boot_source(resources, memory, self._plan)
             faults.visit("vmm.kernel_loaded")
             self._start_workers(assembly, resources, boot)
@@ -86,7 +91,9 @@ class MicrovmBuilder:
             raise
         return assembly.vmm
 
-    def _assemble(self, resources: VmResources, memory: GuestMemory, placement: Placement) -> Assembly:
+    def _assemble(
+        self, resources: VmResources, memory: GuestMemory, placement: Placement, vms: WorkerVms
+    ) -> Assembly:
         console = open_console(resources, self._plan)
         try:
             assembly = Assembly(
@@ -94,7 +101,8 @@ class MicrovmBuilder:
                 self._plan.microvm_id,
                 memory,
                 placement,
-                console,
+                vms,
+                console=console,
                 restarts=resources.machine_config.restarts,
             )
         except (CellblockError, OSError):
@@ -106,8 +114,7 @@ class MicrovmBuilder:
     def _start_workers(self, assembly: Assembly, resources: VmResources, boot: BootRegisters) -> None:
         workers = self._pool.greeted(assembly.placement)
         setup = _cpu_setup(resources, workers[0])
-        track = resources.machine_config.track_dirty_pages
-        assembly.prepare(configuration(resources, boot, setup), track_dirty_pages=track)
+        assembly.prepare(configuration(resources, boot, setup))
         for worker in workers:
             assembly.add_worker(worker)
         assembly.connect()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,12 +62,14 @@ BELL = Doorbell(0x1000, 4, 7, 9)
 
 
 def test_a_start_is_told_all_of_it_in_order(vms):
-    vms.map_guest_memory(5, 12288, REGIONS, track_dirty_pages=True)
+    memory: Any = SimpleNamespace(descriptor=5, size=12288, regions=REGIONS)
+    shown = vms.map_guest_memory(memory, track_dirty_pages=True)
     ports = [Window(number, 1, number) for number in range(70)]
     assert vms.set_windows(ports, [Window(0x1000, 8, 99)]).done
     assert vms.add_interrupts([(gsi, 100 + gsi) for gsi in range(24, 44)]).done
     assert vms.add_doorbell(BELL).done
     told = vms.everything()
+    assert told[:2] == shown
     assert [change.message for change in told] == [
         MapMemory(0, 0, 4096, 0, False, False, True),
         MapMemory(1, 1 << 32, 8192, 4096, False, False, True),

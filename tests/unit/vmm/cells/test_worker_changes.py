@@ -57,6 +57,49 @@ def test_a_change_that_is_refused_is_why_the_start_fails(make):
         worker.configure(configure_message(), controller.descriptors(), controller.changes())
 
 
+def test_what_was_told_ahead_is_not_told_again(make):
+    told: list[int] = []
+
+    def behave(worker: StandInWorker) -> None:
+        def count(worker: StandInWorker, sequence: int) -> None:
+            worker.send(Pong("".join(type(each).__name__[0] for each in worker.changes)), sequence)
+
+        worker.serve_with(Ping=count)
+
+    controller = make(behave)
+    for ahead in range(len(controller.changes()) + 1):
+        worker = controller.greeted()
+        changes = controller.changes()
+        worker.tell(changes[:ahead])
+        worker.configure(configure_message(), controller.descriptors(), changes)
+        said: list[str] = []
+        worker.ping(said.append)
+        controller.serve(lambda said=said: bool(said))
+        assert said == ["".join(type(each.message).__name__[0] for each in changes)]
+        told.append(ahead)
+        worker.finish()
+        worker.wait_ended()
+    assert len(told) > 2
+
+
+def test_a_change_that_was_told_ahead_and_is_refused_is_why_the_start_fails(make):
+    def refuse(worker: StandInWorker, sequence: int) -> None:
+        worker.send(Failed("worker.test", "no such window"), sequence)
+
+    controller = make(lambda worker: worker.serve_with(SetWindows=refuse))
+    worker = controller.greeted()
+    changes = controller.changes()
+    worker.tell(changes)
+    with pytest.raises(WorkerError, match=r"^no such window$"):
+        worker.configure(configure_message(), controller.descriptors(), changes)
+    worker.finish()
+    worker.wait_ended()
+    # The next process has been told nothing yet, and has refused nothing.
+    worker.spawn()
+    controller.serve(worker.handshake_is_over)
+    assert not worker._refusal and not worker._told
+
+
 def test_a_change_that_a_running_worker_refuses_is_the_end_of_it(make):
     def refuse(worker: StandInWorker, sequence: int) -> None:
         worker.send(Failed("worker.test", "no such window"), sequence)
