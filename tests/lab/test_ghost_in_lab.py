@@ -25,4 +25,5 @@ def test_an_interrupt_whose_end_the_guest_has_taken_away_does_not_stay(bench, mo
     bench.send(VECTOR)
     bench.expect(GHOST_INTERRUPT, 1, VECTOR)
     bench.park()
-    assert bench.ghost.recoveries == 1
+    bench.turn(0)
+    assert len(bench.recovered) == 1
