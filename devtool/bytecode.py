@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import CodeType
 
-from devtool.project import PACK, PRODUCT, ROOT, existing
+from devtool.project import PRODUCT, ROOT, existing
 from jailer import pack
 
 STAMP = ROOT / "build" / "bytecode.json"
@@ -95,7 +95,7 @@ def compile_product() -> None:
             except SyntaxError:
                 continue  # whoever imports it will say so
         current[name] = _identity(source, target)
-    if current != known or not PACK.is_file():
+    if current != known or not Path(pack.PATH).is_file():
         write_pack([Path(name) for name in current])
         _write(STAMP, json.dumps(current).encode())
 
@@ -114,7 +114,7 @@ def write_pack(sources: Sequence[Path]) -> None:
         index[name] = (str(source), package, status.st_mtime_ns, status.st_size, offset, len(code))
         codes.append(code)
         offset += len(code)
-    _write(PACK, pack.join(index, b"".join(codes)))
+    _write(Path(pack.PATH), pack.join(index, b"".join(codes)))
 
 
 # ---------------------------------------------------------------- names

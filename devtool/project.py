@@ -10,8 +10,6 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 LAUNCHERS = VENV / "bin"
-#: The product's byte code in one file (jailer.pack).
-PACK = ROOT / "build" / "product.pack"
 #: Exit status of ./dev lab when the emulated machine failed, not the command that ran in it.
 LAB_FAILED_STATUS = 125
 #: Packages that make up the product, in import order.

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from devtool.process import run_step
-from devtool.project import LAUNCHERS, PACK, PYTHON, ROOT, VENV, DevError, say
+from devtool.project import LAUNCHERS, PYTHON, ROOT, VENV, DevError, say
 
 #: What the product, its tests and its lab need from Debian, and why.
 DEBIAN_PACKAGES = (
@@ -121,8 +121,6 @@ def launcher_text(module: str, program: str) -> str:
         f"# {LAUNCHER_MARKER}: {program} of Cellblock. Written by ./dev setup.\n"
         "import sys\n"
         f"sys.path[:0] = {[str(ROOT), str(site_packages)]!r}\n"
-        "from jailer import pack\n"
-        f"pack.install({str(PACK)!r})\n"
         f"from {module} import main\n"
         "sys.exit(main(sys.argv))\n"
     )

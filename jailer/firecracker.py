@@ -34,6 +34,9 @@ def main(argv: list[str]) -> int:
 
 def _launch(arguments: list[str], command_line: CommandLine) -> int:
     gc.disable()  # until template.warm()
+    from jailer import pack
+
+    pack.install()
     from base import timeline
     from jailer import cli
     from jailer.errors import JailerError

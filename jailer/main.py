@@ -105,9 +105,10 @@ def _launch(options: cli.Options) -> int:
     except vmm_cli.CommandLineError as error:
         cli.print_error(str(error))
         return error.exit_code
-    from jailer import hot
+    from jailer import hot, pack
 
     gc.disable()  # until template.warm()
+    pack.install()
     hot.intern_names()
     timeline.mark("import libraries")
     from base import lean_msgpack, lean_zmq

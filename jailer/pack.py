@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import ModuleType
 
+#: Where ./dev setup writes it.
+PATH = f"{__file__.rpartition('/jailer/')[0]}/build/product.pack"
 MAGIC = b"CBPACK1\n"
 _PREFIX = MAGIC + MAGIC_NUMBER
 _INDEX = len(_PREFIX) + 4
@@ -62,6 +64,11 @@ class PackFinder:
             spec.submodule_search_locations.append(source.rpartition("/")[0])
         return spec
 
+    def forget(self) -> None:
+        """Let go of everything: the modules that were loaded keep their finder."""
+        self._index = {}
+        self._code = memoryview(b"")
+
     def create_module(self, _spec: ModuleSpec) -> None:
         """Let the interpreter make the module."""
 
@@ -75,9 +82,10 @@ class PackFinder:
 _installed: list[PackFinder] = []
 
 
-def install(path: str) -> None:
+def install(path: str = PATH) -> None:
     """Find modules in the pack first, if it is there and was made for this interpreter."""
     try:
+        # Not mapped: mmap keeps a descriptor, which a launch closes with all that it does not know.
         with open(path, "rb") as file:
             content = memoryview(file.read())
     except OSError:
@@ -97,4 +105,6 @@ def install(path: str) -> None:
 def remove() -> None:
     """Give the pack's memory back, once everything is loaded."""
     while _installed:
-        sys.meta_path.remove(_installed.pop())
+        finder = _installed.pop()
+        sys.meta_path.remove(finder)
+        finder.forget()

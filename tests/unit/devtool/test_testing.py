@@ -93,7 +93,6 @@ def test_a_failing_test_fails_the_whole(tmp_path):
 def test_launchers_are_recognisable_and_start(tmp_path, monkeypatch):
     head = (LAUNCHERS / "firecracker").read_bytes()[:1024]
     assert setup.LAUNCHER_MARKER.encode() in head
-    (tmp_path / "jailer").symlink_to(ROOT / "jailer")
     (tmp_path / "fake_main.py").write_text("def main(argv): print(argv[1:]); return 7\n")
     for python in (PYTHON, tmp_path / "a folder with blanks" / "python"):
         if not python.exists():

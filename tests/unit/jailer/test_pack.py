@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from devtool.project import LAUNCHERS, PACK, PRODUCT, PYTHON, ROOT
+from devtool.project import LAUNCHERS, PRODUCT, PYTHON, ROOT
 from jailer import pack
 
 CODE = "value = 'from the pack'\nname, file, package = __name__, __file__, __package__\n"
@@ -100,21 +100,21 @@ def test_no_pack_is_no_error(tmp_path):
     assert sys.meta_path == finders
 
 
-def test_the_programs_load_the_whole_product_out_of_it_until_it_is_removed():
-    start = (LAUNCHERS / "firecracker").read_text().partition("from jailer.firecracker")[0]
-    code = f"""{start}
+def test_a_start_loads_the_product_out_of_it_until_it_is_removed():
+    launcher = (LAUNCHERS / "firecracker").read_text().partition("from jailer.firecracker")[0]
+    code = f"""{launcher}
 import sys
-import jailer.firecracker
+from jailer import pack
+pack.install()
 from jailer import direct, template
 template.load_roles()
 ours = [module for name, module in sys.modules.items() if name.partition(".")[0] in {PRODUCT!r}]
-# What is loaded before the pack comes from files.
 others = {{module.__name__ for module in ours if type(module.__loader__) is not pack.PackFinder}}
-assert others == {{"jailer", "jailer.pack"}}, others
+assert others == {{"jailer", "jailer.pack"}}, others  # loaded before it
 assert len(ours) > 150
 pack.remove()
 import cellblock.main
 assert type(sys.modules["cellblock.main"].__loader__) is not pack.PackFinder
+assert not direct.__loader__._code and not direct.__loader__._index
 """
     subprocess.run([PYTHON, "-IS", "-c", code], cwd=ROOT, check=True)
-    assert PACK.is_file()
