@@ -1,7 +1,7 @@
 """The product's byte code in one file, which a start reads instead of one file for each of 250 modules.
 
-For each module the interpreter lists folders, opens the cached file, reads it in parts and asks for the source's time;
-that costs as much as making the module. ``./dev setup`` writes the pack (devtool.bytecode). A module whose source has
+For each module the interpreter lists folders, opens the cached file, reads it in parts and asks for the source's time
+(docs/adr/one-pack-of-byte-code.md). ``./dev setup`` writes the pack (devtool.bytecode). A module whose source has
 another time or size than the pack says is left to the interpreter, and so is everything where there is no pack, or one
 of another version.
 
