@@ -30,7 +30,7 @@ class GuestMemory:
     that of the mapping, in bytes.
     """
 
-    __slots__ = ("_dirty", "_fd", "_map", "_regions", "_spans", "address", "size", "view")
+    __slots__ = ("_dirty", "_fd", "_map", "_regions", "address", "size", "spans", "view")
 
     def __init__(self, fd: int, size: int, regions: Sequence[MemoryRegion]) -> None:
         """Map ``size`` bytes of the memfd ``fd``. Raises GuestMemoryError."""
@@ -51,13 +51,14 @@ class GuestMemory:
         #: A bit per page of the mapping, from the lowest bit of each byte on; None while nothing is tracked.
         self._dirty: bytearray | None = None
         self._regions: tuple[MemoryRegion, ...]
-        #: (first guest address, the one behind the last, what leads from an address to its offset) of each region.
-        self._spans: tuple[tuple[int, int, int], ...]
+        #: (first guest address, the one behind the last, what leads from an address to its offset) of each region: for
+        #: loops that cannot afford a call for each address.
+        self.spans: tuple[tuple[int, int, int], ...]
         self._take_regions(regions)
 
     def _take_regions(self, regions: Sequence[MemoryRegion]) -> None:
         self._regions = tuple(regions)
-        self._spans = tuple([(start, start + size, offset - start) for start, size, offset in regions])
+        self.spans = tuple([(start, start + size, offset - start) for start, size, offset in regions])
 
     def set_regions(self, regions: Sequence[MemoryRegion]) -> None:
         """RAM comes or goes, within the mapping. Raises GuestMemoryError, and then nothing has changed."""
@@ -79,7 +80,7 @@ class GuestMemory:
 
         Raises GuestMemoryError unless all of them are in one region.
         """
-        for start, end, shift in self._spans:
+        for start, end, shift in self.spans:
             if start <= address <= address + length <= end:
                 return address + shift
         raise GuestMemoryError(f"{length} bytes at guest address {address:#x} are not RAM of this guest")
@@ -127,6 +128,11 @@ class GuestMemory:
     def track_dirty(self, on: bool) -> None:
         """Begin to remember which pages this cell writes to, none at first; or stop, and forget."""
         self._dirty = bytearray(-(-self.size // (8 * PAGE_SIZE))) if on else None
+
+    @property
+    def tracks_dirty(self) -> bool:
+        """Whether :meth:`mark_dirty` remembers anything."""
+        return self._dirty is not None
 
     def mark_dirty(self, offset: int, length: int) -> None:
         """Remember that ``length`` bytes at ``offset`` of ``view`` were written; nothing unless that is tracked.

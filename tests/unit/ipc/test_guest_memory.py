@@ -99,6 +99,15 @@ def test_regions_come_and_go_within_the_mapping() -> None:
     os.close(fd)
 
 
+def test_spans_lead_from_addresses_to_offsets() -> None:
+    memory, fd = two_regions()
+    assert memory.spans == ((0, MIB, 0), (4 << 30, (4 << 30) + MIB, MIB - (4 << 30)))
+    for start, end, shift in memory.spans:
+        assert memory.translate(start, end - start) == start + shift
+    memory.close()
+    os.close(fd)
+
+
 def test_views_write_through_and_survive_closing() -> None:
     memory, fd = two_regions()
     view = memory.window(0x3000, 4)
@@ -197,7 +206,9 @@ def test_nothing_is_tracked_unless_somebody_wants_it() -> None:
     memory.mark_dirty(0, 4096)
     memory.mark_dirty(-1, 1 << 60)  # not even looked at: no fast path pays for it
     assert memory.take_dirty() == b""
+    assert not memory.tracks_dirty
     memory.track_dirty(True)
+    assert memory.tracks_dirty
     assert pages_of(memory.take_dirty()) == set()
     memory.write(0, b"x")
     memory.track_dirty(False)

@@ -1,0 +1,1 @@
+"""virtio devices and their queues: no transport, no KVM, no API, no process."""

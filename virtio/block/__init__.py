@@ -1,0 +1,1 @@
+"""The block device: virtio 1.2, 5.2."""
