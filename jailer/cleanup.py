@@ -220,8 +220,7 @@ def purge(jail_directory: str, exec_name: str, cgroup_name: str) -> list[str]:
 
     ``cgroup_name`` is the path of its cgroup below the mounts. The supervisor locks the pid file as long as it lives.
     """
-    pid_file = os.path.join(jail_directory, "root", f"{exec_name}.pid")
-    _refuse_running(pid_file)
+    _refuse_running(jail_directory, f"{exec_name}.pid")
     hierarchies = cgroups.find_hierarchies()
     mounts = dict.fromkeys((*hierarchies.v1.values(), hierarchies.v2))
     own = [os.path.join(mount, cgroup_name) for mount in mounts if mount]
@@ -235,17 +234,24 @@ def purge(jail_directory: str, exec_name: str, cgroup_name: str) -> list[str]:
     return [item.path for item in items]
 
 
-def _refuse_running(pid_file: str) -> None:
+def _refuse_running(jail_directory: str, name: str) -> None:
+    """Links are not followed: the directory may belong to the microVM's user."""
     try:
-        descriptor = os.open(pid_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        directory = os.open(jail_directory, _DIRECTORY | os.O_CLOEXEC)
+        try:
+            resolve = _RESOLVE & ~syscalls.RESOLVE_NO_XDEV  # the jail root may be a mount
+            descriptor = syscalls.openat2(directory, f"root/{name}", os.O_RDONLY | os.O_NONBLOCK, resolve)
+        finally:
+            os.close(directory)
     except FileNotFoundError:
         return
     except OSError as error:
-        raise CleanupError(f"Failed to open file {pid_file}: {errno_text(error)}") from None
+        raise CleanupError(f"Failed to open file {jail_directory}/root/{name}: {errno_text(error)}") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         pid = os.read(descriptor, 16).decode("ascii", "replace").strip()
+        pid = pid if pid.isdecimal() else "unknown"
         raise CleanupError(f"the microVM is still running (pid {pid} as its caller sees it)") from None
     finally:
         os.close(descriptor)

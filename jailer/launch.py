@@ -126,8 +126,8 @@ class JailedLaunch:
         """Carry out the operations on the host, in Firecracker's order."""
         settings = self._settings
         off = frozenset(self._off)
-        root = directories.MakeJailRoot(settings.jail_root)
-        program = directories.CopyExecFile(settings.exec_file, settings.jail_root, self._uid, self._gid)
+        self._root = root = directories.MakeJailRoot(settings.jail_root)
+        program = directories.CopyExecFile(settings.exec_file, root, settings.jail_root, self._uid, self._gid)
         operations: list[Operation] = [*parent.operations, root, program]
         if settings.netns:
             operations.append(process.JoinNetworkNamespace(settings.netns))
@@ -160,6 +160,7 @@ class JailedLaunch:
         settings = self._settings
         visible_pid = detach.outer_pid()
         timeline.mark("own mounts")
+        os.fchdir(self._root.descriptor)
         trees = self._make_trees()
         launch_plan = self._launch_plan(host)
         asked = self._asked(host)
@@ -188,8 +189,9 @@ class JailedLaunch:
         if trees is not None:
             os.close(trees.controller)
             timeline.mark("enter empty root")
-            roots.enter_empty_root(settings.jail_root, trees.others)
+            roots.enter_empty_root(trees.others)
             os.close(trees.others)
+        self._root.close()
         setup = Setup(
             launch_plan,
             roles,
@@ -209,11 +211,10 @@ class JailedLaunch:
 
     def _make_trees(self) -> roots.IpcTrees | None:
         """Make the ipc directory; without the root wall it is an ordinary directory in the jail root."""
-        settings = self._settings
         if not self._has(walls.ROOT):
             return None
         roots.isolate_mounts()
-        return roots.IpcTrees(settings.jail_root, self._uid, self._gid)
+        return roots.IpcTrees(self._uid, self._gid)
 
     def _mount_proc(self, proc: int) -> int:
         """Return a /proc of our process namespace that is mounted nowhere, hence has no way out."""
@@ -245,7 +246,7 @@ class JailedLaunch:
 
     def _asked(self, host: start.Host) -> verify.Asked:
         settings = self._settings
-        status = os.stat(settings.jail_root)
+        status = os.fstat(self._root.descriptor)
         return verify.Asked(
             host=host.facts,
             limits=settings.limits,
@@ -266,23 +267,13 @@ class JailedLaunch:
         if self._has(walls.UTS_NAMESPACE):
             flags |= syscalls.CLONE_NEWUTS
         syscalls.unshare(flags)
-        prefix = "" if self._has(walls.ROOT) else settings.jail_root
-        minor = devices.userfaultfd_minor()
-        extra = (("/dev/userfaultfd", 10, minor, False),) if minor is not None else ()
-        paths = (*devices.DIRECTORIES, roots.CONTROLLER_IPC_DIRECTORY)
-        operations: list[Operation] = [roots.EnterJailRoot(settings.jail_root)]
-        operations += [devices.MakeDirectory(prefix + path, self._uid, self._gid) for path in paths]
-        operations += [
-            devices.MakeDevice(prefix + path, (major, number), self._uid, self._gid, optional=optional)
-            for path, major, number, optional in (*devices.DEVICES, *extra)
-        ]
+        made, nodes = devices.operations(self._uid, self._gid, mounts=self._root.mounts_are_hosts)
+        operations: list[Operation] = [roots.EnterJailRoot(), *made, *nodes]
         if trees is not None:
-            operations.append(roots.AttachIpcDirectory(trees.controller, roots.CONTROLLER_IPC_DIRECTORY))
-        pid_file = detach.WritePidFile(prefix or "/", settings.exec_name, visible_pid)
-        operations.append(pid_file)
+            operations.append(roots.AttachIpcDirectory(trees.controller, lambda: made[-1].descriptor))
+        pid_file = detach.WritePidFile(lambda: made[0].descriptor, settings.exec_name, visible_pid)
+        operations += [pid_file, devices.GiveDirectories(made, self._uid, self._gid)]
         Plan(operations, frozenset(self._off), self._log.error).execute()
-        if prefix:
-            os.chdir(prefix)
         if trees is not None:
             os.close(trees.controller)
         self._drop_privileges()

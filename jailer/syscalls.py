@@ -31,6 +31,9 @@ AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
 OPEN_TREE_CLONE = 1
 MOVE_MOUNT_F_EMPTY_PATH = 4
+MOVE_MOUNT_T_EMPTY_PATH = 0x40
+AT_RECURSIVE = 0x8000
+AT_SYMLINK_NOFOLLOW = 0x100
 MOUNT_ATTR_RDONLY = 1
 MOUNT_ATTR_NOSUID = 2
 MOUNT_ATTR_NODEV = 4
@@ -152,14 +155,18 @@ def drop_from_bounding_set(capability: int) -> None:
     _check(_prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0))
 
 
-def open_tree(path: str, flags: int) -> int:
+def open_tree(path: str, flags: int, directory: int = AT_FDCWD) -> int:
     """open_tree(2); returns a close-on-exec descriptor."""
-    return _call(_SYS_OPEN_TREE, AT_FDCWD, _path(path), flags | _O_CLOEXEC)
+    return _call(_SYS_OPEN_TREE, directory, _path(path), flags | _O_CLOEXEC)
 
 
-def move_mount(descriptor: int, target: str) -> None:
-    """move_mount(2): attach a detached mount at ``target``."""
-    _call(_SYS_MOVE_MOUNT, descriptor, b"", AT_FDCWD, _path(target), MOVE_MOUNT_F_EMPTY_PATH)
+def move_mount(descriptor: int, target: str, directory: int = AT_FDCWD) -> None:
+    """move_mount(2): attach a detached mount at ``target``, which is not followed if it is a symbolic link.
+
+    An empty ``target`` is the directory descriptor itself.
+    """
+    flags = MOVE_MOUNT_F_EMPTY_PATH | (0 if target else MOVE_MOUNT_T_EMPTY_PATH)
+    _call(_SYS_MOVE_MOUNT, descriptor, b"", directory, _path(target), flags)
 
 
 def mount_setattr(descriptor: int, attributes: int) -> None:

@@ -11,6 +11,7 @@ import os
 
 from base import threads
 from base.errno_text import errno_text
+from base.lean_typing import Callable
 from jailer import syscalls
 from jailer.errors import StepError
 from jailer.operations import Operation
@@ -88,7 +89,8 @@ class WritePidFile(Operation):
 
     __slots__ = ("_name", "_pid", "_root", "descriptor")
 
-    def __init__(self, root: str, name: str, pid: int) -> None:
+    def __init__(self, root: Callable[[], int], name: str, pid: int) -> None:
+        """``root`` returns a descriptor of the jail root when the file is to be made."""
         self._root = root
         self._name = f"{name}.pid"
         self._pid = pid
@@ -99,9 +101,8 @@ class WritePidFile(Operation):
 
     def do(self) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        path = os.path.join(self._root, self._name)
         try:
-            self.descriptor = os.open(path, flags, 0o666)
+            self.descriptor = os.open(self._name, flags, 0o666, dir_fd=self._root())
         except OSError as error:
             raise StepError(f"Failed to open file /{self._name}: {errno_text(error)}") from None
         try:
@@ -114,4 +115,4 @@ class WritePidFile(Operation):
     def undo(self) -> None:
         os.close(self.descriptor)
         self.descriptor = -1
-        os.unlink(os.path.join(self._root, self._name))
+        os.unlink(self._name, dir_fd=self._root())

@@ -1,6 +1,7 @@
 """Directories and device nodes in the jail root, made by the controller's process when it is inside, still as root.
 
-Inside, a link that an earlier microVM of the same id may have planted leads nowhere but into the jail.
+By descriptors of directories that belong to nobody else until all is made (jailer.steps.directories): what an earlier
+microVM of the same id planted there, or its user swaps meanwhile, leads nowhere.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ import os
 import stat
 
 from base.errno_text import errno_text
+from base.lean_typing import Iterable
 from jailer import walls
 from jailer.errors import StepError
 from jailer.operations import Operation
+from jailer.steps.directories import Taken, open_directory
+from jailer.steps.roots import CONTROLLER_IPC_DIRECTORY
 
 #: (path, major, minor, is a failure only a warning)
 DEVICES = (
@@ -37,70 +41,131 @@ def userfaultfd_minor(path: str = _PROC_MISC) -> int | None:
 
 
 class MakeDirectory(Operation):
-    """mkdir, chmod 0700, chown."""
+    """mkdir, chmod 0700; ours until :class:`GiveDirectories`. One without a parent is the current directory."""
 
-    __slots__ = ("_gid", "_made", "_path", "_uid")
+    __slots__ = ("_made", "_mounts", "_name", "_parent", "_taken", "path")
 
-    def __init__(self, path: str, uid: int, gid: int) -> None:
-        self._path = path
-        self._uid = uid
-        self._gid = gid
+    def __init__(self, path: str, parent: MakeDirectory | None = None, *, mounts: bool = False) -> None:
+        """``mounts``: the host may have mounted something there."""
+        self.path = path
+        self._parent = parent
+        self._name = os.path.basename(path)
+        self._mounts = mounts
         self._made = False
+        self._taken: Taken | None = None
+
+    @property
+    def descriptor(self) -> int:
+        """The directory, once it is made."""
+        assert self._taken is not None
+        return self._taken.descriptor
 
     def describe(self) -> str:
-        return f"make directory {self._path} in the jail"
+        return f"make directory {self.path} in the jail"
 
     def do(self) -> None:
+        if self._parent is not None:
+            try:
+                os.mkdir(self._name, 0o700, dir_fd=self._parent.descriptor)
+                self._made = True
+            except FileExistsError:
+                pass
+            except OSError as error:
+                raise StepError(f"Failed to create directory {self.path}: {errno_text(error)}") from None
         try:
-            os.mkdir(self._path, 0o700)
-            self._made = True
-        except FileExistsError:
-            pass
-        except OSError as error:
-            raise StepError(f"Failed to create directory {self._path}: {errno_text(error)}") from None
-        try:
-            os.chmod(self._path, 0o700)
-            os.chown(self._path, self._uid, self._gid)
+            self._taken = Taken(self._open())
         except OSError as error:
             self.undo()
-            raise StepError(f"Failed to change owner for {self._path}: {errno_text(error)}") from None
+            raise StepError(f"Failed to change owner for {self.path}: {errno_text(error)}") from None
+
+    def _open(self) -> int:
+        if self._parent is None:
+            return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return open_directory(self._parent.descriptor, self._name, mounts=self._mounts)
 
     def undo(self) -> None:
+        if self._taken is not None:
+            self._taken.give_back()
+            self._taken = None
         if self._made:
-            os.rmdir(self._path)
+            assert self._parent is not None
+            os.rmdir(self._name, dir_fd=self._parent.descriptor)
+
+
+class GiveDirectories(Operation):
+    """chown to the user of the microVM, when nothing more is made in them."""
+
+    __slots__ = ("_directories", "_gid", "_uid")
+
+    def __init__(self, directories: Iterable[MakeDirectory], uid: int, gid: int) -> None:
+        self._directories = tuple(directories)
+        self._uid = uid
+        self._gid = gid
+
+    def describe(self) -> str:
+        return "give the directories in the jail to its user"
+
+    def do(self) -> None:
+        for directory in reversed(self._directories):
+            try:
+                os.fchown(directory.descriptor, self._uid, self._gid)
+            except OSError as error:
+                raise StepError(f"Failed to change owner for {directory.path}: {errno_text(error)}") from None
 
 
 class MakeDevice(Operation):
     """mknod 0600, chown."""
 
-    __slots__ = ("_gid", "_made", "_major", "_minor", "_optional", "_path", "_uid")
+    __slots__ = ("_directory", "_gid", "_made", "_major", "_minor", "_name", "_optional", "_uid", "path")
     step = walls.DEVICES
 
-    def __init__(self, path: str, number: tuple[int, int], uid: int, gid: int, *, optional: bool = False) -> None:
-        self._path = path
+    def __init__(
+        self, directory: MakeDirectory, path: str, number: tuple[int, int], owner: tuple[int, int], *, optional: bool
+    ) -> None:
+        self.path = path
+        self._directory = directory
+        self._name = os.path.basename(path)
         self._major, self._minor = number
         self._optional = optional
-        self._uid = uid
-        self._gid = gid
+        self._uid, self._gid = owner
         self._made = False
 
     def describe(self) -> str:
-        return f"make device {self._path} ({self._major}:{self._minor}) in the jail"
+        return f"make device {self.path} ({self._major}:{self._minor}) in the jail"
 
     def do(self) -> None:
+        directory = self._directory.descriptor
         try:
-            os.mknod(self._path, stat.S_IFCHR | 0o600, os.makedev(self._major, self._minor))
+            os.mknod(self._name, stat.S_IFCHR | 0o600, os.makedev(self._major, self._minor), dir_fd=directory)
             self._made = True
         except OSError as error:
             if self._optional:
                 return
-            raise StepError(f"Failed to create {self._path} via mknod inside the jail: {errno_text(error)}") from None
+            raise StepError(f"Failed to create {self.path} via mknod inside the jail: {errno_text(error)}") from None
         try:
-            os.chown(self._path, self._uid, self._gid)
+            os.chown(self._name, self._uid, self._gid, dir_fd=directory, follow_symlinks=False)
         except OSError as error:
-            os.unlink(self._path)
-            raise StepError(f"Failed to change owner for {self._path}: {errno_text(error)}") from None
+            self.undo()
+            raise StepError(f"Failed to change owner for {self.path}: {errno_text(error)}") from None
 
     def undo(self) -> None:
         if self._made:
-            os.unlink(self._path)
+            os.unlink(self._name, dir_fd=self._directory.descriptor)
+
+
+def operations(uid: int, gid: int, *, mounts: bool) -> tuple[list[MakeDirectory], list[MakeDevice]]:
+    """Return what makes the directories, from the root down, and the device nodes.
+
+    ``mounts``: what is mounted at the first level of the jail root is the host's own choice.
+    """
+    made: dict[str, MakeDirectory] = {}
+    for path in (*DIRECTORIES, CONTROLLER_IPC_DIRECTORY):
+        parent = None if path == "/" else made[os.path.dirname(path)]
+        made[path] = MakeDirectory(path, parent, mounts=mounts and path.count("/") == 1)
+    minor = userfaultfd_minor()
+    extra = (("/dev/userfaultfd", 10, minor, False),) if minor is not None else ()
+    nodes = [
+        MakeDevice(made[os.path.dirname(path)], path, (major, number), (uid, gid), optional=optional)
+        for path, major, number, optional in (*DEVICES, *extra)
+    ]
+    return list(made.values()), nodes

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 from base.errno_text import errno_text
+from base.lean_typing import Callable
 from jailer import syscalls, walls
 from jailer.errors import StepError
 from jailer.operations import Operation
@@ -16,8 +17,9 @@ from jailer.operations import Operation
 #: Where the controller, and where supervisor and workers, see the ipc directory.
 CONTROLLER_IPC_DIRECTORY = "/run/cellblock"
 WORKER_IPC_DIRECTORY = "/ipc"
-_IPC_OPTIONS = "mode=0700,size=64k,nr_inodes=80,uid={uid},gid={gid}"
-_QUIET = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
+_IPC_OPTIONS = (("mode", "0700"), ("size", "64k"), ("nr_inodes", "80"))
+_EMPTY_OPTIONS = (("source", "cellblock-empty"), ("mode", "0555"), ("size", "4k"), ("nr_inodes", "4"))
+_QUIET = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC
 
 
 def isolate_mounts() -> None:
@@ -37,15 +39,24 @@ class IpcTrees:
 
     __slots__ = ("controller", "others")
 
-    def __init__(self, scratch: str, uid: int, gid: int) -> None:
-        """Mount over ``scratch`` for a moment (we are in a mount namespace of our own). Raises StepError."""
+    def __init__(self, uid: int, gid: int) -> None:
+        """Mount over the current directory for a moment (in a mount namespace of our own). Raises StepError."""
         try:
-            syscalls.mount("cellblock-ipc", scratch, "tmpfs", _QUIET, _IPC_OPTIONS.format(uid=uid, gid=gid))
+            options = (("source", "cellblock-ipc"), *_IPC_OPTIONS, ("uid", str(uid)), ("gid", str(gid)))
+            mounted = syscalls.mount_detached("tmpfs", options, _QUIET)
+            below = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                self.controller = syscalls.open_tree(scratch, syscalls.OPEN_TREE_CLONE)
-                self.others = syscalls.open_tree(scratch, syscalls.OPEN_TREE_CLONE)
+                # What is mounted nowhere cannot be cloned.
+                syscalls.move_mount(mounted, ".")
+                os.fchdir(mounted)
+                clone = syscalls.OPEN_TREE_CLONE | syscalls.AT_EMPTY_PATH
+                self.controller = syscalls.open_tree("", clone, mounted)
+                self.others = syscalls.open_tree("", clone, mounted)
+                syscalls.umount(".", syscalls.MNT_DETACH)
+                os.fchdir(below)
             finally:
-                syscalls.umount(scratch, syscalls.MNT_DETACH)
+                os.close(mounted)
+                os.close(below)
             syscalls.mount_setattr(self.others, syscalls.MOUNT_ATTR_RDONLY)
         except OSError as error:
             raise StepError(f"Failed to make the ipc directory: {errno_text(error)}") from None
@@ -54,9 +65,8 @@ class IpcTrees:
 def clone_read_only(path: str) -> int:
     """Return a detached, read-only mount of a directory: it can be handed into a jail, since it has no ``..``."""
     descriptor = syscalls.open_tree(path, syscalls.OPEN_TREE_CLONE)
-    quiet = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC
     try:
-        syscalls.mount_setattr(descriptor, syscalls.MOUNT_ATTR_RDONLY | quiet)
+        syscalls.mount_setattr(descriptor, syscalls.MOUNT_ATTR_RDONLY | _QUIET)
     except OSError:
         os.close(descriptor)
         raise
@@ -69,36 +79,46 @@ def _pivot_here() -> None:
     os.chdir("/")
 
 
-def enter_empty_root(scratch: str, ipc_tree: int) -> None:
-    """Make an empty tmpfs with the ipc directory our root, read-only. Raises OSError."""
-    syscalls.mount("cellblock-empty", scratch, "tmpfs", _QUIET, "mode=0555,size=4k,nr_inodes=4")
-    os.chdir(scratch)
-    name = WORKER_IPC_DIRECTORY.lstrip("/")
-    os.mkdir(name, 0o555)
-    syscalls.move_mount(ipc_tree, name)
-    _pivot_here()
-    syscalls.mount(None, "/", None, syscalls.MS_REMOUNT | syscalls.MS_BIND | syscalls.MS_RDONLY | _QUIET)
+def enter_empty_root(ipc_tree: int) -> None:
+    """Make an empty tmpfs, mounted over the current directory, with the ipc directory our root, read-only.
+
+    Raises OSError.
+    """
+    empty = syscalls.mount_detached("tmpfs", _EMPTY_OPTIONS, _QUIET)
+    try:
+        syscalls.move_mount(empty, ".")
+        os.fchdir(empty)
+        name = WORKER_IPC_DIRECTORY.lstrip("/")
+        os.mkdir(name, 0o555)
+        syscalls.move_mount(ipc_tree, name)
+        _pivot_here()
+        syscalls.mount_setattr(empty, syscalls.MOUNT_ATTR_RDONLY)
+    finally:
+        os.close(empty)
 
 
 class EnterJailRoot(Operation):
-    """The controller's root: the jail root with what the host mounted inside; no set-user-ID, nothing executable."""
+    """The controller's root: the jail root with what the host mounted inside; no set-user-ID, nothing executable.
 
-    __slots__ = ("_root",)
+    It is the current directory: a mount namespace takes that along, so that no path leads there a second time.
+    """
+
+    __slots__ = ()
     step = walls.ROOT
 
-    def __init__(self, root: str) -> None:
-        self._root = root
-
     def describe(self) -> str:
-        return f"enter jail root {self._root}"
+        return "enter the jail root"
 
     def do(self) -> None:
         isolate_mounts()
         try:
-            syscalls.mount(self._root, self._root, None, syscalls.MS_BIND | syscalls.MS_REC)
-            flags = syscalls.MS_REMOUNT | syscalls.MS_BIND | syscalls.MS_NOSUID | syscalls.MS_NOEXEC
-            os.chdir(self._root)
-            syscalls.mount(None, ".", None, flags)
+            tree = syscalls.open_tree(".", syscalls.OPEN_TREE_CLONE | syscalls.AT_RECURSIVE)
+            try:
+                syscalls.mount_setattr(tree, syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NOEXEC)
+                syscalls.move_mount(tree, ".")
+                os.fchdir(tree)
+            finally:
+                os.close(tree)
         except OSError as error:
             raise StepError(f"Failed to bind mount the jail root directory: {errno_text(error)}") from None
         try:
@@ -108,17 +128,20 @@ class EnterJailRoot(Operation):
 
 
 class AttachIpcDirectory(Operation):
-    """Attach the controller's ipc directory inside the jail root (the directory was made before)."""
+    """Attach the controller's ipc directory inside the jail root (``directory`` returns a descriptor of the place)."""
 
-    __slots__ = ("_path", "_tree")
+    __slots__ = ("_directory", "_tree")
     step = walls.ROOT
 
-    def __init__(self, tree: int, path: str) -> None:
+    def __init__(self, tree: int, directory: Callable[[], int]) -> None:
         self._tree = tree
-        self._path = path
+        self._directory = directory
 
     def describe(self) -> str:
-        return f"attach the ipc directory at {self._path}"
+        return "attach the ipc directory"
 
     def do(self) -> None:
-        syscalls.move_mount(self._tree, self._path)
+        syscalls.move_mount(self._tree, "", self._directory())
+
+    def undo(self) -> None:
+        syscalls.umount(CONTROLLER_IPC_DIRECTORY, syscalls.MNT_DETACH)  # or its directory could not be removed

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.harness.jail import id_of, is_alive, limits, microvm, namespace, status, wait_for
+from tests.harness.hostile_root import PREPARED, as_user, racing, victim_in
+from tests.harness.jail import id_of, is_alive, limits, microvm, namespace, stand_in, status, wait_for
 
 ALL = ("supervisor", "vmm", "vcpu 0")
 CGROUPS = Path("/sys/fs/cgroup")
@@ -121,6 +124,30 @@ def test_walls_on_this_kernel(base: Path) -> None:
             assert Path(f"/proc/{pid}/status").stat().st_uid == 0, name
         assert os.listdir(f"/proc/{cells['vcpu 0']}/root") == ["ipc"]
         assert jailed.stop() == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("prepared", PREPARED)
+def test_a_prepared_jail_root_on_this_kernel(base: Path, prepared: str) -> None:
+    where, act, text = PREPARED[prepared]
+    with ExitStack() as stack:
+        jailed = stack.enter_context(microvm(base))
+        victim = victim_in(jailed, where, stack)
+        as_user(jailed.root, act)
+        assert jailed.run() == 1
+        assert jailed.output() == f"{text}\n"
+        victim.assert_untouched()
+
+
+def test_a_race_for_the_names_in_the_jail_root(base: Path, seed: int) -> None:
+    for count in range(3):
+        with ExitStack() as stack:
+            jailed = stand_in(base, "exit-3", microvm_id=id_of(base, str(count)))
+            victim = victim_in(jailed, "data", stack)
+            with racing(jailed.root, seed + count):
+                assert jailed.run() in (1, 3)
+            victim.assert_untouched()
+            subprocess.run(["umount", jailed.root / "data"], check=True)
+            subprocess.run(["rm", "-r", victim.directory, jailed.directory], check=True)
 
 
 @pytest.mark.parametrize("attack", ["execve", "open"])

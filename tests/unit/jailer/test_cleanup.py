@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from pathlib import Path
 
+import pytest
+
 from jailer import cleanup
+from jailer.errors import CleanupError
 
 
 def _remove(directory: Path, name: str) -> list[str]:
@@ -68,3 +72,27 @@ def test_a_busy_cgroup_is_reported(tmp_path: Path) -> None:
     failures = cleanup.remove(item, time.monotonic())
     assert failures == [f"{tmp_path}/group: Directory not empty (os error 39)"]
     os.close(item.parent)
+
+
+@pytest.mark.parametrize("link", ["root", "root/vmm.pid"])
+def test_purge_follows_no_link_to_a_pid_file(tmp_path: Path, link: str) -> None:
+    """The directory may belong to the microVM's user; what another file says is not told, and its lock is nothing."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/vmm.pid").write_text("secret")
+    jail = tmp_path / "jail"
+    (jail / link).parent.mkdir(parents=True)
+    target = "outside" if link == "root" else "outside/vmm.pid"
+    (jail / link).symlink_to(tmp_path / target)
+    with (tmp_path / "outside/vmm.pid").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(CleanupError, match=r"Failed to open file .*: Symbolic link loop \(os error 40\)"):
+            cleanup.purge(str(jail), "vmm", "no-such-parent/no-such-id")
+
+
+def test_purge_says_no_more_than_a_number(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/vmm.pid").write_text("\033[2J")
+    with (tmp_path / "root/vmm.pid").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(CleanupError, match=r"is still running \(pid unknown as"):
+            cleanup.purge(str(tmp_path), "vmm", "no-such-parent/no-such-id")

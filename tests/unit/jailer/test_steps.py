@@ -69,15 +69,19 @@ def test_steps_can_be_switched_off() -> None:
 
 def test_directories_are_made_and_unmade(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
-    root = directories.MakeJailRoot(str(tmp_path / "there/new/root"))
+    root = directories.MakeJailRoot(str(tmp_path / "there/new/id/root"))
     root.do()
-    assert root.made == [str(tmp_path / "there/new"), str(tmp_path / "there/new/root")]
+    assert root.made == [
+        str(tmp_path / "there/new"),
+        str(tmp_path / "there/new/id"),
+        str(tmp_path / "there/new/id/root"),
+    ]
     root.undo()
     assert os.listdir(tmp_path / "there") == []
 
 
 def test_directories_in_use_stay(tmp_path: Path) -> None:
-    root = directories.MakeJailRoot(str(tmp_path / "a/b"))
+    root = directories.MakeJailRoot(str(tmp_path / "a/b/root"))
     root.do()
     (tmp_path / "a/other").touch()
     root.undo()
@@ -101,11 +105,12 @@ def test_userfaultfd(tmp_path: Path) -> None:
 
 
 def test_pid_file(tmp_path: Path) -> None:
-    operation = detach.WritePidFile(str(tmp_path), "vmm", 77)
+    directory = os.open(tmp_path, os.O_RDONLY)
+    operation = detach.WritePidFile(lambda: directory, "vmm", 77)
     operation.do()
     assert (tmp_path / "vmm.pid").read_text() == "77"
     with pytest.raises(StepError, match=r"Failed to open file /vmm.pid: File exists \(os error 17\)"):
-        detach.WritePidFile(str(tmp_path), "vmm", 78).do()
+        detach.WritePidFile(lambda: directory, "vmm", 78).do()
     operation.undo()
     assert os.listdir(tmp_path) == []
 
