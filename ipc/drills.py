@@ -127,6 +127,25 @@ def _file_status() -> str:
     return "F_SETFL"
 
 
+def _unlink_pid_file() -> str:
+    name = next(each for each in os.listdir("/") if each.endswith(".pid"))
+    os.unlink(f"/{name}")
+    return name
+
+
+def _replace_pid_file() -> str:
+    name = next(each for each in os.listdir("/") if each.endswith(".pid"))
+    with open("/forged", "w", encoding="ascii") as file:
+        file.write("1")
+    os.rename("/forged", f"/{name}")
+    return name
+
+
+def _open_device(path: str) -> str:
+    os.close(os.open(path, os.O_RDWR))
+    return path
+
+
 def _target(name: str) -> int:
     if name == "self":
         return os.getpid()
@@ -162,6 +181,11 @@ DRILLS: dict[str, Callable[[], str]] = {
     "ptrace": _ptrace,
     "blocking": _blocking,
     "file-status": _file_status,
+    "unlink-pid-file": _unlink_pid_file,
+    "replace-pid-file": _replace_pid_file,
+    "open-kvm": lambda: _open_device("/dev/kvm"),
+    "open-tun": lambda: _open_device("/dev/net/tun"),
+    "open-userfaultfd": lambda: _open_device("/dev/userfaultfd"),
 }
 
 #: Those that are aimed at a process: ``NAME=self``, ``=supervisor``, ``=controller`` or ``=PID``.

@@ -1,4 +1,6 @@
-"""Mappings of guest memory that begin where huge pages do, and asking for those.
+"""Mappings that keep no descriptor: of guest memory, beginning where huge pages do, and asking for those; of a vCPU.
+
+Python's mmap module duplicates the descriptor and keeps it for as long as the mapping lives.
 
 KVM maps 2 MiB of a guest at once where the host's page table does, and takes an exit for every 4 KiB where it does not.
 A huge page needs a mapping whose addresses and file offsets agree modulo 2 MiB; Linux places a memfd's mapping so only
@@ -8,8 +10,10 @@ where the administrator has switched huge pages for shared memory on (docs/adr/h
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
+import stat
 
 HUGE_PAGE_SIZE = 2 << 20
 #: Linux 6.1; the mmap module of Python 3.11 does not have it.
@@ -46,8 +50,7 @@ class GuestMapping:
             raise OSError(22, "the file is smaller than its mapping")
         self.address = _map(descriptor, size, mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0))
         self.size = size
-        array = type("GuestBytes", (_Unmapping, ctypes.c_ubyte * size), {})
-        self.view: memoryview = memoryview(array.from_address(self.address)).cast("B")  # type: ignore[attr-defined]
+        self.view = _view(self.address, size)
         try:
             self.advise(mmap.MADV_DONTDUMP, 0, size)
         except OSError:
@@ -83,6 +86,23 @@ class _Unmapping:
     def __del__(self) -> None:
         assert isinstance(self, ctypes.Array)
         _munmap(ctypes.addressof(self), ctypes.sizeof(self))
+
+
+def map_read_only(descriptor: int, size: int) -> memoryview:
+    """Return ``size`` bytes of what a descriptor stands for, mapped for reading until the view and its slices are gone.
+
+    The descriptor stays the caller's. Raises OSError, also for a file that is smaller: an access would end the process.
+    """
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_size < size:
+        raise OSError(errno.EINVAL, "the file is smaller than its mapping")
+    address = _check(_mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0))
+    return _view(address, size).toreadonly()
+
+
+def _view(address: int, size: int) -> memoryview:
+    array = type("MappedBytes", (_Unmapping, ctypes.c_ubyte * size), {})
+    return memoryview(array.from_address(address)).cast("B")  # type: ignore[attr-defined]
 
 
 def _map(descriptor: int, size: int, protection: int) -> int:

@@ -94,6 +94,7 @@ def launch(
     template.warm()
 
     def enter() -> tuple[int, ...]:
+        identity.keep_capabilities(host.facts.unjailed_capabilities)
         identity.set_no_new_privileges()
         os.close(janitor.descriptor)
         return ()
@@ -109,15 +110,15 @@ def launch(
     setup = Setup(
         launch_plan, roles, asked, proc, host.kvm_fd, host.kvm_error, filters.by_role, memory, log, WorkerCgroups()
     )
-    _confine_supervisor(setup, host)
-    if filters.warning:
-        log.warning(filters.warning)
+    _confine_supervisor(setup, host, filters.warning)
     return supervise(setup, controller, channel, signals)
 
 
-def _confine_supervisor(setup: Setup, host: Host) -> None:
+def _confine_supervisor(setup: Setup, host: Host, warning: str) -> None:
     timeline.mark("confine supervisor")
     identity.clear_capabilities()
     identity.set_no_new_privileges()
     close_supervisor(setup, host, PROGRAM, dumpable_wall=True)
     os.close(host.null)
+    if warning:
+        setup.log.warning(warning)

@@ -23,7 +23,7 @@ from jailer.log import Log
 from jailer.memory import MemoryMaker, ReserveMemory
 from jailer.operations import Operation, Plan
 from jailer.settings import Settings
-from jailer.steps import cgroups, detach, devices, directories, identity, process, roots
+from jailer.steps import cgroups, covers, detach, devices, directories, identity, process, roots
 from jailer.steps.title import TITLE
 
 _NO_SECCOMP = "--no-seccomp"
@@ -223,6 +223,16 @@ class JailedLaunch:
         os.close(proc)
         return detached
 
+    def _read_only_files(self) -> tuple[str, ...]:
+        """Return what the controller sees under a mount that cannot be written to, replaced or removed."""
+        has = self._has(walls.ROOT) and self._has(walls.PID_FILE)
+        return (f"/{self._settings.exec_name}.pid",) if has else ()
+
+    def _closed_devices(self) -> tuple[str, ...]:
+        """Return the device nodes that the controller sees under a mount that lets none be opened."""
+        has = self._has(walls.ROOT) and self._has(walls.DEVICES) and self._has(walls.UNUSED_DEVICES)
+        return devices.unused() if has else ()
+
     def _launch_plan(self, host: start.Host) -> LaunchPlan:
         options = self._options
         directories = (roots.CONTROLLER_IPC_DIRECTORY, roots.WORKER_IPC_DIRECTORY)
@@ -254,6 +264,8 @@ class JailedLaunch:
             own_network=bool(settings.netns),
             new_pid_namespace=settings.new_pid_ns,
             jail_root=(status.st_dev, status.st_ino),
+            read_only_files=self._read_only_files(),
+            closed_devices=self._closed_devices(),
         )
 
     def _enter_jail(self, host: start.Host, trees: roots.IpcTrees | None, visible_pid: int) -> tuple[int, ...]:
@@ -268,11 +280,16 @@ class JailedLaunch:
             flags |= syscalls.CLONE_NEWUTS
         syscalls.unshare(flags)
         made, nodes = devices.operations(self._uid, self._gid, mounts=self._root.mounts_are_hosts)
+        by_path = {each.path: each for each in made}
         operations: list[Operation] = [roots.EnterJailRoot(), *made, *nodes]
         if trees is not None:
-            operations.append(roots.AttachIpcDirectory(trees.controller, lambda: made[-1].descriptor))
+            place = by_path[roots.CONTROLLER_IPC_DIRECTORY]
+            operations.append(roots.AttachIpcDirectory(trees.controller, lambda: place.descriptor))
         pid_file = detach.WritePidFile(lambda: made[0].descriptor, settings.exec_name, visible_pid)
-        operations += [pid_file, devices.GiveDirectories(made, self._uid, self._gid)]
+        operations.append(pid_file)
+        operations += [covers.CoverDevice(by_path[os.path.dirname(path)], path) for path in self._closed_devices()]
+        operations += [covers.CoverPidFile(made[0], path) for path in self._read_only_files()]
+        operations.append(devices.GiveDirectories(made, self._uid, self._gid))
         Plan(operations, frozenset(self._off), self._log.error).execute()
         if trees is not None:
             os.close(trees.controller)

@@ -13,6 +13,7 @@ from base.lean_typing import Any, Callable, NamedTuple
 from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VMM, SECCOMP_OFF, LaunchPlan
 from jailer import walls
 from jailer.settings import Limits
+from jailer.steps.identity import UNJAILED_CAPABILITIES
 
 NAMESPACES = ("mnt", "ipc", "uts", "net", "pid", "user", "cgroup")
 _NO_CAPABILITIES = "0000000000000000"
@@ -28,6 +29,13 @@ class HostFacts(NamedTuple):
     namespaces: dict[str, int]
     seccomp_filters: int
     privileged: bool
+    #: The permitted set, as a mask.
+    capabilities: int = 0
+
+    @property
+    def unjailed_capabilities(self) -> int:
+        """What a controller without a jail keeps."""
+        return self.capabilities & UNJAILED_CAPABILITIES
 
 
 class Asked(NamedTuple):
@@ -39,6 +47,9 @@ class Asked(NamedTuple):
     own_network: bool
     new_pid_namespace: bool
     jail_root: tuple[int, int] | None
+    #: Files in the controller's root, under mounts that take something from them (jailer.steps.covers).
+    read_only_files: tuple[str, ...] = ()
+    closed_devices: tuple[str, ...] = ()
 
 
 def read(path: str, proc: int) -> str:
@@ -73,6 +84,7 @@ def host_facts(proc: int) -> HostFacts:
         namespaces=namespaces("self", proc),
         seccomp_filters=int(status.get("Seccomp_filters", "0")),
         privileged=bool(int(status["CapEff"], 16) & (1 << 8)),  # CAP_SETPCAP: the bounding set can be dropped
+        capabilities=int(status["CapPrm"], 16),
     )
 
 
@@ -90,9 +102,12 @@ def asked(plan: LaunchPlan, role: str, facts: Asked) -> Walls:
     walls_asked: Walls = {}
     if plan.jailed and has(walls.IDENTITY):
         walls_asked.update(uid=[plan.uid] * 4, gid=[plan.gid] * 4, groups=[])
-    if has(walls.CAPABILITIES) and (plan.jailed or role != ROLE_VMM):
+    if has(walls.CAPABILITIES):
         sets = _CAPABILITY_SETS if facts.host.privileged else tuple(s for s in _CAPABILITY_SETS if s != "CapBnd")
         walls_asked["capabilities"] = dict.fromkeys(sets, _NO_CAPABILITIES)
+        if not plan.jailed and role == ROLE_VMM:
+            kept = f"{facts.host.unjailed_capabilities:016x}"
+            walls_asked["capabilities"].update(CapPrm=kept, CapEff=kept)
     if has(walls.NO_NEW_PRIVILEGES):
         walls_asked["no_new_privs"] = 1
     if plan.seccomp != SECCOMP_OFF:
@@ -121,7 +136,11 @@ def _asked_namespaces(plan: LaunchPlan, role: str, facts: Asked) -> dict[str, st
 def _asked_root(role: str, facts: Asked) -> Walls:
     if role == ROLE_VMM:
         assert facts.jail_root is not None
-        return {"inode": list(facts.jail_root)}
+        return {
+            "inode": list(facts.jail_root),
+            "read_only_files": list(facts.read_only_files),
+            "closed_devices": list(facts.closed_devices),
+        }
     return {"read_only": True, "entries": ["ipc"]}
 
 
@@ -206,9 +225,21 @@ def _found_root(path: str, proc: int, wanted: Walls) -> Walls:
         }
         if "entries" in wanted:
             everything["entries"] = sorted(os.listdir(descriptor))[:16]
+        for key, flag in (("read_only_files", os.ST_RDONLY), ("closed_devices", os.ST_NODEV)):
+            names = wanted.get(key, ())
+            everything[key] = [name for name in names if _mount_flags(descriptor, name) & flag]
     finally:
         os.close(descriptor)
     return {name: everything[name] for name in wanted or everything}
+
+
+def _mount_flags(root: int, path: str) -> int:
+    """Return the flags of the mount that a file in a root is on. Raises OSError."""
+    descriptor = os.open(path.lstrip("/"), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
+    try:
+        return os.fstatvfs(descriptor).f_flag
+    finally:
+        os.close(descriptor)
 
 
 def _found_limits(text: str, wanted: dict[str, list[str]]) -> dict[str, list[str]]:

@@ -6,6 +6,8 @@ DESCRIPTORS = "descriptors"
 ENVIRONMENT = "environment"
 CGROUP = "cgroup"
 DEVICES = "devices"
+UNUSED_DEVICES = "unused-devices"
+PID_FILE = "pid-file"
 LIMITS = "limits"
 ROOT = "root"
 IPC_NAMESPACE = "ipc-namespace"
@@ -27,6 +29,8 @@ SWITCHES: dict[str, str] = {
     ENVIRONMENT: "the caller's environment is kept",
     CGROUP: "the cgroups of --cgroup and --vcpu-cgroup are neither made nor joined",
     DEVICES: "no device nodes in the jail root",
+    UNUSED_DEVICES: "the controller may open /dev/kvm, /dev/net/tun, /dev/userfaultfd in the jail root",
+    PID_FILE: "the controller may remove or replace the pid file",
     LIMITS: "the limits of --resource-limit are not set",
     ROOT: "the cells see the host's file system",
     IPC_NAMESPACE: "the cells share the host's System V IPC and POSIX message queues",

@@ -100,19 +100,24 @@ class WritePidFile(Operation):
         return f"write {self._name}"
 
     def do(self) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            self.descriptor = os.open(self._name, flags, 0o666, dir_fd=self._root())
+            writable = os.open(self._name, flags, 0o666, dir_fd=self._root())
         except OSError as error:
             raise StepError(f"Failed to open file /{self._name}: {errno_text(error)}") from None
         try:
+            # What the supervisor keeps for the lock cannot be written by.
+            self.descriptor = os.open(self._name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root())
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.write(self.descriptor, str(self._pid).encode())
+            os.write(writable, str(self._pid).encode())
         except OSError as error:
             self.undo()
             raise StepError(f"Failed to write to /{self._name}: {errno_text(error)}") from None
+        finally:
+            os.close(writable)
 
     def undo(self) -> None:
-        os.close(self.descriptor)
-        self.descriptor = -1
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
         os.unlink(self._name, dir_fd=self._root())

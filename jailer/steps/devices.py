@@ -153,6 +153,16 @@ class MakeDevice(Operation):
             os.unlink(self._name, dir_fd=self._directory.descriptor)
 
 
+def _nodes() -> tuple[tuple[str, int, int, bool], ...]:
+    minor = userfaultfd_minor()
+    return DEVICES if minor is None else (*DEVICES, ("/dev/userfaultfd", 10, minor, False))
+
+
+def unused() -> tuple[str, ...]:
+    """Return the paths of the nodes that no cell opens (nobody is harmed by /dev/urandom)."""
+    return tuple(path for path, _, _, optional in _nodes() if not optional)
+
+
 def operations(uid: int, gid: int, *, mounts: bool) -> tuple[list[MakeDirectory], list[MakeDevice]]:
     """Return what makes the directories, from the root down, and the device nodes.
 
@@ -162,10 +172,8 @@ def operations(uid: int, gid: int, *, mounts: bool) -> tuple[list[MakeDirectory]
     for path in (*DIRECTORIES, CONTROLLER_IPC_DIRECTORY):
         parent = None if path == "/" else made[os.path.dirname(path)]
         made[path] = MakeDirectory(path, parent, mounts=mounts and path.count("/") == 1)
-    minor = userfaultfd_minor()
-    extra = (("/dev/userfaultfd", 10, minor, False),) if minor is not None else ()
     nodes = [
         MakeDevice(made[os.path.dirname(path)], path, (major, number), (uid, gid), optional=optional)
-        for path, major, number, optional in (*DEVICES, *extra)
+        for path, major, number, optional in _nodes()
     ]
     return list(made.values()), nodes

@@ -36,6 +36,19 @@ def become(uid: int, gid: int) -> None:
     os.setresuid(uid, uid, uid)
 
 
+#: CAP_DAC_OVERRIDE: what an un-jailed controller keeps of root's capabilities. Who starts Firecracker as root may name
+#: kernels, drives and sockets of any owner. Nothing else that it does on the host takes one (docs/threat-model.md).
+UNJAILED_CAPABILITIES = 1 << 1
+
+
+def keep_capabilities(mask: int) -> None:
+    """Make effective and permitted sets equal to ``mask``, a part of the permitted one, and the others empty.
+
+    Raises OSError.
+    """
+    syscalls.capabilities_set(mask)
+
+
 def clear_capabilities() -> None:
     """Empty the effective, permitted and inheritable sets, and thereby the ambient set. Raises OSError."""
     syscalls.capabilities_set(0)

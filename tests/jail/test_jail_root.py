@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import stat
 import subprocess
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness.hostile_root import LOOP, PREPARED, Victim, as_user, give, mounted, racing, victim_in
-from tests.harness.jail import GID, UID, id_of, microvm, stand_in
+from tests.harness.jail import GID, UID, JailedMicrovm, id_of, microvm, stand_in, wait_for
 from tests.harness.run_options import NoLeftovers, Scale
 
 
@@ -104,3 +106,63 @@ def test_names_that_are_swapped_during_the_launch(base: Path, scale: Scale, seed
             subprocess.run(["umount", jailed.root / "data"], check=True)
             subprocess.run(["rm", "-r", victim.directory, jailed.directory], check=True)
     assert ends <= {1, 3}
+
+
+# ---------------------------------------------------------------- what the controller can do in its root
+
+#: attack of the controller → the wall that stops it, and how.
+IN_THE_ROOT = {
+    "unlink-pid-file": ("pid-file", "refused: Device or resource busy (16)"),
+    "replace-pid-file": ("pid-file", "refused: Device or resource busy (16)"),
+    "open-kvm": ("unused-devices", "refused: Permission denied (13)"),
+    "open-tun": ("unused-devices", "refused: Permission denied (13)"),
+    "open-userfaultfd": ("unused-devices", "refused: Permission denied (13)"),
+}
+
+
+def _outcome(jailed: JailedMicrovm, attack: str) -> str:
+    pattern = re.compile(rf"\bdrill {attack}: (.*)$", re.MULTILINE)
+    return str(wait_for(lambda: pattern.search(jailed.output()), jailed.describe)[1])
+
+
+@pytest.mark.parametrize("attack", IN_THE_ROOT)
+def test_the_controller_attacks_files_in_its_root(base: Path, attack: str) -> None:
+    wall, refused = IN_THE_ROOT[attack]
+    if attack == "open-userfaultfd" and not Path("/dev/userfaultfd").exists():
+        attack = "open-kvm"  # this host has no such device, so the jail root has none
+    with microvm(base, "--drill", f"vmm:{attack}", "--without", wall, microvm_id=id_of(base, "open")) as jailed:
+        jailed.start()
+        assert _outcome(jailed, attack).startswith("succeeded")
+        root = jailed.wall_records()["vmm"]["found"]["root"]
+        assert root["read_only_files" if wall == "pid-file" else "closed_devices"] == []
+    with microvm(base, "--drill", f"vmm:{attack}", microvm_id=id_of(base, "closed")) as jailed:
+        jailed.start().wait_up()
+        assert _outcome(jailed, attack) == refused
+        assert jailed.pid_file.read_text() == str(jailed.process.pid)
+        assert (jailed.pid_file.stat().st_uid, jailed.pid_file.stat().st_mode & 0o022) == (0, 0)
+        record = jailed.wall_records()["vmm"]
+        assert record["verified"]
+        assert record["found"]["root"]["read_only_files"] == ["/firecracker.pid"]
+        assert {"/dev/kvm", "/dev/net/tun"} <= set(record["found"]["root"]["closed_devices"])
+
+
+def test_the_host_may_remove_the_pid_file(base: Path) -> None:
+    """It is a mount in the controller's namespace only."""
+    with microvm(base) as jailed:
+        jailed.start().wait_up()
+        jailed.pid_file.rename(jailed.root / "elsewhere")
+        (jailed.root / "elsewhere").unlink()
+        assert jailed.api("GET", "/").status == 200
+        jailed.process.terminate()
+        jailed.process.wait()
+
+
+def test_a_device_that_the_host_put_into_the_root_can_be_opened(base: Path) -> None:
+    """Clients hand drives in as device nodes: only the nodes that the jailer makes are closed."""
+    with microvm(base) as jailed:
+        jailed.root.mkdir(parents=True)
+        os.mknod(jailed.root / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        (jailed.root / "null").chmod(0o666)
+        jailed.start().wait_up()
+        reply = jailed.api("PUT", "/logger", {"log_path": "/null"})
+        assert reply.status == 204, reply.body

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fcntl
-import mmap
 import os
 import stat
 
 from base.lean_typing import Any, NamedTuple, Sequence
 from ipc.channel import PairChannel
 from ipc.errors import IpcError
+from ipc.guest_mapping import map_read_only
 from ipc.messages.descriptors import DevicePages, ExitRing, ExternalInterrupt, VcpuDescriptor
 from vmm.errors import WorkerError
 
@@ -46,20 +46,20 @@ def send_descriptors(channel: PairChannel, descriptors: WorkerDescriptors) -> No
         channel.send(ExternalInterrupt(), fds=(descriptors.external_interrupt,))
 
 
-def receive_run_pages(channel: PairChannel, vcpus: Sequence[int], size: int) -> dict[int, mmap.mmap]:
+def receive_run_pages(channel: PairChannel, vcpus: Sequence[int], size: int) -> dict[int, memoryview]:
     """Map kvm_run of each vCPU read-only; the messages have come by now. Raises WorkerError."""
-    pages: dict[int, mmap.mmap] = {}
+    pages: dict[int, memoryview] = {}
     try:
         for vcpu in vcpus:
             pages[vcpu] = _receive_run_page(channel, vcpu, size)
     except BaseException:
         for page in pages.values():
-            page.close()
+            page.release()
         raise
     return pages
 
 
-def _receive_run_page(channel: PairChannel, vcpu: int, size: int) -> mmap.mmap:
+def _receive_run_page(channel: PairChannel, vcpu: int, size: int) -> memoryview:
     try:
         envelope, owned = channel.receive(1)
     except (BlockingIOError, IpcError) as error:
@@ -71,8 +71,8 @@ def _receive_run_page(channel: PairChannel, vcpu: int, size: int) -> mmap.mmap:
         try:
             if _can_shrink(descriptor):
                 raise WorkerError(f"what it handed over as vCPU {vcpu} is a file")
-            return mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ)
-        except (OSError, ValueError) as error:
+            return map_read_only(descriptor, size)
+        except OSError as error:
             raise WorkerError(f"its vCPU {vcpu} cannot be mapped: {error}") from None
         finally:
             os.close(descriptor)

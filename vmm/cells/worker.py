@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import time
 
 import zmq
@@ -71,7 +70,7 @@ class Worker(WorkerHandshake):
         self.on_ghost_recovered: Callable[[Worker, GhostRecovered], None]
         self._forget_owner()
         self._vcpus: set[int] = set()
-        self._run_pages: dict[int, mmap.mmap] = {}
+        self._run_pages: dict[int, memoryview] = {}
         #: So many changes of the VM were told ahead of Configure; done when the last was sent.
         self._told = 0
         self._telling: Deferral | None = None
@@ -381,7 +380,7 @@ class Worker(WorkerHandshake):
             deadline = time.monotonic_ns() + DEADLINES[WorkerState.FINISHING].nanoseconds
             self._events.run_until(lambda: not self.alive, deadline)
 
-    def run_page(self, vcpu: int) -> mmap.mmap | None:
+    def run_page(self, vcpu: int) -> memoryview | None:
         """Return the read-only kvm_run area of a vCPU; it stays readable after the worker's death."""
         return self._run_pages.get(vcpu)
 
@@ -453,7 +452,7 @@ class Worker(WorkerHandshake):
             self._descriptors.close()
             self._descriptors = None
         for page in self._run_pages.values():
-            page.close()
+            page.release()
         self._run_pages.clear()
         self._replies.clear()
 

@@ -6,7 +6,6 @@ Linux Documentation/virt/kvm/api.rst, "struct kvm_run" and KVM_CAP_SYNC_REGS; ar
 
 from __future__ import annotations
 
-import mmap
 import struct
 
 _HEADER = struct.Struct("<BB6xI")  # request_interrupt_window, immediate_exit, padding, exit_reason
@@ -38,7 +37,7 @@ EXIT_REASONS = {
 }
 
 
-def describe_run_page(page: mmap.mmap) -> str:
+def describe_run_page(page: memoryview) -> str:
     """Return one line: exit reason and the registers of the last exit. The page is written by a stranger."""
     _, _, reason = _HEADER.unpack_from(page, 0)
     (valid,) = struct.unpack_from("<Q", page, KVM_VALID_REGS_OFFSET)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ipc.guest_mapping import HUGE_PAGE_SIZE, GuestMapping
+from ipc.guest_mapping import HUGE_PAGE_SIZE, GuestMapping, map_read_only
 
 SIZE = 8 * HUGE_PAGE_SIZE
 NAME = "guest-mapping-test"
@@ -103,3 +103,24 @@ def test_collapsing_keeps_what_is_there(memfd: int) -> None:
     assert mapping.view == expected
     if done:
         assert mapped_huge(mapping.address) >= 3 * HUGE_PAGE_SIZE // 1024
+
+
+def test_a_read_only_mapping_keeps_no_descriptor(memfd: int) -> None:
+    os.pwrite(memfd, b"hello", 4096)
+    before = os.listdir("/proc/self/fd")
+    view = map_read_only(memfd, 3 * 4096)
+    assert os.listdir("/proc/self/fd") == before
+    assert (len(view), bytes(view[4096:4101]), view.readonly) == (3 * 4096, b"hello", True)
+    assert [size for _, size in mapped()] == [3 * 4096]
+    view.release()
+    assert mapped() == []
+
+
+def test_a_file_that_is_smaller_is_not_mapped(memfd: int) -> None:
+    with pytest.raises(OSError, match="smaller than its mapping"):
+        map_read_only(memfd, SIZE + 1)
+    read_end, write_end = os.pipe()
+    with pytest.raises(OSError, match="No such device"):
+        map_read_only(read_end, 4096)
+    os.close(read_end)
+    os.close(write_end)

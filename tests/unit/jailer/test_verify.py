@@ -40,6 +40,16 @@ def test_each_wall_is_asked_for_unless_it_is_switched_off() -> None:
     assert full["namespaces"] == {"mnt": "own", "ipc": "own", "uts": "own", "net": "own", "pid": "host"}
 
 
+def test_a_controller_without_a_jail_keeps_what_it_had_of_a_short_list() -> None:
+    for had, kept in ((0, 0), (1 << 12, 0), (0x1FFFFFFFFFF, 2)):
+        host = verify.HostFacts(dict.fromkeys(verify.NAMESPACES, 1), 0, True, had)
+        asked = verify.asked(_plan(jailed=False), "vmm", _facts(host=host))["capabilities"]
+        assert (asked["CapPrm"], asked["CapEff"]) == (f"{kept:016x}",) * 2
+        assert {asked[each] for each in ("CapInh", "CapBnd", "CapAmb")} == {"0" * 16}
+        assert set(verify.asked(_plan(jailed=False), "vcpu", _facts(host=host))["capabilities"].values()) == {"0" * 16}
+        assert set(verify.asked(_plan(), "vmm", _facts(host=host))["capabilities"].values()) == {"0" * 16}
+
+
 def test_filters_are_counted_by_role_and_host() -> None:
     host = verify.HostFacts(dict.fromkeys(verify.NAMESPACES, 1), 3, True)
     counts = {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,9 +11,7 @@ from vmm.machine.black_box import EXIT_REASONS, describe_run_page
 
 
 def describe(content: bytes) -> str:
-    with mmap.mmap(-1, RUN_PAGE_SIZE) as page:
-        page[: len(content)] = content
-        return describe_run_page(page)
+    return describe_run_page(memoryview(content.ljust(RUN_PAGE_SIZE, b"\0")))
 
 
 def test_registers_are_those_of_the_kernel_headers():
