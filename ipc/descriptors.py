@@ -68,15 +68,22 @@ def send(channel: socket.socket, frame: bytes, descriptors: Sequence[int] = ()) 
         raise DescriptorError(f"cannot send on the descriptor channel: {error.strerror}") from None
 
 
-def receive(channel: socket.socket, maximum: int = 0, flags: int = 0) -> tuple[bytes, OwnedDescriptors]:
-    """Receive one message with at most ``maximum`` descriptors.
+def receive(
+    channel: socket.socket, maximum: int = 0, flags: int = 0, *, maximum_size: int = MAX_FRAME_SIZE
+) -> tuple[bytes, OwnedDescriptors]:
+    """Receive one message of at most ``maximum_size`` bytes with at most ``maximum`` descriptors.
 
     An empty frame means that the peer closed the channel. BlockingIOError passes through on a non-blocking channel.
     Raises DescriptorError if the message was cut or brought descriptors that were not expected.
     """
     room = socket.CMSG_SPACE(maximum * _INT_SIZE) if maximum else 0
+    flags |= socket.MSG_CMSG_CLOEXEC
     try:
-        frame, ancillary, received_flags, _ = channel.recvmsg(MAX_FRAME_SIZE, room, socket.MSG_CMSG_CLOEXEC | flags)
+        try:
+            frame, ancillary, received_flags, _ = channel.recvmsg(maximum_size, room, flags)
+        except ConnectionResetError:
+            # The peer ended and left something unread. The kernel says so once, ahead of what the peer has sent.
+            frame, ancillary, received_flags, _ = channel.recvmsg(maximum_size, room, flags)
     except (BlockingIOError, InterruptedError):
         raise
     except ConnectionResetError:

@@ -5,7 +5,7 @@ docs/formats/launch-plan.md describes the fields and the compatibility rule.
 
 from __future__ import annotations
 
-from base.lean_typing import NamedTuple
+from base.lean_typing import NamedTuple, Protocol
 
 #: As many vCPUs as the API accepts (``vcpu_count``).
 MAX_VCPUS = 32
@@ -83,6 +83,19 @@ FORKED_AHEAD = Assignment(0, (0,), ())
 #: The first frame on a worker's descriptor channel, from the supervisor: the controller has asked for this worker, and
 #: therefore bound its endpoint.
 ENDPOINT_BOUND = b"bound"
+
+
+class Seal(Protocol):
+    """What a cell calls to have its walls closed; jailer.cell does it."""
+
+    def await_verified(self) -> None:
+        """Wait until the walls of the setup stage are verified: before anything is read that another cell sent.
+
+        No thread can be made afterwards.
+        """
+
+    def tighten(self) -> None:
+        """Close the walls of the running stage, once, when what they forbid is not needed any more."""
 
 
 def cell_name(role: str, index: int) -> str:

@@ -1,9 +1,16 @@
-"""What a freshly forked cell does before its role runs, and the seal that closes its walls."""
+"""What a freshly forked cell does before its role runs, and the seal that closes its walls, in two stages.
+
+Setup: its own filter goes on before the role's first statement, the supervisor reads the walls back, the cell becomes
+non-dumpable; only then it reads what another cell has sent. Running: a second, tighter filter, when the role needs no
+more than that; the supervisor looks again. Filters add up: what one of them forbids is forbidden.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import time
 
 from base import faults
 from base.errno_text import errno_text
@@ -13,18 +20,22 @@ from base.lean_typing import Callable, NamedTuple, NoReturn
 from base.threads import MadeByLibrary
 from ipc import descriptors
 from ipc.errors import IpcError
-from ipc.launch_plan import ROLE_VMM, LaunchPlan, cell_name
+from ipc.launch_plan import ROLE_VMM, SECCOMP_REPORT, LaunchPlan, cell_name
 from jailer import walls
-from jailer.errors import CellError, JailerError
+from jailer.errors import CellError, JailerError, PolicyError
+from jailer.filters import RUNNING, SETUP
 from jailer.seccomp.install import Filter, install
 from jailer.steps import identity
 from jailer.steps.title import TITLE
 
 # Frames of a seal channel, cell → supervisor. ENTERED: the controller is in its jail (with the locked pid file, if
-# there is one). FILTERED brings the listener in report mode. FAILED is followed by a text.
+# there is one). FILTERED: the filter of a stage is on; it brings the listener in report mode. HIDDEN: the cell is not
+# dumpable any more. TIGHTENING (report mode only): the listener of the first filter is not needed any more, and
+# another one is possible when it is closed. FAILED is followed by a text.
 ENTERED = b"entered"
 FILTERED = b"filtered"
-CLOSED = b"closed"
+HIDDEN = b"hidden"
+TIGHTENING = b"tightening"
 FAILED = b"failed:"
 # Supervisor → cell.
 VERIFIED = b"verified"
@@ -35,17 +46,23 @@ REFUSED = b"refused"
 #: Only the supervisor, the visible process, acts on them.
 _GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 EXIT_FAILED = 1
+#: How long a listener that the supervisor closed may stay open in a cell that is being forked (report mode).
+_LISTENER_S = 2.0
+_PAUSE_S = 0.001
 
 
 class CellContext(NamedTuple):
-    """What the supervisor prepared for one cell. ``seal`` is the cell's end of its seal channel."""
+    """What the supervisor prepared for one cell. ``seal`` is the cell's end of its seal channel.
+
+    ``filters`` are those of the cell, by stage; none if seccomp is off.
+    """
 
     plan: LaunchPlan
     role: str
     number: int
     supervisor_pid: int
     seal: socket.socket
-    seccomp_filter: Filter | None
+    filters: dict[str, Filter]
 
     @property
     def name(self) -> str:
@@ -58,7 +75,7 @@ class CellContext(NamedTuple):
 
 def count_faults() -> None:
     """In the supervisor, after a fork: count the fault points that the cell passes, so that "after=N" skips N cells."""
-    for point in ("cell.forked", "cell.confined", "cell.filtered", "cell.sealed"):
+    for point in ("cell.forked", "cell.confined", "cell.filtered", "cell.verified", "cell.sealed"):
         faults.count(point)
 
 
@@ -78,7 +95,7 @@ def confine(context: CellContext) -> None:
     """The last steps before the role runs, in a process that is confined otherwise. Raises CellError, OSError."""
     if context.has(walls.DEATH_SIGNAL):
         identity.die_with(context.supervisor_pid)
-    # Readable for the supervisor until it has verified the walls; the seal makes it non-dumpable.
+    # Readable for the supervisor until it has verified the walls (Seal.await_verified).
     identity.set_dumpable(True)
     identity.set_name(context.name)
     TITLE.show_role(context.name)
@@ -86,52 +103,101 @@ def confine(context: CellContext) -> None:
 
 
 class Seal:
-    """Called once by the role when its threads exist and its channels are connected."""
+    """The two stages of a cell's walls. :func:`run` begins; the role goes on when it is ready for that."""
 
     def __init__(self, context: CellContext) -> None:
         self._context = context
         self._channel: socket.socket | None = context.seal
+        self._verified = False
 
     @property
     def is_open(self) -> bool:
-        """Has the cell not begun to close its walls? Then the supervisor hears what it says."""
+        """Has the cell not begun to tighten its walls? Then the supervisor hears what it says."""
         return self._channel is not None
 
-    def __call__(self) -> None:
-        """Install the filter, have the walls read back, become non-dumpable. Raises CellError if a wall differs."""
-        channel, self._channel = self._channel, None
-        if channel is None:
-            raise CellError(f"{self._context.name} is sealed already")
+    def begin(self) -> None:
+        """Install the filter of the setup stage and ask the supervisor to read the walls back; does not wait for it.
+
+        Raises CellError, PolicyError, IpcError.
+        """
+        self._install(SETUP, self._open_channel())
+        faults.visit("cell.filtered")
+
+    def await_verified(self) -> None:
+        """Wait until the walls are verified, and become non-dumpable: what other cells send may be read from here on.
+
+        Every thread exists. Raises CellError if a wall differs.
+        """
+        if self._verified:
+            return
+        channel = self._open_channel()
+        self._verified = True
         try:
-            self._close_walls(channel)
+            self._expect(channel, VERIFIED)
+            if self._context.has(walls.PROCESS_LIMIT):
+                identity.forbid_processes()
+            if self._context.has(walls.DUMPABLE):
+                identity.set_dumpable(False)
+            descriptors.send(channel, HIDDEN)
         except (OSError, IpcError) as error:
+            raise CellError(f"{self._context.name} cannot be sealed: {error}") from None
+        faults.visit("cell.verified")
+
+    def tighten(self) -> None:
+        """Install the filter of the running stage on all threads, and have it read back. Once.
+
+        Raises CellError if a wall differs.
+        """
+        self.await_verified()
+        channel, self._channel = self._open_channel(), None
+        try:
+            if self._context.plan.seccomp == SECCOMP_REPORT:
+                descriptors.send(channel, TIGHTENING)
+                self._expect(channel, GO)
+            self._install(RUNNING, channel)
+            self._expect(channel, GO)
+        except (OSError, IpcError, PolicyError) as error:
             raise CellError(f"{self._context.name} cannot be sealed: {error}") from None
         finally:
             channel.close()
         faults.visit("cell.sealed")
 
-    def _close_walls(self, channel: socket.socket) -> None:
-        context = self._context
-        if context.has(walls.PROCESS_LIMIT):
-            identity.forbid_processes()
+    def _open_channel(self) -> socket.socket:
+        if self._channel is None:
+            raise CellError(f"{self._context.name} is sealed already")
+        return self._channel
+
+    def _install(self, stage: str, channel: socket.socket) -> None:
+        """Install the filter of a stage, if there is one, and say so. Raises PolicyError, IpcError."""
         listener = -1
-        if context.seccomp_filter is not None:
-            listener = install(context.seccomp_filter)
-        faults.visit("cell.filtered")
+        chosen = self._context.filters.get(stage)
+        if chosen is not None:
+            listener = _install_when_possible(chosen)
         descriptors.send(channel, FILTERED, (listener,) if listener >= 0 else ())
         if listener >= 0:
             os.close(listener)
-        self._expect(channel, VERIFIED)
-        if context.has(walls.DUMPABLE):
-            identity.set_dumpable(False)
-        descriptors.send(channel, CLOSED)
-        self._expect(channel, GO)
 
     def _expect(self, channel: socket.socket, wanted: bytes) -> None:
         frame, owned = descriptors.receive(channel)
         owned.close()
         if frame != wanted:
             raise CellError(f"the supervisor refused the walls of {self._context.name}")
+
+
+def _install_when_possible(chosen: Filter) -> int:
+    """Install a filter; in report mode, wait for the listener of the one before to be gone. Raises PolicyError.
+
+    The kernel gives a process one listener at a time. The supervisor has closed that of the setup stage by now, but a
+    cell that is being forked at this moment has a copy, for as long as it takes to close what it does not keep.
+    """
+    deadline = time.monotonic() + _LISTENER_S
+    while True:
+        try:
+            return install(chosen)
+        except PolicyError as error:
+            if error.number != errno.EBUSY or time.monotonic() >= deadline:
+                raise
+        time.sleep(_PAUSE_S)
 
 
 def report_failure(context: CellContext, text: str) -> None:
@@ -176,10 +242,11 @@ def _run(context: CellContext, prepare: Callable[[], tuple[int, ...]], role: Cal
             descriptors.send(context.seal, ENTERED, handed_over)
         for descriptor in handed_over:
             os.close(descriptor)
+        seal = Seal(context)
+        seal.begin()
     except (JailerError, IpcError, OSError) as error:
         report_failure(context, errno_text(error) if isinstance(error, OSError) else str(error))
         return EXIT_FAILED
-    seal = Seal(context)
     MadeByLibrary.last_words = context.seal.fileno()
     try:
         return role(seal)

@@ -6,7 +6,7 @@ import os
 import time
 
 from base.lean_std import signal, socket
-from base.lean_typing import NamedTuple
+from base.lean_typing import Enum, NamedTuple
 from ipc.launch_plan import Assignment, LaunchPlan, cell_name
 from jailer import verify
 from jailer.log import Log
@@ -31,8 +31,20 @@ ENDING_SIGNALS = (
     signal.SIGSYS,
 )
 BLOCKED_SIGNALS = frozenset(map(int, (*ENDING_SIGNALS, signal.SIGCHLD, signal.SIGPIPE)))
-#: How long a cell may take from its fork to its filter.
+#: How long a cell may take from its fork until it is hidden, a controller until it is sealed.
 SEAL_TIMEOUT_S = 60.0
+
+
+class Progress(Enum):
+    """How far the walls of a cell are."""
+
+    FORKED = "forked"
+    #: The walls of the setup stage were read back; the cell was told.
+    VERIFIED = "verified"
+    #: It is not dumpable any more, and may read what other cells send.
+    HIDDEN = "hidden"
+    #: The walls of the running stage were read back; the cell was told.
+    SEALED = "sealed"
 
 
 class Setup(NamedTuple):
@@ -54,8 +66,8 @@ class Cell:
     """One child: the controller or a worker."""
 
     __slots__ = (
-        "assignment", "deadline", "filtered", "index", "killed", "last_words", "listener", "pid", "pidfd", "role",
-        "seal", "text", "wall",
+        "assignment", "deadline", "index", "killed", "last_words", "listener", "pid", "pidfd", "proc", "progress",
+        "role", "seal", "text", "wall",
     )  # fmt: skip
 
     def __init__(self, role: str, index: int, pid: int, pidfd: int, seal: socket.socket) -> None:
@@ -73,8 +85,10 @@ class Cell:
         self.text = ""
         #: What a library of it said before it ended the process.
         self.last_words = ""
-        #: Its own filter is on.
-        self.filtered = False
+        #: How far its walls are.
+        self.progress = Progress.FORKED
+        #: Its files in /proc that stay readable when it is hidden, once its walls were verified.
+        self.proc: verify.OpenFiles | None = None
         #: It was killed on purpose, by us or because the controller asked for it.
         self.killed = False
 
@@ -96,6 +110,9 @@ class Cell:
         if self.seal is not None:
             self.seal.close()
             self.seal = None
+        if self.proc is not None:
+            self.proc.close()
+            self.proc = None
         for name in ("listener", "pidfd"):
             descriptor = getattr(self, name)
             if descriptor >= 0:

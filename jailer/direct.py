@@ -11,7 +11,7 @@ from ipc.launch_plan import ROLE_VMM, SECCOMP_KILL, SECCOMP_OFF
 from jailer import cleanup, plan, template, verify
 from jailer.cell_record import Setup
 from jailer.errors import StepError
-from jailer.filters import JANITOR, load_filters
+from jailer.filters import JANITOR, load_filters, of_cell
 from jailer.log import Log
 from jailer.memory import MemoryMaker
 from jailer.start import (
@@ -100,7 +100,7 @@ def launch(
         return ()
 
     keep = (*inherited, host.console)
-    controller, channel = fork_controller(launch_plan, roles, filters.by_role.get(ROLE_VMM), enter, keep)
+    controller, channel = fork_controller(launch_plan, roles, of_cell(filters.by_role, ROLE_VMM), enter, keep)
     timeline.mark("wait for controller")
     wait_entered(controller)
     for descriptor in inherited:  # the controller has them, for paths like /dev/fd/63

@@ -36,9 +36,13 @@ class WallError(JailerError):
 
 
 class PolicyError(JailerError):
-    """A seccomp policy cannot be read, compiled or installed."""
+    """A seccomp policy cannot be read, compiled or installed; ``number`` is the kernel's errno, or 0."""
 
     code = "jailer.policy"
+
+    def __init__(self, text: str, number: int = 0) -> None:
+        super().__init__(text)
+        self.number = number
 
 
 class CleanupError(JailerError):

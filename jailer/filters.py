@@ -6,16 +6,26 @@ from base.lean_typing import NamedTuple
 from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VCPU, ROLE_VMM, SECCOMP_OFF, SECCOMP_REPORT
 from jailer.seccomp.install import Filter, load
 
-ROLES = (ROLE_SUPERVISOR, ROLE_VMM, ROLE_VCPU)
+#: The stages of a cell's walls (jailer.cell): from its fork on, and when it needs no more than a running machine does.
+SETUP, RUNNING = "setup", "running"
+STAGES = (SETUP, RUNNING)
+#: Policies whose filters a launch needs: the supervisor has one, controller and workers one for each stage.
+ROLES = (ROLE_SUPERVISOR, *(policy for role in (ROLE_VMM, ROLE_VCPU) for policy in (f"{role}-{SETUP}", role)))
 JANITOR = "janitor"
 
 
 class Filters(NamedTuple):
-    """Which filter each role gets, and what is to be said of them; ``by_role`` is empty if seccomp is off."""
+    """The filter of each policy, and what is to be said of them; ``by_role`` is empty if seccomp is off."""
 
     mode: str
     by_role: dict[str, Filter]
     warning: str
+
+
+def of_cell(by_role: dict[str, Filter], role: str) -> dict[str, Filter]:
+    """Return the filters of a controller or worker by stage; none if seccomp is off."""
+    policies = {SETUP: f"{role}-{SETUP}", RUNNING: role}
+    return {stage: by_role[policy] for stage, policy in policies.items() if policy in by_role}
 
 
 def load_filters(mode: str, *, janitor: bool, with_faults: bool = False) -> Filters:

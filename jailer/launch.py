@@ -18,7 +18,7 @@ from jailer import cleanup, plan, start, syscalls, template, verify, walls
 from jailer.cell_record import Cell, Setup
 from jailer.cli import Options
 from jailer.errors import ArgumentError, StepError
-from jailer.filters import JANITOR, Filters, load_filters
+from jailer.filters import JANITOR, Filters, load_filters, of_cell
 from jailer.log import Log
 from jailer.memory import MemoryMaker, ReserveMemory
 from jailer.operations import Operation, Plan
@@ -173,7 +173,7 @@ class JailedLaunch:
         controller, channel = start.fork_controller(
             launch_plan,
             roles,
-            filters.by_role.get(ROLE_VMM),
+            of_cell(filters.by_role, ROLE_VMM),
             lambda: self._enter_jail(host, trees, visible_pid),
             (host.kernel_cache, host.console),
         )

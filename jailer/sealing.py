@@ -1,7 +1,8 @@
-"""How the supervisor lets a cell pass: it is verified from outside, twice, before it may do its work (jailer.cell)."""
+"""How the supervisor lets a cell pass: it is verified from outside, at both stages of its walls (jailer.cell)."""
 
 from __future__ import annotations
 
+import math
 import os
 
 from base import faults
@@ -9,9 +10,10 @@ from base.lean_std import socket
 from base.lean_typing import Callable
 from ipc import descriptors
 from ipc.errors import IpcError
-from ipc.launch_plan import ROLE_SUPERVISOR, SECCOMP_OFF, cell_name
+from ipc.launch_plan import ROLE_SUPERVISOR, SECCOMP_OFF, SECCOMP_REPORT
 from jailer import cell, verify, wall_report, walls
-from jailer.cell_record import Cell, Setup
+from jailer.cell_record import Cell, Progress, Setup
+from jailer.filters import RUNNING, SETUP
 from jailer.seccomp import notification
 
 WALL_SECCOMP = "seccomp"
@@ -28,99 +30,133 @@ class Sealing:
         self._fail = fail
         #: Our own walls were verified and told of.
         self.reported = False
+        #: Descriptors that a cell may send: the listener of its filter.
+        self._listeners = int(setup.plan.seccomp == SECCOMP_REPORT)
+        self._steps: dict[tuple[Progress, bytes], Callable[[Cell], None]] = {
+            (Progress.FORKED, cell.FILTERED): self._verify,
+            (Progress.VERIFIED, cell.HIDDEN): self._hidden,
+            (Progress.HIDDEN, cell.FILTERED): self._finish,
+        }
+        if self._listeners:
+            self._steps[Progress.HIDDEN, cell.TIGHTENING] = self._tightening
 
-    def receive(self, record: Cell) -> None:
-        """A cell says how far it is."""
+    def receive(self, record: Cell) -> bool:
+        """A cell says how far it is; False if it says nothing.
+
+        Once it is hidden it has read what others sent: then nothing else is believed.
+        """
         assert record.seal is not None
         try:
-            frame, owned = descriptors.receive(record.seal, 1, socket.MSG_DONTWAIT)
+            frame, owned = descriptors.receive(record.seal, self._listeners, socket.MSG_DONTWAIT)
         except (BlockingIOError, InterruptedError):
-            return
+            return False
         except IpcError as error:
             self._fail(record, f"{record.name} (pid {record.pid}): {error}")
-            return
+            return True
         with owned:
-            if frame == cell.FILTERED:
-                record.filtered = True
-                if len(owned):
-                    record.listener = owned.take()
-                self._verify(record)
-            elif frame == cell.CLOSED:
-                self._finish(record)
+            if not frame:
+                record.seal.close()  # at the end of the channel the exit status tells the rest
+                record.seal = None
             elif frame.startswith(cell.FAILED):
                 text = frame[len(cell.FAILED) :].decode("utf-8", "replace")
                 record.text = text
                 self._fail(record, f"{record.name} (pid {record.pid}) cannot start: {text}")
-            elif frame and frame != cell.ENTERED:
+            elif (record.progress, frame) in self._steps:
+                if len(owned):
+                    record.listener = owned.take()
+                self._steps[record.progress, frame](record)
+            elif record.progress is Progress.HIDDEN:
+                self._refuse(record, f"{record.name} (pid {record.pid}) said what it may not say while it is sealed")
+            elif frame != cell.ENTERED:
                 record.last_words = frame.decode("utf-8", "replace").strip()
-            elif not frame:
-                record.seal.close()  # at the end of the channel the exit status tells the rest
-                record.seal = None
+        return True
 
     def drain(self, record: Cell) -> None:
         """A cell ended before it was sealed: its last words, if any, say why."""
-        while record.seal is not None:
-            before = record.seal
-            self.receive(record)
-            if record.seal is before:
-                return
+        while record.seal is not None and self.receive(record):
+            pass
 
     def _verify(self, record: Cell) -> None:
-        assert record.seal is not None
+        """Its first filter is on, and nothing of another cell was read: its walls are read back."""
         faults.visit("supervisor.spawn.seal")
-        differences = self._differences(record.role, record.index, record.pid, record.pidfd)
-        if differences is None:
-            return  # it died meanwhile: its exit status tells why
-        if differences:
-            self._refuse(record, differences)
+        if not self._is_as_asked(record, SETUP):
             return
+        try:
+            record.proc = verify.OpenFiles(record.pid, self._setup.proc)
+        except OSError:
+            return  # it died meanwhile: its exit status tells why
         faults.visit("supervisor.spawn.verified")
+        record.progress = Progress.VERIFIED
         self._answer(record, cell.VERIFIED)
 
-    def _differences(self, role: str, index: int, pid: int, pidfd: int) -> str | None:
-        """Compare a process with its walls; return what differs and is not tolerated, None if it has ended."""
-        differences = wall_report.compare(self._setup, role, index, pid, pidfd)
-        if differences is None:
-            return None
-        if not differences or walls.VERIFY in self._plan.switched_off:
-            return ""
-        return f"{cell_name(role, index)} (pid {pid}): walls differ: {'; '.join(differences)}"
-
-    def _refuse(self, record: Cell, text: str) -> None:
-        record.wall = "verify"
-        self._fail(record, text)
-
-    def _finish(self, record: Cell) -> None:
+    def _hidden(self, record: Cell) -> None:
+        """It says that it is not dumpable any more, and does not wait for an answer."""
         wanted = walls.DUMPABLE not in self._plan.switched_off
         if wanted and verify.is_dumpable(record.pid, self._plan.uid, self._setup.proc):
             self._refuse(record, f"{record.name} (pid {record.pid}): walls differ: dumpable: asked False, found True")
             return
+        record.progress = Progress.HIDDEN
+        if record is not self._controller:
+            record.deadline = math.inf  # from here on it is for the controller to say how long a worker may take
+
+    def _tightening(self, record: Cell) -> None:
+        """Report mode: a process has one listener at a time, and its second filter is to have one."""
+        if record.listener >= 0:
+            os.close(record.listener)
+            record.listener = -1
+        self._answer(record, cell.GO)
+
+    def _finish(self, record: Cell) -> None:
+        """Its second filter is on."""
+        if not self._is_as_asked(record, RUNNING):
+            return
         if record is not self._controller and not self.reported and self.report_self():
             return  # no guest starts under a supervisor that is not what it should be
+        record.progress = Progress.SEALED
         self._answer(record, cell.GO)
         if record.seal is not None:
             record.seal.close()
             record.seal = None
+        if record.proc is not None:
+            record.proc.close()
+            record.proc = None
+
+    def _is_as_asked(self, record: Cell, stage: str) -> bool:
+        """Compare a cell with its walls; one that differs is ended. False also if it has ended by itself."""
+        differences = wall_report.compare(self._setup, record, stage)
+        if differences is None:
+            return False  # its exit status tells why
+        if text := self._unlike(record.name, record.pid, differences):
+            self._refuse(record, text)
+            return False
+        return True
+
+    def _unlike(self, name: str, pid: int, differences: list[str]) -> str:
+        """Say what differs and is not tolerated, or nothing."""
+        if not differences or walls.VERIFY in self._plan.switched_off:
+            return ""
+        return f"{name} (pid {pid}): walls differ: {'; '.join(differences)}"
+
+    def _refuse(self, record: Cell, text: str) -> None:
+        record.wall = "verify"
+        self._fail(record, text)
 
     def _answer(self, record: Cell, frame: bytes) -> None:
         assert record.seal is not None
         try:
             descriptors.send(record.seal, frame)
         except IpcError:
-            record.seal.close()  # the cell ended meanwhile
-            record.seal = None
+            pass  # the cell ended meanwhile; what it has said before is still to be read
 
     def report_self(self) -> bool:
         """Verify our own walls, when nobody waits for us or before the first worker goes on; True if one differs."""
         self.reported = True
         if self._plan.seccomp == SECCOMP_OFF:
             self._log.warning("seccomp is off in every cell")
-        differences = self._differences(ROLE_SUPERVISOR, 0, os.getpid(), -1)
-        if differences == "":
-            return False
-        if differences:
-            self._fail(self._controller, differences)
-        return True
+        text = self._unlike(ROLE_SUPERVISOR, os.getpid(), wall_report.compare_own(self._setup))
+        if text:
+            self._fail(self._controller, text)
+        return bool(text)
 
     def notified(self, record: Cell) -> None:
         """Report mode: a cell waits inside a forbidden system call; say which, and end it."""

@@ -78,7 +78,7 @@ def signal_descriptor() -> int:
 def fork_controller(
     plan: LaunchPlan,
     roles: template.Roles,
-    seccomp_filter: Filter | None,
+    filters: dict[str, Filter],
     enter: Callable[[], tuple[int, ...]],
     keep: tuple[int, ...],
 ) -> tuple[Cell, socket.socket]:
@@ -95,7 +95,7 @@ def fork_controller(
         timeline.enter(1)
         ours.close()
         seal.close()
-        context = cell.CellContext(plan, ROLE_VMM, 0, supervisor_pid, cell_seal, seccomp_filter)
+        context = cell.CellContext(plan, ROLE_VMM, 0, supervisor_pid, cell_seal, filters)
 
         def prepare() -> tuple[int, ...]:
             handed_over = enter()

@@ -6,6 +6,7 @@ Single-threaded, driven by poll(2), forks only from here. What the controller ma
 from __future__ import annotations
 
 import errno
+import math
 import os
 import select
 import struct
@@ -34,7 +35,8 @@ from ipc.messages.supervisor import (
     Spawned,
 )
 from jailer import cell, syscalls
-from jailer.cell_record import SEAL_TIMEOUT_S, Cell, Setup
+from jailer.cell_record import SEAL_TIMEOUT_S, Cell, Progress, Setup
+from jailer.filters import of_cell
 from jailer.sealing import WALL_SECCOMP, Sealing
 from jailer.steps import process
 
@@ -129,9 +131,8 @@ class Supervisor:
         deadlines = [record.deadline for record in self._cells.values() if record.seal is not None]
         if self._end_deadline:
             deadlines.append(self._end_deadline)
-        if not deadlines:
-            return None
-        return max(0, int((min(deadlines) - time.monotonic()) * 1000) + 1)
+        soonest = min(deadlines, default=math.inf)
+        return None if soonest == math.inf else max(0, int((soonest - time.monotonic()) * 1000) + 1)
 
     def _check_deadlines(self) -> None:
         now = time.monotonic()
@@ -205,7 +206,7 @@ class Supervisor:
         if record.seal is not None and not record.wall:
             self._sealing.drain(record)
         name = f"{record.name} (pid {record.pid})"
-        if number in (signal.SIGSYS, signal.SIGABRT) and not record.filtered:
+        if number == signal.SIGABRT and record.progress is not Progress.SEALED:
             record.text = record.text or _given_up(record.last_words)
             self._log.error(f"{name} cannot start: {record.text}")
         elif number == signal.SIGSYS and not record.wall:
@@ -373,6 +374,7 @@ class Supervisor:
     def _fork_worker(self, assignment: Assignment) -> tuple[Cell, socket.socket]:
         """Fork a worker; return its record and the controller's end of its descriptor channel. Raises OSError."""
         ours, theirs = descriptors.channel_pair()
+        theirs.setblocking(False)  # a worker cannot do it: FIONBIO is not for it
         seal, cell_seal = descriptors.channel_pair()
         faults.visit("supervisor.spawn.prepared")
         try:
@@ -425,8 +427,9 @@ class Supervisor:
     def _become_worker(self, assignment: Assignment, channel: socket.socket, seal: socket.socket) -> None:
         """In the child: let go of everything of the supervisor, then be the worker; does not return."""
         index = assignment.worker
-        context = cell.CellContext(self._plan, ROLE_VCPU, index, self._pid, seal, self._setup.filters.get(ROLE_VCPU))
         setup = self._setup
+        filters = of_cell(setup.filters, ROLE_VCPU)
+        context = cell.CellContext(self._plan, ROLE_VCPU, index, self._pid, seal, filters)
 
         def prepare() -> tuple[int, ...]:
             setup.worker_cgroups.join(index)
@@ -453,10 +456,10 @@ class Supervisor:
 
 
 def _given_up(last_words: str) -> str:
-    """Say what it means that a cell ended by SIGABRT before its filter was on, or by SIGSYS.
+    """Say what it means that a cell ended by SIGABRT before its walls were tight.
 
-    abort(3) is forbidden by the filter that a worker inherits. ZeroMQ calls it when it gets no thread although there
-    was room a moment ago, after words like "Resource temporarily unavailable (src/thread.cpp:241)".
+    ZeroMQ calls abort(3) when it gets no thread although there was room a moment ago, after words like "Resource
+    temporarily unavailable (src/thread.cpp:241)".
     """
     words = last_words.partition(" (")[0]
     if words == strerror(errno.EAGAIN):

@@ -8,11 +8,9 @@ import time
 
 from base.lean_std import socket
 from base.lean_typing import Callable, NamedTuple
-from ipc.launch_plan import FORKED_AHEAD, Assignment, LaunchPlan
+from ipc.launch_plan import FORKED_AHEAD, Assignment, LaunchPlan, Seal
 from jailer import hot, pack
 from jailer.hot import heap
-
-Seal = Callable[[], None]
 
 
 class Roles(NamedTuple):

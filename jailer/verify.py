@@ -2,6 +2,9 @@
 
 ``asked`` and ``found`` are flat dictionaries of JSON values with the same keys; a key that was not asked for is
 only reported. The death signal cannot be read back; a test shows that it works.
+
+In the running stage a cell is not dumpable, and the kernel shows its namespaces and its root to nobody of its user; a
+cell cannot have changed those since the setup stage. What can still be read is read.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from base.errno_text import errno_text
 from base.lean_typing import Any, Callable, NamedTuple
 from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VMM, SECCOMP_OFF, LaunchPlan
 from jailer import walls
+from jailer.filters import RUNNING
 from jailer.settings import Limits
 from jailer.steps.identity import UNJAILED_CAPABILITIES
 
@@ -56,12 +60,48 @@ def read(path: str, proc: int) -> str:
     """Return a small file below a /proc descriptor. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
     try:
-        parts = []
-        while part := os.read(descriptor, _MAX_FILE_SIZE):
-            parts.append(part)
-        return b"".join(parts).decode("utf-8", "replace")
+        return _read_all(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _read_all(descriptor: int) -> str:
+    parts = []
+    while part := os.read(descriptor, _MAX_FILE_SIZE):
+        parts.append(part)
+    return b"".join(parts).decode("utf-8", "replace")
+
+
+class OpenFiles:
+    """Files of a process that were opened while it was dumpable, to be read once, later.
+
+    They are everybody's to read; but where /proc is mounted with hidepid, nothing of a process that is not dumpable can
+    be opened.
+    """
+
+    __slots__ = ("_limits", "_status")
+
+    def __init__(self, pid: int, proc: int) -> None:
+        """Raises OSError."""
+        self._status = os.open(f"{pid}/status", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
+        try:
+            self._limits = os.open(f"{pid}/limits", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
+        except OSError:
+            os.close(self._status)
+            raise
+
+    def status(self) -> str:
+        """Return the text of /proc/PID/status. Raises OSError."""
+        return _read_all(self._status)
+
+    def limits(self) -> str:
+        """Return the text of /proc/PID/limits. Raises OSError."""
+        return _read_all(self._limits)
+
+    def close(self) -> None:
+        """Close both."""
+        os.close(self._status)
+        os.close(self._limits)
 
 
 def _status(text: str) -> dict[str, str]:
@@ -93,8 +133,8 @@ def open_proc() -> int:
     return os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
-def asked(plan: LaunchPlan, role: str, facts: Asked) -> Walls:
-    """Return what the walls of a cell of this role have to be."""
+def asked(plan: LaunchPlan, role: str, facts: Asked, stage: str = RUNNING) -> Walls:
+    """Return what the walls of a cell of this role have to be at this stage (jailer.filters)."""
 
     def has(wall: str) -> bool:
         return wall not in plan.switched_off
@@ -112,14 +152,19 @@ def asked(plan: LaunchPlan, role: str, facts: Asked) -> Walls:
         walls_asked["no_new_privs"] = 1
     if plan.seccomp != SECCOMP_OFF:
         own = 1 if role in (ROLE_SUPERVISOR, ROLE_VMM) else 2  # a worker inherits the supervisor's
-        walls_asked["seccomp"] = [{"mode": 2, "filters": facts.host.seccomp_filters + own}]
-    if plan.jailed:
+        filters = facts.host.seccomp_filters + own + _is_hidden(role, stage)
+        walls_asked["seccomp"] = [{"mode": 2, "filters": filters}]
+    if plan.jailed and not _is_hidden(role, stage):
         walls_asked["namespaces"] = _asked_namespaces(plan, role, facts)
         if has(walls.ROOT):
             walls_asked["root"] = _asked_root(role, facts)
         walls_asked["cgroup"] = facts.cgroup
-    walls_asked["limits"] = _asked_limits(plan, role, facts)
+    walls_asked["limits"] = _asked_limits(plan, role, facts, stage)
     return walls_asked
+
+
+def _is_hidden(role: str, stage: str) -> bool:
+    return role != ROLE_SUPERVISOR and stage == RUNNING
 
 
 def _asked_namespaces(plan: LaunchPlan, role: str, facts: Asked) -> dict[str, str]:
@@ -144,7 +189,7 @@ def _asked_root(role: str, facts: Asked) -> Walls:
     return {"read_only": True, "entries": ["ipc"]}
 
 
-def _asked_limits(plan: LaunchPlan, role: str, facts: Asked) -> dict[str, list[str]]:
+def _asked_limits(plan: LaunchPlan, role: str, facts: Asked, stage: str) -> dict[str, list[str]]:
     limits: dict[str, list[str]] = {}
     if walls.CORE_LIMIT not in plan.switched_off:
         limits["core file size"] = ["0", "0"]
@@ -153,7 +198,7 @@ def _asked_limits(plan: LaunchPlan, role: str, facts: Asked) -> dict[str, list[s
         size = facts.limits.file_size
         if size is not None:
             limits["file size"] = [_UNLIMITED if size >= (1 << 63) else str(size)] * 2
-    if role != ROLE_SUPERVISOR and walls.PROCESS_LIMIT not in plan.switched_off:
+    if _is_hidden(role, stage) and walls.PROCESS_LIMIT not in plan.switched_off:
         limits["processes"] = ["0", "0"]
     return limits
 
@@ -167,9 +212,35 @@ def found(pid: int, proc: int, host: HostFacts, wanted: Walls) -> Walls:
         "namespaces": lambda: _found_namespaces(namespaces(str(pid), proc), host, wanted.get("namespaces", {})),
         "seccomp": lambda: _found_seccomp(pid, proc),
     }
+    return _found(lambda: read(f"{pid}/status", proc), readers, wanted)
+
+
+def found_hidden(pid: int, proc: int, files: OpenFiles, wanted: Walls) -> Walls:
+    """As :func:`found`, of a process that is not dumpable; ``files`` were opened before."""
+    text = ""
+
+    def status() -> str:
+        nonlocal text
+        text = files.status()
+        return text
+
+    def seccomp() -> list[Walls]:
+        try:
+            return _found_seccomp(pid, proc)
+        except (FileNotFoundError, PermissionError):  # hidepid: the kernel put the filter on all threads, or on none
+            return [_seccomp_state(_status(text))]
+
+    readers: dict[str, Callable[[], Any]] = {
+        "limits": lambda: _found_limits(files.limits(), wanted.get("limits", {})),
+        "seccomp": seccomp,
+    }
+    return _found(status, readers, wanted)
+
+
+def _found(status: Callable[[], str], readers: dict[str, Callable[[], Any]], wanted: Walls) -> Walls:
     walls_found: Walls = {}
     try:
-        walls_found.update(_found_status(_status(read(f"{pid}/status", proc)), wanted))
+        walls_found.update(_found_status(_status(status()), wanted))
     except (OSError, ValueError, KeyError) as error:
         walls_found["status"] = f"unreadable: {error}"
     for name, reader in readers.items():
@@ -201,13 +272,19 @@ def _found_seccomp(pid: int, proc: int) -> list[Walls]:
     try:
         threads = os.listdir(descriptor)
         for thread in threads:
-            status = _status(read(f"{thread}/status", descriptor))
-            state = {"mode": int(status["Seccomp"]), "filters": int(status["Seccomp_filters"])}
+            try:
+                state = _seccomp_state(_status(read(f"{thread}/status", descriptor)))
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # a thread that has ended; one that is made meanwhile has the filters of its maker
             if state not in states:
                 states.append(state)
     finally:
         os.close(descriptor)
     return states
+
+
+def _seccomp_state(status: dict[str, str]) -> Walls:
+    return {"mode": int(status["Seccomp"]), "filters": int(status["Seccomp_filters"])}
 
 
 def _found_namespaces(numbers: dict[str, int], host: HostFacts, wanted: dict[str, str]) -> dict[str, str]:

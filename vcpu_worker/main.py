@@ -18,7 +18,7 @@ from base.threads import ZEROMQ_THREADS, MadeByLibrary
 from ipc.channel import Channel, PairChannel
 from ipc.descriptors import receive
 from ipc.errors import ChannelError
-from ipc.launch_plan import ENDPOINT_BOUND, PLACEMENT_SPLIT, Assignment, LaunchPlan, endpoint
+from ipc.launch_plan import ENDPOINT_BOUND, PLACEMENT_SPLIT, Assignment, LaunchPlan, Seal, endpoint
 from ipc.messages.descriptors import DESCRIPTORS
 from ipc.messages.records import WORKER
 from ipc.messages.worker import Hello, Welcome
@@ -44,29 +44,32 @@ def run(
     assignment: Assignment,
     channel: socket.socket,
     kvm_fd: int,
-    seal: Callable[[], None],
+    seal: Seal,
 ) -> int:
     """Be the worker ``assignment`` until the controller says Finish or is gone; return the exit code of the cell.
 
-    ``channel`` is our end of the descriptor channel, ``kvm_fd`` an open /dev/kvm; both are taken over. ``seal`` is
-    called once, when every thread exists, before anything of the guest is read. What goes wrong before it returns is
-    raised, for the supervisor to tell; afterwards no exception leaves this.
+    ``channel`` is our end of the descriptor channel, non-blocking, ``kvm_fd`` an open /dev/kvm; both are taken over.
+    Nothing that another cell sent is read before the walls are verified; they are tightened when every thread exists,
+    before anything of the guest is read. What goes wrong until then is raised, for the supervisor to tell; afterwards
+    no exception leaves this.
     """
-    sealed = False
-
-    def close_walls() -> None:
-        nonlocal sealed
-        seal()
-        sealed = True
-
+    starting = Starting(seal)
     try:
-        return _run(plan, assignment, channel, kvm_fd, close_walls)
+        return _run(plan, assignment, channel, kvm_fd, starting)
     except Exception as error:
-        if not sealed:
+        if not starting.over:
             raise
         expected = isinstance(error, CellblockError)
         text = str(error) if expected else f"internal error: {type(error).__name__}: {error}"
         return _complain(assignment.worker, text)
+
+
+class Starting:
+    """The seal of a worker, and whether its start is over: what goes wrong later is not a start that failed."""
+
+    def __init__(self, seal: Seal) -> None:
+        self.seal = seal
+        self.over = False
 
 
 def _complain(worker: int, text: str) -> int:
@@ -79,7 +82,7 @@ def _run(
     assignment: Assignment,
     channel: socket.socket,
     kvm_fd: int,
-    seal: Callable[[], None],
+    starting: Starting,
 ) -> int:
     install_kick_handler()
     system = KvmSystem(kvm_fd)
@@ -97,12 +100,14 @@ def _run(
     context = zmq.Context(io_threads=1)
     with MadeByLibrary(ZEROMQ_THREADS):
         control_channel = Channel(context, WORKER, plan.epoch)
+    starting.seal.await_verified()
     _await_endpoint(channel)
     control_channel.connect(endpoint(plan.worker_ipc_directory, assignment.worker))
     faults.visit("vcpu.hello")
     control_channel.send(hello)
     _await_welcome(control_channel)
-    seal()
+    starting.seal.tighten()
+    starting.over = True
     _run_drills(plan)
     descriptors = DescriptorSet(PairChannel(channel, DESCRIPTORS, plan.epoch))
     commands = made(control_channel.send, descriptors)
@@ -171,12 +176,13 @@ def _touch_vcpus(machine: Machine, assignment: Assignment, threads: list[VcpuThr
 
 def _await_endpoint(channel: socket.socket) -> None:
     """Wait until the supervisor says that the controller wants this worker. Raises ChannelError, DescriptorError."""
-    channel.setblocking(True)
-    frame, owned = receive(channel)
+    poll = select.poll()
+    poll.register(channel.fileno(), select.POLLIN)
+    poll.poll()
+    frame, owned = receive(channel, maximum_size=len(ENDPOINT_BOUND))
     owned.close()
     if frame != ENDPOINT_BOUND:
         raise ChannelError("nobody wants this worker")
-    channel.setblocking(False)
 
 
 def _await_welcome(channel: Channel) -> None:

@@ -10,9 +10,8 @@ from base import exit_codes, faults
 from base.errors import CellblockError
 from base.event_manager import EventManager
 from base.lean_std import socket
-from base.lean_typing import Callable
 from base.version import FIRECRACKER_VERSION
-from ipc.launch_plan import ROLE_VMM, LaunchPlan
+from ipc.launch_plan import ROLE_VMM, LaunchPlan, Seal
 from vmm import file_limit
 from vmm.api.dispatch import Dispatcher
 from vmm.api.server import ApiServer, ApiSocketError, bind
@@ -35,11 +34,11 @@ def warm(*, kernel_cache: bool) -> None:
     loader.warm(kernel_cache=kernel_cache)
 
 
-def run(plan: LaunchPlan, supervisor: socket.socket, seal: Callable[[], None]) -> int:
+def run(plan: LaunchPlan, supervisor: socket.socket, seal: Seal) -> int:
     """Be the controller until the microVM ends; return its exit code. No exception leaves this function.
 
-    ``supervisor`` is our end of the supervisor channel and is taken over. ``seal`` is called once, when our threads
-    exist and the API socket is bound, before a client or a guest is served.
+    ``supervisor`` is our end of the supervisor channel and is taken over. The walls are tightened when our threads
+    exist and the API socket is bound, before a client, a worker or a guest is listened to.
     """
     try:
         return Program(plan, parse(plan.arguments), supervisor).run(seal)
@@ -102,7 +101,7 @@ class Program:
         self._listener: socket.socket | None = None
         self._server: ApiServer | None = None
 
-    def run(self, seal: Callable[[], None]) -> int:
+    def run(self, seal: Seal) -> int:
         """Serve until the end; return the exit code."""
         LOG.info(f"Running Firecracker v{FIRECRACKER_VERSION}")
         try:
@@ -111,7 +110,7 @@ class Program:
             self._events.add_subscriber(self._supervisor)
             self._builder.bind()
             self._builder.prepare()  # the worker starts while our walls are being closed
-            seal()
+            seal.tighten()
             _log_walls(self._plan)
             _run_drills(self._plan)
             faults.visit("vmm.start")

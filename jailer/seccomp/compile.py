@@ -21,7 +21,10 @@ from base.lean_typing import Any
 from jailer.errors import PolicyError
 from jailer.seccomp.policy import ALLOWED, DIRECTORY, OWN_PROCESS, Policy, Rule, full_text, parse
 
-ROLES = ("supervisor", "vmm", "vcpu", "janitor", "supervisor-faults", "vmm-faults", "vcpu-faults")
+ROLES = (
+    "supervisor", "vmm-setup", "vmm", "vcpu-setup", "vcpu", "janitor",
+    "supervisor-faults", "vmm-setup-faults", "vmm-faults", "vcpu-setup-faults", "vcpu-faults",
+)  # fmt: skip
 BUILD_DIRECTORY = os.path.join(DIRECTORY, "build")
 MAGIC = b"CBSECC01"
 #: The kernel takes at most 4096 instructions per filter (BPF_MAXINSNS).

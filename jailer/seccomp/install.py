@@ -124,5 +124,6 @@ def install(chosen: Filter) -> int:
     try:
         result = syscalls.seccomp_set_filter(for_process(chosen, os.getpid()), flags)
     except OSError as error:
-        raise PolicyError(f"cannot install the seccomp filter of {chosen.role}: {errno_text(error)}") from None
+        text = f"cannot install the seccomp filter of {chosen.role}: {errno_text(error)}"
+        raise PolicyError(text, error.errno or 0) from None
     return result if listening else -1

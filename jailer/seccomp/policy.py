@@ -13,7 +13,10 @@ Lines (``#`` starts a comment; leading blanks do not matter)::
 
     COND: argN == VALUE                    64-bit comparison of argument N (0…5)
           argN:32 == VALUE                 comparison of its low 32 bits (all that the kernel looks at in ioctl codes)
+          argN & MASK == VALUE             comparison of these bits
           argN lacks VALUE                 none of these bits is set
+          argN only VALUE                  no other bits are set (argN:32: among the low 32)
+          argN in {VALUE, VALUE…}          it is one of them: a rule for each (also argN:32)
           argN:32 == OWN_PROCESS           it is the process that the filter is installed in (its thread-group id, as
                                            its own pid namespace counts)
 
@@ -32,6 +35,7 @@ from jailer.errors import PolicyError
 DIRECTORY = os.path.dirname(os.path.abspath(__file__))
 _MAX_LINES = 2000
 _LOW_32 = 0xFFFFFFFF
+_ALL_64 = (1 << 64) - 1
 #: Stands for the own process id in a compiled filter until it is installed. No process ever has it (PID_MAX_LIMIT is
 #: 2**22), so that a filter in which it was left allows nothing that it should not.
 OWN_PROCESS = 0x4F574E50
@@ -103,6 +107,12 @@ def parse(role: str, reader: Callable[[str], str] = read_text) -> Policy:
     return Policy(role, tuple(_merge(rules)), full_text(role, reader), tuple(parser.first))
 
 
+def _words(line: str) -> list[str]:
+    """Return the words of a line without its comment; braces stand alone, commas only separate."""
+    code = line.split("#", 1)[0]
+    return code.replace("{", " { ").replace("}", " } ").replace(",", " ").split()
+
+
 class _Parser:
     def __init__(self, reader: Callable[[str], str]) -> None:
         self._reader = reader
@@ -118,7 +128,7 @@ class _Parser:
         if len(lines) > _MAX_LINES:
             raise PolicyError(f"seccomp policy {role!r} has more than {_MAX_LINES} lines")
         for number, line in enumerate(lines, 1):
-            words = line.split("#", 1)[0].split()
+            words = _words(line)
             if not words:
                 continue
             try:
@@ -160,38 +170,58 @@ class _Parser:
         if "if" in words:
             if words.index("if") != 1:
                 raise ValueError("conditions belong to exactly one system call")
-            return [Rule(words[0], answer, tuple(self._conditions(words[2:])))]
+            return [Rule(words[0], answer, conditions) for conditions in self._alternatives(words[2:])]
         if not words:
             raise ValueError("no system call")
         return [Rule(name, answer, ()) for name in words]
 
-    def _conditions(self, words: list[str]) -> list[Condition]:
-        conditions = []
-        while words:
-            argument, operator, value, *words = words
+    def _alternatives(self, words: list[str]) -> list[tuple[Condition, ...]]:
+        """Return the conditions after ``if``; several lists of them where one says ``in``."""
+        alternatives: list[tuple[Condition, ...]] = [()]
+        arguments: set[str] = set()
+        while True:
+            argument, *words = words
             name, _, width = argument.partition(":")
             if name not in ("arg0", "arg1", "arg2", "arg3", "arg4", "arg5") or width not in ("", "32"):
                 raise ValueError(f"expected argN or argN:32, not {argument!r}")
-            number = self._number(value)
-            if value == _OWN_PROCESS_NAME and (operator, width) != ("==", "32"):
-                raise ValueError(f"expected: argN:32 == {_OWN_PROCESS_NAME}")
-            if operator == "==":
-                mask = _LOW_32 if width else (1 << 64) - 1
-                conditions.append(Condition(int(name[3:]), mask, number & mask))
-            elif operator == "lacks":
-                conditions.append(Condition(int(name[3:]), number, 0))
-            else:
-                raise ValueError(f"unknown comparison {operator!r}")
-            if words and (words.pop(0) != "and" or not words):
+            if name in arguments:
+                raise ValueError(f"two conditions on {name}: a rule can have one on each argument")
+            arguments.add(name)
+            number = int(name[3:])
+            choices, words = self._comparison(words, _LOW_32 if width else _ALL_64)
+            alternatives = [
+                (*before, Condition(number, mask, value)) for before in alternatives for mask, value in choices
+            ]
+            if not words:
+                return alternatives
+            if words.pop(0) != "and" or not words:
                 raise ValueError("expected 'and' between conditions")
-        if not conditions:
-            raise ValueError("no condition after 'if'")
-        return conditions
+
+    def _comparison(self, words: list[str], width: int) -> tuple[list[tuple[int, int]], list[str]]:
+        """Return the alternatives (mask, value) of one comparison, and the words after it."""
+        operator, value, *rest = words
+        if value == _OWN_PROCESS_NAME and operator == "==" and width == _LOW_32:
+            return [(width, OWN_PROCESS)], rest
+        if operator == "==":
+            return [(width, self._number(value) & width)], rest
+        if operator == "lacks":
+            return [(self._number(value), 0)], rest
+        if operator == "only":
+            return [(~self._number(value) & width, 0)], rest
+        if operator == "&" and width == _ALL_64 and rest[0] == "==":
+            mask, wanted = self._number(value), self._number(rest[1])
+            if wanted & ~mask:
+                raise ValueError("the value has bits that the mask lacks")
+            return [(mask, wanted)], rest[2:]
+        if operator == "in" and value == "{" and "}" in rest[1:]:
+            end = rest.index("}")
+            return [(width, self._number(each) & width) for each in rest[:end]], rest[end + 1 :]
+        raise ValueError(f"unknown comparison {operator!r}")
 
     def _number(self, word: str) -> int:
         """Return the value of ``NAME|NAME|0x10``."""
         if word == _OWN_PROCESS_NAME:
-            return OWN_PROCESS
+            raise ValueError(f"expected: argN:32 == {_OWN_PROCESS_NAME}")
         value = 0
         for part in word.split("|"):
             if part in self._names:

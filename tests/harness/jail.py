@@ -205,10 +205,23 @@ class JailedMicrovm:
         return f"\n{self.output()}\n{self.log()}"
 
     def wall_records(self) -> dict[str, dict[str, Any]]:
-        """Return the walls' report by cell."""
+        """Return the walls' report by cell: what it comes to, and under "stages" the line of each stage.
+
+        A cell that has taken the place of another one is in the report instead of it.
+        """
         lines = self.wall_log.read_text().splitlines() if self.wall_log.exists() else []
-        records = [json.loads(line) for line in lines if line.startswith("{")]
-        return {record["walls"]: record for record in records}
+        cells: dict[str, dict[str, Any]] = {}
+        for record in (json.loads(line) for line in lines if line.startswith('{"walls"')):
+            before = cells.get(record["walls"])
+            if before is None or before["pid"] != record["pid"]:
+                cells[record["walls"]] = {**record, "stages": {record["stage"]: record}}
+                continue
+            before["stages"][record["stage"]] = record
+            for name in ("asked", "found"):
+                before[name] = {**before[name], **record[name]}
+            before["differences"] = before["differences"] + record["differences"]
+            before["verified"] = before["verified"] and record["verified"]
+        return cells
 
     @property
     def pid(self) -> int:
@@ -225,7 +238,8 @@ class JailedMicrovm:
         def there() -> dict[str, int] | None:
             cells = self.cells()
             sealed = self.wall_records()
-            return cells if all(name in cells and name in sealed for name in names) else None
+            ready = all(name in cells and "running" in sealed.get(name, {"stages": ()})["stages"] for name in names)
+            return cells if ready else None
 
         found: dict[str, int] = wait_for(there, lambda: f"cells {names}: {self.describe()}")
         return found

@@ -14,6 +14,7 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, ".venv/lib/python3.11/site-packages")]
 
 import ctypes  # noqa: E402
 import resource  # noqa: E402
+import select  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
 import time  # noqa: E402
@@ -23,9 +24,9 @@ from typing import Any  # noqa: E402
 from base.errors import ThreadError  # noqa: E402
 from base.threads import MadeByLibrary  # noqa: E402
 from ipc.channel import PairChannel  # noqa: E402
-from ipc.launch_plan import ENDPOINT_BOUND, FORKED_AHEAD, Assignment, LaunchPlan  # noqa: E402
+from ipc.launch_plan import ENDPOINT_BOUND, FORKED_AHEAD, Assignment, LaunchPlan, Seal  # noqa: E402
 from ipc.messages.supervisor import SUPERVISOR, CellEnded, CreateMemory, Shutdown, SignalCell, Spawn  # noqa: E402
-from jailer import cli, launch, main, plan, settings, template  # noqa: E402
+from jailer import cell, cli, launch, main, plan, settings, template  # noqa: E402
 from jailer.errors import JailerError  # noqa: E402
 
 
@@ -208,8 +209,16 @@ def crash(plan: LaunchPlan, client: Client) -> int:
 # ---------------------------------------------------------------- workers
 
 
+def receive(channel: socket.socket) -> bytes:
+    """Wait for a frame on a channel that does not block, and that a worker cannot let block."""
+    poll = select.poll()
+    poll.register(channel, select.POLLIN)
+    poll.poll()
+    return channel.recv(16)
+
+
 def wait(channel: socket.socket) -> int:
-    channel.recv(1)  # until the controller is gone
+    receive(channel)  # until the controller is gone
     return 0
 
 
@@ -266,33 +275,54 @@ BEFORE_SEAL: dict[str, Callable[[], int | None]] = {
 }
 
 
+def say_on_seal_channel(frame: bytes, seal: cell.Seal) -> None:
+    seal._open_channel().send(frame)
+    time.sleep(60)
+
+
+def lie_about_the_filter(seal: cell.Seal) -> None:
+    say_on_seal_channel(cell.FILTERED, seal)
+
+
+#: What a worker does between the two stages of its seal.
+WHILE_HIDDEN: dict[str, Callable[[Any], None]] = {
+    "nonsense": lambda seal: say_on_seal_channel(b"nonsense", seal),
+    "hidden-twice": lambda seal: say_on_seal_channel(cell.HIDDEN, seal),
+    "tightening": lambda seal: say_on_seal_channel(cell.TIGHTENING, seal),
+    "no-second-filter": lie_about_the_filter,
+}
+
+
 def _behaviours(plan: LaunchPlan) -> list[str]:
     return [*plan.arguments[plan.arguments.index("--parent-cpu-time-us") + 2 :], "idle", "wait"]
 
 
-def vmm(plan: LaunchPlan, channel: socket.socket, seal: template.Seal) -> int:
+def vmm(plan: LaunchPlan, channel: socket.socket, seal: Seal) -> int:
     name = _behaviours(plan)[0]
     if name in BEFORE_SEAL:
         code = BEFORE_SEAL[name]()
         if code is not None:
             return code
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # what cannot be written is to fail here
-    seal()
+    seal.tighten()
     say("sealed")
     return CONTROLLERS.get(name, idle)(plan, Client(channel, plan))
 
 
-def vcpu(plan: LaunchPlan, assignment: Assignment, channel: socket.socket, kvm_fd: int, seal: template.Seal) -> int:
+def vcpu(plan: LaunchPlan, assignment: Assignment, channel: socket.socket, kvm_fd: int, seal: Seal) -> int:
     name = _behaviours(plan)[1]
     if name in BEFORE_SEAL:
         code = BEFORE_SEAL[name]()
         if code is not None:
             return code
-    frame = channel.recv(16)
+    seal.await_verified()
+    if name in WHILE_HIDDEN:
+        WHILE_HIDDEN[name](seal)
+    frame = receive(channel)
     if frame != ENDPOINT_BOUND:
         say(f"worker {assignment.worker} was told {frame!r}")
         return 98
-    seal()
+    seal.tighten()
     say(f"worker {assignment.worker} sealed")
     return WORKERS.get(name, wait)(channel)
 

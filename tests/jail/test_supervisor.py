@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
 import pytest
 
 from ipc.launch_plan import MAX_MEMORY_BYTES, MAX_WORKERS
-from tests.harness.jail import JailedMicrovm, children, descriptors, id_of, stand_in, wait_for
+from tests.harness.jail import JailedMicrovm, children, descriptors, id_of, stand_in, status, wait_for
 from tests.harness.run_options import NoLeftovers
 
 
@@ -80,7 +81,8 @@ def test_how_a_worker_ended_is_told(base: Path, worker: str, ended: str) -> None
 
 
 def test_worker_whose_walls_differ_is_ended(base: Path) -> None:
-    jailed = stand_in(base, "one-worker", arguments=("one-worker", "lower-limit"))
+    # Without the filter, which would not let it change its limits.
+    jailed = stand_in(base, "one-worker", "--seccomp-mode", "off", arguments=("one-worker", "lower-limit"))
     assert jailed.run() == 0, jailed.output()
     assert "ended 0 status=0 signal=9 wall='verify'" in _lines(jailed)
     assert "worker 0 sealed" not in _lines(jailed)
@@ -92,7 +94,7 @@ def test_worker_whose_walls_differ_is_ended(base: Path) -> None:
 
 
 def test_controller_whose_walls_differ_ends_the_launch(base: Path) -> None:
-    jailed = stand_in(base, "lower-limit")
+    jailed = stand_in(base, "lower-limit", "--seccomp-mode", "off")
     assert jailed.run() == 1
     assert "sealed" not in _lines(jailed)
     assert "vmm (pid " in jailed.log()
@@ -103,7 +105,8 @@ def test_a_difference_is_only_reported_without_verification(base: Path) -> None:
     jailed = stand_in(base, "exit-3", "--without", "verify", arguments=("exit-3",))
     assert jailed.run() == 3
     again = ("idle", "lower-limit")
-    jailed = stand_in(base, "", "--without", "verify", arguments=again, microvm_id=id_of(base, "two")).start()
+    options = ("--without", "verify", "--seccomp-mode", "off")
+    jailed = stand_in(base, "", *options, arguments=again, microvm_id=id_of(base, "two")).start()
     _wait_line(jailed, "worker 0 sealed")
     assert jailed.stop() == -signal.SIGTERM
     assert not jailed.wall_records()["vcpu 0"]["verified"]
@@ -121,8 +124,13 @@ def test_walls_report(base: Path) -> None:
         assert len(record["seccomp"]["sha256"]) == 64, name
         for wall, asked in record["asked"].items():
             assert record["found"][wall] == asked, (name, wall)
-    assert records["vcpu 0"]["found"]["seccomp"] == [{"mode": 2, "filters": 2}]
-    assert len({record["seccomp"]["sha256"] for record in records.values()}) == 3
+        stages = record["stages"]
+        assert list(stages) == (["running"] if name == "supervisor" else ["setup", "running"]), name
+        for stage, line in stages.items():
+            filters = {"supervisor": 1, "vmm": 1, "vcpu 0": 2}[name] + (name != "supervisor" and stage == "running")
+            assert line["found"]["seccomp"] == [{"mode": 2, "filters": filters}], (name, stage)
+    digests = [line["seccomp"]["sha256"] for record in records.values() for line in record["stages"].values()]
+    assert len(set(digests)) == 5
 
 
 @pytest.mark.parametrize(
@@ -242,6 +250,36 @@ def test_a_worker_that_cannot_start_says_why(base: Path, behaviour: str, text: s
     (line,) = jailed.log().splitlines()
     assert "vcpu 0 (pid " in line
     assert f") cannot start: {text}" in line
+
+
+@pytest.mark.parametrize("behaviour", ["nonsense", "hidden-twice", "tightening"])
+def test_a_hidden_cell_is_believed_nothing_but_its_second_filter(base: Path, behaviour: str) -> None:
+    jailed = stand_in(base, "one-worker", arguments=("one-worker", behaviour))
+    assert jailed.run() == 0, jailed.describe()
+    assert "ended 0 status=0 signal=9 wall='verify'" in _lines(jailed)
+    assert "said what it may not say while it is sealed" in jailed.log()
+
+
+def test_a_cell_that_says_it_has_its_second_filter_and_has_not_is_ended(base: Path) -> None:
+    jailed = stand_in(base, "one-worker", arguments=("one-worker", "no-second-filter"))
+    assert jailed.run() == 0, jailed.describe()
+    assert "ended 0 status=0 signal=9 wall='verify'" in _lines(jailed)
+    assert "walls differ: seccomp: asked [{'mode': 2, 'filters': 3}], found [{'mode': 2, 'filters': 2}]" in jailed.log()
+
+
+def test_a_cell_has_its_walls_before_it_reads_what_another_cell_sends(base: Path) -> None:
+    """The worker that is forked ahead waits for the first byte of others: filtered, verified, and not dumpable."""
+    jailed = _ahead(base, "late").start()
+    try:
+        _wait_line(jailed, "sealed")
+        ahead = wait_for(lambda: children(jailed.pid).get("vcpu 0"), "the worker")
+        wait_for(lambda: "setup" in jailed.wall_records().get("vcpu 0", {"stages": ()})["stages"], "its walls")
+        wait_for(lambda: Path(f"/proc/{ahead}/status").stat().st_uid == 0, "that it is not dumpable")
+        assert status(ahead)["Seccomp_filters"] == "2"  # the supervisor's and its own
+        assert re.search(r"^Max processes +0 +0 ", Path(f"/proc/{ahead}/limits").read_text(), re.MULTILINE)
+        assert "worker 0 sealed" not in _lines(jailed)  # nobody has asked
+    finally:
+        assert jailed.stop() == -signal.SIGTERM
 
 
 def _descriptor_kinds(pid: int) -> dict[str, int]:

@@ -25,6 +25,7 @@ from tests.harness.api import parse_response
 from tests.harness.cells import Controller as Cells
 from tests.harness.cells import open_descriptors
 from tests.harness.supervisor import StandInSupervisor, run_process
+from tests.harness.workers import Walls
 from vcpu_worker import main as worker_main
 from vcpu_worker import state as vcpu_state
 from vmm.api.dispatch import Dispatcher
@@ -78,10 +79,9 @@ def real_workers(supervisor: StandInSupervisor) -> None:
         if pid == 0:
             ours.close()
             supervisor.channel.close()
+            theirs.setblocking(False)  # as the supervisor does
             kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
-            run_process(
-                lambda: os._exit(worker_main.run(supervisor.plan, Assignment(*message), theirs, kvm, _no_walls))
-            )
+            run_process(lambda: os._exit(worker_main.run(supervisor.plan, Assignment(*message), theirs, kvm, Walls())))
         theirs.close()
         descriptors.send(ours, ENDPOINT_BOUND)
         pidfd = os.pidfd_open(pid)
@@ -90,10 +90,6 @@ def real_workers(supervisor: StandInSupervisor) -> None:
         ours.close()
 
     supervisor.handlers[Spawn] = spawn
-
-
-def _no_walls() -> None:
-    pass
 
 
 class Machine:

@@ -333,3 +333,22 @@ def test_a_limit_on_open_files_is_named(pair):
             descriptors.receive(ours, 1)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_what_a_peer_has_said_is_read_though_it_ended_with_something_unread(pair):
+    """The kernel reports the reset of the connection ahead of the messages that are still there."""
+    ours, theirs = pair
+    descriptors.send(theirs, b"the reason")
+    descriptors.send(ours, b"never read")
+    theirs.close()
+    assert descriptors.receive(ours)[0] == b"the reason"
+    assert descriptors.receive(ours)[0] == b""
+
+
+def test_a_message_that_is_longer_than_asked_for_is_refused(pair):
+    ours, theirs = pair
+    descriptors.send(theirs, b"bound")
+    assert descriptors.receive(ours, maximum_size=5)[0] == b"bound"
+    descriptors.send(theirs, b"bound!")
+    with pytest.raises(DescriptorError, match="cut"):
+        descriptors.receive(ours, maximum_size=5)

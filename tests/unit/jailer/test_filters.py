@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VCPU, ROLE_VMM, SECCOMP_KILL, SECCOMP_OFF, SECCOMP_REPORT
-from jailer.filters import JANITOR, Filters, load_filters
+from jailer.filters import JANITOR, RUNNING, SETUP, Filters, load_filters, of_cell
 
-ROLES = {ROLE_SUPERVISOR, ROLE_VMM, ROLE_VCPU}
+ROLES = {ROLE_SUPERVISOR, "vmm-setup", ROLE_VMM, "vcpu-setup", ROLE_VCPU}
 
 
 def test_without_seccomp_there_is_none() -> None:
@@ -20,6 +20,13 @@ def test_every_role_has_one_and_the_janitor_if_there_is_one(mode: str, janitor: 
     filters = load_filters(mode, janitor=janitor)
     assert filters.mode == mode
     assert set(filters.by_role) == (ROLES | {JANITOR} if janitor else ROLES)
+
+
+def test_a_cell_has_one_for_each_stage() -> None:
+    by_role = load_filters(SECCOMP_KILL, janitor=False).by_role
+    for role in (ROLE_VMM, ROLE_VCPU):
+        assert of_cell(by_role, role) == {SETUP: by_role[f"{role}-setup"], RUNNING: by_role[role]}
+        assert of_cell({}, role) == {}
 
 
 def test_faults_get_filters_that_let_them_act() -> None:

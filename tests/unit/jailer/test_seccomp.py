@@ -52,6 +52,9 @@ def test_statements() -> None:
         refuse ENOSYS stat if arg0 == 1
         pretend sched_setscheduler
         allow tgkill if arg0:32 == OWN_PROCESS and arg2:32 == TWO
+        allow fcntl if arg1:32 in {TWO, FOUR} and arg2 & 0x800 == 0x800
+        allow futex if arg1:32 only TWO|FOUR
+        allow mmap if arg3 only FOUR
         """
     )
     assert policy.rules == (
@@ -63,6 +66,10 @@ def test_statements() -> None:
         Rule("stat", errno.ENOSYS, (Condition(0, (1 << 64) - 1, 1),)),
         Rule("sched_setscheduler", 0, ()),
         Rule("tgkill", ALLOWED, (Condition(0, 0xFFFFFFFF, OWN_PROCESS), Condition(2, 0xFFFFFFFF, 2))),
+        Rule("fcntl", ALLOWED, (Condition(1, 0xFFFFFFFF, 2), Condition(2, 0x800, 0x800))),
+        Rule("fcntl", ALLOWED, (Condition(1, 0xFFFFFFFF, 4), Condition(2, 0x800, 0x800))),
+        Rule("futex", ALLOWED, (Condition(1, 0xFFFFFFF9, 0),)),
+        Rule("mmap", ALLOWED, (Condition(3, 0xFFFFFFFFFFFFFFFB, 0),)),
     )
 
 
@@ -91,6 +98,17 @@ def test_statements() -> None:
         f"allow tgkill if arg0:32 == {OWN_PROCESS}",
         "define OWN_PROCESS 1",
         "include main",
+        "allow tgkill if arg0:32 in {OWN_PROCESS}",
+        "allow tgkill if arg0 & OWN_PROCESS == 0",
+        "allow tgkill if arg0:32 only OWN_PROCESS",
+        "allow read if arg0 in {}",
+        "allow read if arg0 in {1",
+        "allow read if arg0 in 1",
+        "allow read if arg0 & 1",
+        "allow read if arg0:32 & 1 == 1",
+        "allow read if arg0 & 1 == 2",
+        "allow read if arg0 & 1 is 1",
+        "allow read if arg0 == 1 and arg0 == 2",
         "first read",
         "first ioctl if arg1 == 1",
         "first ioctl if arg1:32 == 1 and arg0:32 == 1",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
+from pathlib import Path
 
 from ipc.launch_plan import MAX_MEMORY_BYTES, MAX_WORKERS, LaunchPlan
 from jailer import verify, walls
+from jailer.filters import RUNNING, SETUP
 
 
 def _plan(**changed: object) -> LaunchPlan:
@@ -24,7 +27,7 @@ def _facts(**changed: object) -> verify.Asked:
 
 
 def test_each_wall_is_asked_for_unless_it_is_switched_off() -> None:
-    full = verify.asked(_plan(), "vcpu", _facts())
+    full = verify.asked(_plan(), "vcpu", _facts(), SETUP)
     for wall, key in (
         (walls.IDENTITY, "uid"),
         (walls.CAPABILITIES, "capabilities"),
@@ -32,8 +35,8 @@ def test_each_wall_is_asked_for_unless_it_is_switched_off() -> None:
         (walls.ROOT, "root"),
     ):
         assert key in full
-        assert key not in verify.asked(_plan(switched_off=(wall,)), "vcpu", _facts()), wall
-    assert full["limits"] == {"core file size": ["0", "0"], "processes": ["0", "0"]}
+        assert key not in verify.asked(_plan(switched_off=(wall,)), "vcpu", _facts(), SETUP), wall
+    assert full["limits"] == {"core file size": ["0", "0"]}
     off = (walls.CORE_LIMIT, walls.PROCESS_LIMIT)
     assert verify.asked(_plan(switched_off=off), "vcpu", _facts())["limits"] == {}
     assert "seccomp" not in verify.asked(_plan(seccomp="off"), "vcpu", _facts())
@@ -50,13 +53,44 @@ def test_a_controller_without_a_jail_keeps_what_it_had_of_a_short_list() -> None
         assert set(verify.asked(_plan(), "vmm", _facts(host=host))["capabilities"].values()) == {"0" * 16}
 
 
-def test_filters_are_counted_by_role_and_host() -> None:
+def test_what_is_asked_of_a_hidden_cell_can_be_read_of_it() -> None:
+    """The kernel shows neither namespaces nor root of a process that is not dumpable."""
+    for role in ("vmm", "vcpu"):
+        running = verify.asked(_plan(), role, _facts(), RUNNING)
+        assert {"namespaces", "root", "cgroup"} & set(running) == set()
+        assert running["limits"] == {"core file size": ["0", "0"], "processes": ["0", "0"]}
+    assert "namespaces" in verify.asked(_plan(), "supervisor", _facts())  # it reads its own
+
+
+def test_filters_are_counted_by_role_stage_and_host() -> None:
     host = verify.HostFacts(dict.fromkeys(verify.NAMESPACES, 1), 3, True)
     counts = {
-        role: verify.asked(_plan(), role, _facts(host=host))["seccomp"][0]["filters"]
-        for role in ("supervisor", "vmm", "vcpu")
+        (role, stage): verify.asked(_plan(), role, _facts(host=host), stage)["seccomp"][0]["filters"]
+        for role in ("vmm", "vcpu")
+        for stage in (SETUP, RUNNING)
     }
-    assert counts == {"supervisor": 4, "vmm": 4, "vcpu": 5}
+    assert counts == {("vmm", SETUP): 4, ("vmm", RUNNING): 5, ("vcpu", SETUP): 5, ("vcpu", RUNNING): 6}
+    assert verify.asked(_plan(), "supervisor", _facts(host=host))["seccomp"][0]["filters"] == 4
+
+
+def test_the_files_of_a_process_are_read_when_it_shows_nothing_any_more(tmp_path: Path) -> None:
+    """As in /proc that is mounted with hidepid: what was opened before stays readable, the rest is not there."""
+    proc = verify.open_proc()
+    nothing = os.open(tmp_path, os.O_PATH | os.O_DIRECTORY)
+    files = verify.OpenFiles(os.getpid(), proc)
+    limits = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, limits[1]))
+    try:
+        found = verify.found_hidden(os.getpid(), nothing, files, {"limits": {"core file size": []}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_CORE, limits)
+    assert found["uid"] == [os.getuid()] * 4
+    assert found["limits"]["core file size"][0] == "0"  # not as it was when they were opened
+    assert [set(state) for state in found["seccomp"]] == [{"mode", "filters"}]
+    files.close()
+    assert "unreadable" in verify.found_hidden(os.getpid(), nothing, files, {})["status"]
+    os.close(nothing)
+    os.close(proc)
 
 
 def test_reading_ones_own_walls() -> None:
