@@ -13,6 +13,7 @@ import struct
 
 from base.lean_std import socket
 from base.lean_typing import Callable
+from ipc import network_drills
 from ipc.launch_plan import ROLE_VCPU, ROLE_VMM
 
 #: The supervisor sets it before it forks workers: whom their "ptrace" drill attacks. The controller attacks its parent.
@@ -191,6 +192,8 @@ DRILLS: dict[str, Callable[[], str]] = {
 #: Those that are aimed at a process: ``NAME=self``, ``=supervisor``, ``=controller`` or ``=PID``.
 AIMED: dict[str, Callable[[str], str]] = {"kick": _kick, "kill": _kill}
 _TARGETS = ("self", "supervisor", "controller")
+#: Those that are aimed at something by its name: ``NAME=TAP``, ``=ABSTRACT-NAME``, ``=PATH``.
+NAMED = network_drills.NAMED
 
 
 def check(specifications: tuple[str, ...]) -> None:
@@ -199,8 +202,9 @@ def check(specifications: tuple[str, ...]) -> None:
         role, name = _parse(specification)
         aimed, _, target = name.partition("=")
         known = name in DRILLS or (aimed in AIMED and (target in _TARGETS or target.isdecimal()))
+        known = known or (aimed in NAMED and target != "")
         if not known or role not in (ROLE_VCPU, ROLE_VMM):
-            names = ", ".join((*DRILLS, *(f"{each}=TARGET" for each in AIMED)))
+            names = ", ".join((*DRILLS, *(f"{each}=TARGET" for each in (*AIMED, *NAMED))))
             raise ValueError(f"--drill {specification}: a drill is one of {names}, or vmm: and one of them")
 
 
@@ -211,7 +215,7 @@ def _parse(specification: str) -> tuple[str, str]:
 
 def _attack(name: str) -> str:
     aimed, separator, target = name.partition("=")
-    return AIMED[aimed](target) if separator else DRILLS[name]()
+    return (AIMED | NAMED)[aimed](target) if separator else DRILLS[name]()
 
 
 def run(specifications: tuple[str, ...], role: str = ROLE_VCPU) -> None:

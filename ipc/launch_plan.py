@@ -15,6 +15,8 @@ MAX_WORKERS = MAX_VCPUS
 MAX_HOST_CPUS = 8192
 #: As many of them can be named for one vCPU.
 MAX_AFFINITY = 1024
+#: As many devices as a machine may have: the slots of a PCI bus but the host bridge's; virtio-mmio has room for 17.
+MAX_DEVICES = 31
 #: Guest RAM ends below 1022 GiB in the guest physical map.
 MAX_MEMORY_BYTES = 1022 << 30
 
@@ -30,6 +32,16 @@ PLACEMENT_SPLIT = "split"
 PLACEMENT_GROUPED = "grouped"
 
 
+class TunDescriptors(NamedTuple):
+    """Open, non-blocking descriptors of /dev/net/tun in the network namespace that TAPs are taken from.
+
+    ``error`` is the errno that kept one from being opened, else 0.
+    """
+
+    descriptors: tuple[int, ...] = ()
+    error: int = 0
+
+
 class LaunchPlan(NamedTuple):
     """Everything that was decided before the first cell was forked.
 
@@ -37,7 +49,8 @@ class LaunchPlan(NamedTuple):
     microseconds as in Firecracker's ``--start-time-us`` flags. The two ``*_ipc_directory`` paths name the same
     directory as the controller and as the workers see it. ``kernel_cache_fd`` (a directory) and ``console_fd`` (the
     master side of a pseudo-terminal, for ``--console pty``) are -1 when there is none. ``huge_pages``: this host gives
-    huge pages to memory that did not ask for them.
+    huge pages to memory that did not ask for them. ``tun`` is filled in by the controller's process for itself, while
+    it is still in the caller's network namespace.
     """
 
     microvm_id: str
@@ -62,6 +75,7 @@ class LaunchPlan(NamedTuple):
     kernel_cache_fd: int
     console_fd: int
     huge_pages: bool = False
+    tun: TunDescriptors = TunDescriptors()
 
 
 class Assignment(NamedTuple):

@@ -6,15 +6,18 @@ import os
 
 from base import timeline
 from base.errno_text import errno_text
+from base.lean_std import socket
 from base.lean_typing import Callable
+from ipc.errors import IpcError
 from ipc.launch_plan import ROLE_VMM, SECCOMP_KILL, SECCOMP_OFF
 from jailer import cleanup, plan, template, verify
-from jailer.cell_record import Setup
+from jailer.cell_record import Cell, Setup
 from jailer.errors import StepError
 from jailer.filters import JANITOR, load_filters, of_cell
 from jailer.log import Log
 from jailer.memory import MemoryMaker
 from jailer.start import (
+    Entered,
     Host,
     close_supervisor,
     fork_controller,
@@ -24,7 +27,7 @@ from jailer.start import (
     supervise,
     wait_entered,
 )
-from jailer.steps import identity, process
+from jailer.steps import identity, network, process
 from jailer.steps.title import TITLE
 from jailer.steps.worker_cgroups import WorkerCgroups
 
@@ -93,25 +96,49 @@ def launch(
     timeline.mark("warm")
     template.warm()
 
-    def enter() -> tuple[int, ...]:
-        identity.keep_capabilities(host.facts.unjailed_capabilities)
-        identity.set_no_new_privileges()
-        os.close(janitor.descriptor)
-        return ()
-
+    own_network = host.facts.may_make_namespaces
+    enter = _entering(host, janitor, own_network=own_network)
     keep = (*inherited, host.console)
     controller, channel = fork_controller(launch_plan, roles, of_cell(filters.by_role, ROLE_VMM), enter, keep)
+    timeline.mark("leave network")
+    if own_network:
+        _leave_network(controller)
     timeline.mark("wait for controller")
     wait_entered(controller)
     for descriptor in inherited:  # the controller has them, for paths like /dev/fd/63
         os.close(descriptor)
-    asked = verify.Asked(host.facts, None, "", False, False, None)
+    asked = verify.Asked(host.facts, None, "", own_network, False, None)
     memory = MemoryMaker(False)
     setup = Setup(
         launch_plan, roles, asked, proc, host.kvm_fd, host.kvm_error, filters.by_role, memory, log, WorkerCgroups()
     )
     _confine_supervisor(setup, host, filters.warning)
     return supervise(setup, controller, channel, signals)
+
+
+def _entering(host: Host, janitor: cleanup.Janitor, *, own_network: bool) -> Callable[[socket.socket], Entered]:
+    """Return what the controller's process does first, with its end of the seal channel."""
+
+    def enter(supervisor: socket.socket) -> Entered:
+        tun = network.open_tun()
+        if own_network:
+            network.join_network(supervisor)
+        identity.keep_capabilities(host.facts.unjailed_capabilities)
+        identity.set_no_new_privileges()
+        os.close(janitor.descriptor)
+        return Entered(tun)
+
+    return enter
+
+
+def _leave_network(controller: Cell) -> None:
+    """Share an empty network namespace with the controller. Raises StepError; then the controller is gone, too."""
+    assert controller.seal is not None
+    try:
+        network.leave_network()
+        network.share_network(controller.seal)
+    except (OSError, IpcError) as error:
+        raise StepError(str(error)) from None
 
 
 def _confine_supervisor(setup: Setup, host: Host, warning: str) -> None:

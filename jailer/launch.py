@@ -23,7 +23,7 @@ from jailer.log import Log
 from jailer.memory import MemoryMaker, ReserveMemory
 from jailer.operations import Operation, Plan
 from jailer.settings import Settings
-from jailer.steps import cgroups, covers, detach, devices, directories, identity, process, roots
+from jailer.steps import cgroups, covers, detach, devices, directories, identity, network, process, roots
 from jailer.steps.title import TITLE
 
 _NO_SECCOMP = "--no-seccomp"
@@ -130,7 +130,7 @@ class JailedLaunch:
         program = directories.CopyExecFile(settings.exec_file, root, settings.jail_root, self._uid, self._gid)
         operations: list[Operation] = [*parent.operations, root, program]
         if settings.netns:
-            operations.append(process.JoinNetworkNamespace(settings.netns))
+            operations.append(network.JoinNetworkNamespace(settings.netns))
         reserve = ReserveMemory(settings.limits.file_size is not None and walls.LIMITS not in off)
         operations += [reserve, process.SetLimits(settings.limits), *items.operations]
         self._plan_on_host = Plan(operations, off, self._log.error)
@@ -174,11 +174,11 @@ class JailedLaunch:
             launch_plan,
             roles,
             of_cell(filters.by_role, ROLE_VMM),
-            lambda: self._enter_jail(host, trees, visible_pid),
+            lambda supervisor: self._enter_jail(host, trees, visible_pid, supervisor),
             (host.kernel_cache, host.console),
         )
         timeline.mark("leave namespaces")
-        self._leave_namespaces()
+        self._leave_namespaces(controller)
         timeline.mark("wait for controller")
         start.wait_entered(controller)  # the locked pid file stays open as long as we live
         if self._janitor is not None:
@@ -261,14 +261,16 @@ class JailedLaunch:
             host=host.facts,
             limits=settings.limits,
             cgroup=cgroups.read_file("/proc/self/cgroup") + "\n",
-            own_network=bool(settings.netns),
+            own_network=self._shares_network() or self._joins_another_network(host.facts),
             new_pid_namespace=settings.new_pid_ns,
             jail_root=(status.st_dev, status.st_ino),
             read_only_files=self._read_only_files(),
             closed_devices=self._closed_devices(),
         )
 
-    def _enter_jail(self, host: start.Host, trees: roots.IpcTrees | None, visible_pid: int) -> tuple[int, ...]:
+    def _enter_jail(
+        self, host: start.Host, trees: roots.IpcTrees | None, visible_pid: int, supervisor: socket.socket
+    ) -> start.Entered:
         """In the controller's process: its namespaces, root, devices, the pid file, its identity."""
         settings = self._settings
         if settings.daemonize:
@@ -281,7 +283,8 @@ class JailedLaunch:
         syscalls.unshare(flags)
         made, nodes = devices.operations(self._uid, self._gid, mounts=self._root.mounts_are_hosts)
         by_path = {each.path: each for each in made}
-        operations: list[Operation] = [roots.EnterJailRoot(), *made, *nodes]
+        tun = network.OpenTun(lambda: by_path["/dev/net"].descriptor)
+        operations: list[Operation] = [roots.EnterJailRoot(), *made, *nodes, tun]
         if trees is not None:
             place = by_path[roots.CONTROLLER_IPC_DIRECTORY]
             operations.append(roots.AttachIpcDirectory(trees.controller, lambda: place.descriptor))
@@ -293,18 +296,30 @@ class JailedLaunch:
         Plan(operations, frozenset(self._off), self._log.error).execute()
         if trees is not None:
             os.close(trees.controller)
+        if self._shares_network():
+            network.join_network(supervisor)
         self._drop_privileges()
-        return (pid_file.descriptor,)
+        return start.Entered(tun.opened, (pid_file.descriptor,))
 
     # ------------------------------------------------------------ supervisor
 
-    def _leave_namespaces(self) -> None:
+    def _shares_network(self) -> bool:
+        """Is the controller in the empty network namespace of the others, too?"""
+        return self._has(walls.NETWORK_NAMESPACE) and not self._settings.netns
+
+    def _joins_another_network(self, facts: verify.HostFacts) -> bool:
+        """Does ``--netns`` name another namespace than the caller's?"""
+        path = self._settings.netns
+        return bool(path) and os.stat(path).st_ino != facts.namespaces["net"]
+
+    def _leave_namespaces(self, controller: Cell) -> None:
+        if self._has(walls.NETWORK_NAMESPACE):
+            network.leave_network()
+        if self._shares_network():
+            assert controller.seal is not None
+            network.share_network(controller.seal)
         flags = 0
-        for wall, flag in (
-            (walls.IPC_NAMESPACE, syscalls.CLONE_NEWIPC),
-            (walls.UTS_NAMESPACE, syscalls.CLONE_NEWUTS),
-            (walls.NETWORK_NAMESPACE, syscalls.CLONE_NEWNET),
-        ):
+        for wall, flag in ((walls.IPC_NAMESPACE, syscalls.CLONE_NEWIPC), (walls.UTS_NAMESPACE, syscalls.CLONE_NEWUTS)):
             if self._has(wall):
                 flags |= flag
         syscalls.unshare(flags)

@@ -10,7 +10,7 @@ from base.errno_text import errno_text
 from base.lean_std import signal, socket
 from base.lean_typing import Callable, NamedTuple
 from ipc import descriptors
-from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VMM, LaunchPlan
+from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VMM, LaunchPlan, TunDescriptors
 from jailer import cell, ending, syscalls, template, verify
 from jailer.cell_record import BLOCKED_SIGNALS, Cell, Setup
 from jailer.errors import CellError
@@ -19,6 +19,16 @@ from jailer.seccomp.install import Filter, install
 from jailer.steps import detach, identity, process
 from jailer.steps.title import TITLE
 from jailer.supervisor import Supervisor
+
+
+class Entered(NamedTuple):
+    """What the controller's process has when it is in its jail.
+
+    ``handed_over`` are descriptors for the supervisor (see :func:`wait_entered`).
+    """
+
+    tun: TunDescriptors
+    handed_over: tuple[int, ...] = ()
 
 
 class Host(NamedTuple):
@@ -79,12 +89,12 @@ def fork_controller(
     plan: LaunchPlan,
     roles: template.Roles,
     filters: dict[str, Filter],
-    enter: Callable[[], tuple[int, ...]],
+    enter: Callable[[socket.socket], Entered],
     keep: tuple[int, ...],
 ) -> tuple[Cell, socket.socket]:
     """Fork the controller; return its record and our end of its channel.
 
-    ``enter`` runs in it first, and returns descriptors for us (see :func:`wait_entered`).
+    ``enter`` runs in it first, with its end of the seal channel.
     """
     supervisor_pid = os.getpid()
     ours, theirs = descriptors.channel_pair()
@@ -96,14 +106,17 @@ def fork_controller(
         ours.close()
         seal.close()
         context = cell.CellContext(plan, ROLE_VMM, 0, supervisor_pid, cell_seal, filters)
+        entered = Entered(TunDescriptors())
 
         def prepare() -> tuple[int, ...]:
-            handed_over = enter()
-            process.keep_only((theirs.fileno(), cell_seal.fileno(), *keep, *handed_over))
+            nonlocal entered
+            entered = enter(cell_seal)
+            own = (*entered.tun.descriptors, *entered.handed_over)
+            process.keep_only((theirs.fileno(), cell_seal.fileno(), *keep, *own))
             cell.reset_signals()
-            return handed_over
+            return entered.handed_over
 
-        cell.run(context, prepare, lambda sealed: roles.vmm(plan, theirs, sealed))
+        cell.run(context, prepare, lambda sealed: roles.vmm(plan._replace(tun=entered.tun), theirs, sealed))
     cell.count_faults()
     theirs.close()
     cell_seal.close()

@@ -37,6 +37,11 @@ class HostFacts(NamedTuple):
     capabilities: int = 0
 
     @property
+    def may_make_namespaces(self) -> bool:
+        """CAP_SYS_ADMIN."""
+        return bool(self.capabilities & (1 << 21))
+
+    @property
     def unjailed_capabilities(self) -> int:
         """What a controller without a jail keeps."""
         return self.capabilities & UNJAILED_CAPABILITIES
@@ -159,6 +164,9 @@ def asked(plan: LaunchPlan, role: str, facts: Asked, stage: str = RUNNING) -> Wa
         if has(walls.ROOT):
             walls_asked["root"] = _asked_root(role, facts)
         walls_asked["cgroup"] = facts.cgroup
+    elif facts.own_network and not _is_hidden(role, stage) and role != ROLE_VMM:
+        # Nobody without capabilities sees the namespaces of a controller that has some.
+        walls_asked["namespaces"] = {"net": "own"}
     walls_asked["limits"] = _asked_limits(plan, role, facts, stage)
     return walls_asked
 

@@ -35,7 +35,7 @@ SWITCHES: dict[str, str] = {
     ROOT: "the cells see the host's file system",
     IPC_NAMESPACE: "the cells share the host's System V IPC and POSIX message queues",
     UTS_NAMESPACE: "the cells share the host's name",
-    NETWORK_NAMESPACE: "supervisor and workers share the caller's network",
+    NETWORK_NAMESPACE: "the cells share the caller's network",
     IDENTITY: "the cells keep the caller's user, group and supplementary groups",
     CAPABILITIES: "the cells keep the caller's capabilities",
     NO_NEW_PRIVILEGES: "set-user-ID programs would work (seccomp then needs privileges)",

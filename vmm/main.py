@@ -22,6 +22,7 @@ from vmm.cli import CommandLine, CommandLineError, parse
 from vmm.config import metadata_file
 from vmm.config.resources import VmResources
 from vmm.config.start_options import StartOptions
+from vmm.config.tun_pool import TunPool
 from vmm.machine.builder import MicrovmBuilder
 from vmm.observe.event_log import EVENTS
 from vmm.observe.logger import LOG, LoggerConfig, LoggerConfigError
@@ -90,7 +91,7 @@ class Program:
         METRICS.sources.append(lambda: read_logger(METRICS, LOG))
         if command_line.metrics_path is not None:
             METRICS.configure(MetricsConfig(command_line.metrics_path))
-        self._resources = VmResources(StartOptions.of(command_line))
+        self._resources = VmResources(StartOptions.of(command_line), TunPool(plan.tun))
         self._builder = MicrovmBuilder(plan, self._events, self._supervisor)
         self._session = Session(self._resources, command_line.id, self._builder.build, self._events)
         self._supervisor.on_shutdown = self._session.shut_down
@@ -112,7 +113,7 @@ class Program:
             self._builder.prepare()  # the worker starts while our walls are being closed
             seal.tighten()
             _log_walls(self._plan)
-            _run_drills(self._plan)
+            _run_drills(self._plan, self._resources.tun)
             faults.visit("vmm.start")
             code = self._serve()
         except file_limit.FileSizeLimitReached as error:
@@ -186,8 +187,9 @@ def _log_walls(plan: LaunchPlan) -> None:
     LOG.info(f"Walls of {ROLE_VMM} verified (seccomp: {plan.seccomp}{off}).")
 
 
-def _run_drills(plan: LaunchPlan) -> None:
+def _run_drills(plan: LaunchPlan, tun: TunPool) -> None:
     """Attack our own walls if the jailer armed a drill (ipc.drills, imported by the template only then)."""
     drills = sys.modules.get("ipc.drills")
     if drills is not None:
+        sys.modules["ipc.network_drills"].__dict__["take_tun"] = tun.take
         drills.run(plan.drills, ROLE_VMM)

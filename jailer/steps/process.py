@@ -1,4 +1,4 @@
-"""Steps that prepare the calling process itself: descriptors, environment, limits, network namespace."""
+"""Steps that prepare the calling process itself: descriptors, environment, limits."""
 
 from __future__ import annotations
 
@@ -65,30 +65,6 @@ def ensure_standard_descriptors() -> None:
             os.close(descriptor)
             return
         os.set_inheritable(descriptor, True)
-
-
-class JoinNetworkNamespace(Operation):
-    """``--netns``: the controller stays in it; supervisor and workers leave it for an empty one later."""
-
-    __slots__ = ("_path",)
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def describe(self) -> str:
-        return f"join network namespace {self._path}"
-
-    def do(self) -> None:
-        try:
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise StepError(f"Failed to open file {self._path}: {errno_text(error)}") from None
-        try:
-            syscalls.setns(descriptor, syscalls.CLONE_NEWNET)
-        except OSError as error:
-            raise StepError(f"Failed to join network namespace: netns: {errno_text(error)}") from None
-        finally:
-            os.close(descriptor)
 
 
 class SetLimits(Operation):

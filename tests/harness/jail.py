@@ -76,6 +76,15 @@ def descriptors(pid: int) -> dict[int, str]:
     return found
 
 
+def count_tun(pid: int) -> int:
+    """Return how many descriptors of /dev/net/tun a process holds; one that is closed meanwhile is left out."""
+    count = 0
+    for each in os.listdir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):
+            count += os.stat(f"/proc/{pid}/fd/{each}").st_rdev == os.makedev(10, 200)
+    return count
+
+
 def is_alive(pid: int) -> bool:
     """Is there such a process, and is it more than a zombie?"""
     try:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from ipc.launch_plan import MAX_DEVICES
 from lab.client import request
 from tests.guests.build import build
 from tests.harness.jail import (
@@ -20,6 +21,7 @@ from tests.harness.jail import (
     PATIENCE_S,
     PROMISE_S,
     children,
+    count_tun,
     descriptors,
     is_alive,
     namespace,
@@ -91,6 +93,29 @@ def directory(base: Path) -> Path:
 def as_user(*prefix: str) -> list[str | Path]:
     """Return the command that runs firecracker as an ordinary user."""
     return [*prefix, "setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", FIRECRACKER]
+
+
+def test_as_root_the_cells_have_an_empty_network(directory: Path) -> None:
+    with direct(directory) as running:
+        assert running.boot(directory / "kernel")[0] == 204
+        cells = running.cells()
+        own = {namespace(cells[name], "net") for name in ("supervisor", "vmm", "vcpu 0")}
+        assert len(own) == 1
+        assert namespace("self", "net") not in own
+
+
+def test_an_ordinary_user_stays_in_its_network(directory: Path) -> None:
+    with direct(directory, command=as_user()) as running:
+        running.wait_up()
+        assert namespace(running.cells()["vmm"], "net") == namespace("self", "net")
+
+
+def test_tun_descriptors_are_the_controllers_alone(directory: Path) -> None:
+    with direct(directory) as running:
+        running.wait_up()
+        held = {name: count_tun(pid) for name, pid in running.cells().items()}
+        assert held.pop("vmm") == MAX_DEVICES
+        assert not any(held.values())
 
 
 def ipc_directory(controller: int) -> Path:

@@ -17,6 +17,7 @@ from vmm.config.network import NetworkInterfaces
 from vmm.config.pmem import PmemConfig, PmemDevices
 from vmm.config.serial import SerialConfig, SerialError
 from vmm.config.start_options import StartOptions
+from vmm.config.tun_pool import TunPool
 from vmm.config.vsock import VsockConfig
 from vmm.errors import VmmError
 from vmm.files import FileOpenError, open_output
@@ -37,8 +38,10 @@ class StartError(VmmError):
 class VmResources:
     """Everything that is configured before the start. One per process; survives starts that fail."""
 
-    def __init__(self, options: StartOptions | None = None) -> None:
+    def __init__(self, options: StartOptions | None = None, tun: TunPool | None = None) -> None:
         self.options = options or StartOptions()
+        #: What network interfaces are attached to TAPs with, when they are configured.
+        self.tun = tun or TunPool()
         self.machine_config = MachineConfig()
         self.boot_source: BootSource | None = None
         self.serial = SerialConfig()
@@ -185,11 +188,16 @@ class VmResources:
         }
 
     def started(self) -> None:
-        """The microVM has started: close what it needs no more. One that restarts needs its kernel again."""
+        """The microVM has started: close what it needs no more. One that restarts needs its kernel again.
+
+        Without PCI no interface can be added any more.
+        """
+        self.tun.close()
         if not self.machine_config.restarts:
             self.close()
 
     def close(self) -> None:
         """Close the files that are held open for the start."""
+        self.tun.close()
         if self.boot_source is not None:
             self.boot_source.close_files()
