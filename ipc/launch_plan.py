@@ -5,6 +5,8 @@ docs/formats/launch-plan.md describes the fields and the compatibility rule.
 
 from __future__ import annotations
 
+import errno
+
 from base.lean_typing import NamedTuple, Protocol
 
 #: As many vCPUs as the API accepts (``vcpu_count``).
@@ -26,7 +28,11 @@ ROLE_VCPU = "vcpu"
 
 SECCOMP_KILL = "kill"
 SECCOMP_REPORT = "report"
+#: Alone, or with ``=N`` behind it: see :func:`seccomp_errno`.
+SECCOMP_ERRNO = "errno"
 SECCOMP_OFF = "off"
+#: The largest number that the kernel lets a filter answer with (linux/err.h).
+MAX_ERRNO = 4095
 
 PLACEMENT_SPLIT = "split"
 PLACEMENT_GROUPED = "grouped"
@@ -40,6 +46,16 @@ class TunDescriptors(NamedTuple):
 
     descriptors: tuple[int, ...] = ()
     error: int = 0
+
+
+def seccomp_errno(mode: str) -> int | None:
+    """Return the errno with which forbidden calls fail in the mode ``errno`` (EPERM) or ``errno=N``, None in others."""
+    name, separator, number = mode.partition("=")
+    if name != SECCOMP_ERRNO:
+        return None
+    if not separator:
+        return errno.EPERM
+    return int(number) if number.isdecimal() and len(number) < 5 and 0 < int(number) <= MAX_ERRNO else None
 
 
 class LaunchPlan(NamedTuple):

@@ -9,7 +9,7 @@ import sys
 
 from base.lean_typing import NamedTuple, Sequence
 from base.version import FIRECRACKER_VERSION
-from ipc.launch_plan import SECCOMP_KILL, SECCOMP_OFF, SECCOMP_REPORT
+from ipc.launch_plan import SECCOMP_KILL, SECCOMP_OFF, SECCOMP_REPORT, seccomp_errno
 from jailer import walls
 from jailer.errors import ArgumentError
 
@@ -48,7 +48,7 @@ _OURS = (
     _Flag("cleanup", "", "keep a janitor that removes the jail and its cgroups when the microVM ends"),
     _Flag("purge", "ID", "remove what an ended microVM left behind, and exit"),
     _Flag("wall-log", "FILE", "append the report on the walls of each cell, and the supervisor's lines, here"),
-    _Flag("seccomp-mode", "kill|report|off", "what a forbidden system call does", default=SECCOMP_KILL),
+    _Flag("seccomp-mode", "kill|errno[=N]|report|off", "what a forbidden system call does", default=SECCOMP_KILL),
     _Flag("without", "STEP", "switch a wall off, for tests (always logged)", repeatable=True),
     _Flag("vcpu-cgroup", "FILE=VALUE", "give each vCPU worker a cgroup of its own, with this value", repeatable=True),
     _Flag("kernel-cache", "DIR", "directory with unpacked kernels, handed into the jail read-only"),
@@ -121,8 +121,8 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
 
 def _check_ours(options: Options) -> None:
     mode = options.value("seccomp-mode")
-    if mode not in (SECCOMP_KILL, SECCOMP_REPORT, SECCOMP_OFF):
-        raise ArgumentError(f"--seccomp-mode is kill, report or off, not {mode!r}")
+    if mode not in (SECCOMP_KILL, SECCOMP_REPORT, SECCOMP_OFF) and seccomp_errno(mode) is None:
+        raise ArgumentError(f"--seccomp-mode is kill, errno, errno=N, report or off, not {mode!r}")
     for step in options.values_of("without"):
         if step not in walls.SWITCHES:
             raise ArgumentError(f"--without {step}: unknown step; known: {', '.join(walls.SWITCHES)}")

@@ -20,7 +20,7 @@ from base.lean_typing import Any, Callable
 from ipc import descriptors
 from ipc.channel import PairChannel
 from ipc.errors import IpcError
-from ipc.launch_plan import ENDPOINT_BOUND, MAX_WORKERS, ROLE_VCPU, Assignment
+from ipc.launch_plan import ENDPOINT_BOUND, MAX_WORKERS, ROLE_SUPERVISOR, ROLE_VCPU, Assignment
 from ipc.messages.records import Failed
 from ipc.messages.supervisor import (
     SUPERVISOR,
@@ -84,7 +84,7 @@ class Supervisor:
         """Serve until the controller and every worker have ended; return the exit code of the microVM."""
         faults.visit("supervisor.start")
         if self._plan.drills:
-            sys.modules["ipc.drills"].__dict__["controller_pid"] = self._controller.pid
+            self._run_drills()
         self._fork_ahead()
         while not self._ended:
             self._turn()
@@ -97,6 +97,11 @@ class Supervisor:
         if self._log.lost:
             self._log.warning(f"{self._log.lost} lines were lost: nobody read them")
         return code
+
+    def _run_drills(self) -> None:
+        """Attack our own walls, and let workers know whom to attack (ipc.drills: loaded only if armed)."""
+        sys.modules["ipc.drills.targets"].__dict__["controller_pid"] = self._controller.pid
+        sys.modules["ipc.drills"].__dict__["run"](self._plan.drills, ROLE_SUPERVISOR)
 
     def _turn(self) -> None:
         ready = self._poll()

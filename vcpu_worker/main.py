@@ -18,7 +18,7 @@ from base.threads import ZEROMQ_THREADS, MadeByLibrary
 from ipc.channel import Channel, PairChannel
 from ipc.descriptors import receive
 from ipc.errors import ChannelError
-from ipc.launch_plan import ENDPOINT_BOUND, PLACEMENT_SPLIT, Assignment, LaunchPlan, Seal, endpoint
+from ipc.launch_plan import ENDPOINT_BOUND, PLACEMENT_SPLIT, ROLE_VCPU, Assignment, LaunchPlan, Seal, endpoint
 from ipc.messages.descriptors import DESCRIPTORS
 from ipc.messages.records import WORKER
 from ipc.messages.worker import Hello, Welcome
@@ -205,4 +205,4 @@ def _run_drills(plan: LaunchPlan) -> None:
     """Attack our own walls if the jailer armed a drill (ipc.drills, imported by the template only then)."""
     drills = sys.modules.get("ipc.drills")
     if drills is not None:
-        drills.run(plan.drills)
+        drills.run(plan.drills, ROLE_VCPU)

@@ -191,5 +191,5 @@ def _run_drills(plan: LaunchPlan, tun: TunPool) -> None:
     """Attack our own walls if the jailer armed a drill (ipc.drills, imported by the template only then)."""
     drills = sys.modules.get("ipc.drills")
     if drills is not None:
-        sys.modules["ipc.network_drills"].__dict__["take_tun"] = tun.take
+        sys.modules["ipc.drills.network"].__dict__["take_tun"] = tun.take
         drills.run(plan.drills, ROLE_VMM)

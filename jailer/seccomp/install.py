@@ -7,7 +7,7 @@ import struct
 
 from base.errno_text import errno_text
 from base.lean_typing import NamedTuple
-from ipc.launch_plan import ROLE_SUPERVISOR, SECCOMP_KILL, SECCOMP_REPORT
+from ipc.launch_plan import ROLE_SUPERVISOR, SECCOMP_KILL, SECCOMP_REPORT, seccomp_errno
 from jailer import syscalls
 from jailer.errors import PolicyError
 from jailer.seccomp.compile import (
@@ -23,6 +23,7 @@ from jailer.seccomp.policy import full_text, parse
 
 _RET = 0x06  # BPF_RET | BPF_K
 RET_KILL_PROCESS = 0x80000000
+RET_ERRNO = 0x00050000
 RET_USER_NOTIF = 0x7FC00000
 RET_LOG = 0x7FFC0000  # the placeholder of compiled filters
 _INSTRUCTION = struct.Struct("<HBBI")
@@ -56,7 +57,7 @@ _ready: dict[tuple[str, str, str], Filter] = {}
 
 
 def load(roles: tuple[str, ...], mode: str, variant: str = "") -> Loaded:
-    """Load the filters of some roles for a mode (``kill`` or ``report``). Raises PolicyError.
+    """Load the filters of some roles for a mode (``kill``, ``errno=N`` or ``report``). Raises PolicyError.
 
     ``variant`` is appended to the name of a policy if there is one of that name (``-faults``).
 
@@ -80,15 +81,21 @@ def load(roles: tuple[str, ...], mode: str, variant: str = "") -> Loaded:
         except (OSError, PolicyError):
             program = compile_policy(parse(policy))[0]
             warning = "seccomp filters are not compiled ahead; run ./dev setup for a faster start"
-        action = RET_KILL_PROCESS
-        if mode == SECCOMP_REPORT:
-            action = RET_LOG if role == ROLE_SUPERVISOR else RET_USER_NOTIF
-        elif mode != SECCOMP_KILL:
-            raise PolicyError(f"unknown seccomp mode {mode!r}")
-        program = with_default(program, action)
+        program = with_default(program, _default_action(role, mode))
         made = Filter(role, mode, program, sha256(program).hex(), own_process_places(program))
         _ready[role, mode, variant] = filters[role] = made
     return Loaded(filters, warning)
+
+
+def _default_action(role: str, mode: str) -> int:
+    if mode == SECCOMP_KILL:
+        return RET_KILL_PROCESS
+    if mode == SECCOMP_REPORT:
+        return RET_LOG if role == ROLE_SUPERVISOR else RET_USER_NOTIF
+    number = seccomp_errno(mode)
+    if number is None:
+        raise PolicyError(f"unknown seccomp mode {mode!r}")
+    return RET_ERRNO | number
 
 
 def with_default(program: bytes, action: int) -> bytes:

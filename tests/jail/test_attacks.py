@@ -1,6 +1,7 @@
 """Attacks from inside a cell, after its seal: each succeeds without its walls and is stopped by each wall alone.
 
-The drills are in ipc/drills.py; a worker is forked right at the start of the controller, so no guest is needed.
+The drills are in ipc/drills/; what each comes to in every cell is in test_attack_table.py. A worker is forked right at
+the start of the controller, so no guest is needed.
 """
 
 from __future__ import annotations

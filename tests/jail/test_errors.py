@@ -39,7 +39,16 @@ def _run(base: Path, *options: str, **changed: str | None) -> tuple[int, str]:
         ),
         ({}, ("--netns",), "Arguments parsing error: The argument 'netns' requires a value, but none was supplied."),
         ({}, ("--id", "x"), "Arguments parsing error: The argument 'id' was provided more than once."),
-        ({}, ("--seccomp-mode", "x"), "Arguments parsing error: --seccomp-mode is kill, report or off, not 'x'"),
+        (
+            {},
+            ("--seccomp-mode", "x"),
+            "Arguments parsing error: --seccomp-mode is kill, errno, errno=N, report or off, not 'x'",
+        ),
+        (
+            {},
+            ("--seccomp-mode", "errno=4096"),
+            "Arguments parsing error: --seccomp-mode is kill, errno, errno=N, report or off, not 'errno=4096'",
+        ),
         ({}, ("--", "--enable-pci"), "Arguments parsing error: --enable-pci is not supported yet"),
         ({}, ("--", "--seccomp-filter", "f"), "Arguments parsing error: --seccomp-filter is not supported yet"),
         ({"id": ""}, (), "Invalid instance ID: Invalid len (0);  the length must be between 1 and 64"),

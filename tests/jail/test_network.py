@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from ipc.drills.network import FRAME, FRAME_TYPE, MESSAGE
 from ipc.launch_plan import MAX_DEVICES
-from ipc.network_drills import FRAME, FRAME_TYPE, MESSAGE
 from jailer import syscalls
 from tests.harness.jail import (
     UID,

@@ -14,7 +14,7 @@ def test_without_seccomp_there_is_none() -> None:
     assert load_filters(SECCOMP_OFF, janitor=True) == Filters(SECCOMP_OFF, {}, "")
 
 
-@pytest.mark.parametrize("mode", [SECCOMP_KILL, SECCOMP_REPORT])
+@pytest.mark.parametrize("mode", [SECCOMP_KILL, SECCOMP_REPORT, "errno=133"])
 @pytest.mark.parametrize("janitor", [True, False])
 def test_every_role_has_one_and_the_janitor_if_there_is_one(mode: str, janitor: bool) -> None:
     filters = load_filters(mode, janitor=janitor)

@@ -1,4 +1,4 @@
-"""Drills (ipc.drills) on the network: TAPs, abstract names and services of the host."""
+"""Attacks on the network: TAPs, abstract names and services of the host."""
 
 from __future__ import annotations
 
@@ -99,7 +99,9 @@ def _tcp(port: str) -> str:
     return f"a message to port {port}"
 
 
-NAMED: dict[str, Callable[[str], str]] = {
+#: No attempt without a target: sockets.py has them.
+ATTEMPTS: dict[str, Callable[[], str]] = {}
+AIMED: dict[str, Callable[[str], str]] = {
     "tap": _tap,
     "tun-ioctl": _tun_ioctl,
     "abstract-connect": _abstract_connect,
