@@ -6,8 +6,6 @@ The controller's parts run in this process, on a real worker with a real KVM VM;
 from __future__ import annotations
 
 import ast
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,26 +14,12 @@ import pytest
 
 from base.event_manager import Events
 from devtool.project import ROOT
-from ipc import descriptors
-from ipc.launch_plan import ENDPOINT_BOUND, Assignment
-from ipc.messages.supervisor import Spawn, Spawned
 from tests.api_table import ROWS, STATE_CHANGES, VALID
-from tests.guests.build import build
-from tests.harness.api import parse_response
-from tests.harness.cells import Controller as Cells
 from tests.harness.cells import open_descriptors
-from tests.harness.supervisor import StandInSupervisor, run_process
-from tests.harness.workers import Walls
-from vcpu_worker import main as worker_main
+from tests.harness.vmm_in_process import Machine
 from vcpu_worker import state as vcpu_state
-from vmm.api.dispatch import Dispatcher
-from vmm.api.http import Request
-from vmm.config.resources import VmResources
-from vmm.config.start_options import StartOptions
 from vmm.errors import DeviceError, StateError
-from vmm.machine.builder import MicrovmBuilder
 from vmm.machine.vmm import Vmm
-from vmm.session import Session
 from vmm.snapshot import microvm_state
 
 BUCKET = {"size": 1, "refill_time": 1}
@@ -68,64 +52,6 @@ DIRECT = (
     "instance_info", "kvm", "shutdown_exit_code", "clear_shutdown_exit_code", "start_vcpus", "save_state",
     "dump_cpu_config", "stop", "process", "init", "close",
 )  # fmt: skip
-
-
-def real_workers(supervisor: StandInSupervisor) -> None:
-    """Let the stand-in fork what the real supervisor forks, without walls."""
-
-    def spawn(message: Spawn, sequence: int) -> None:
-        ours, theirs = descriptors.channel_pair()
-        pid = os.fork()
-        if pid == 0:
-            ours.close()
-            supervisor.channel.close()
-            theirs.setblocking(False)  # as the supervisor does
-            kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
-            run_process(lambda: os._exit(worker_main.run(supervisor.plan, Assignment(*message), theirs, kvm, Walls())))
-        theirs.close()
-        descriptors.send(ours, ENDPOINT_BOUND)
-        pidfd = os.pidfd_open(pid)
-        supervisor.children[pidfd] = (message.worker, pid)
-        supervisor.channel.send(Spawned(message.worker, pid), sequence, (pidfd, ours.fileno()))
-        ours.close()
-
-    supervisor.handlers[Spawn] = spawn
-
-
-class Machine:
-    """API, controller and a microVM of the real builder."""
-
-    def __init__(self, directory: Path) -> None:
-        self.cells = Cells(str(directory), supervisor=real_workers)
-        self.builder = MicrovmBuilder(self.cells.plan, self.cells.events, self.cells.supervisor)
-        self.resources = VmResources(StartOptions(console="none"))
-        self.session = Session(self.resources, "standin", self.builder.build, self.cells.events)
-        self._dispatcher = Dispatcher(self.session)
-
-    def send(self, method: str, path: str, body: Any = None) -> Any:
-        """Return the body of a success, the fault message of a refusal."""
-        data = None if body is None else json.dumps(body).encode()
-        answer = self._dispatcher(Request(method, path, "HTTP/1.1", data))
-        assert isinstance(answer, bytes)
-        status, reply, _ = parse_response(answer)
-        return reply if status < 400 else reply["fault_message"]
-
-    @property
-    def vmm(self) -> Vmm:
-        assert isinstance(self.session.vmm, Vmm)
-        return self.session.vmm
-
-    def start(self) -> None:
-        assert self.send("PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 64}) is None
-        assert self.send("PUT", "/boot-source", {"kernel_image_path": str(build("spin"))}) is None
-        assert self.send("PUT", "/actions", {"action_type": "InstanceStart"}) is None
-
-    def close(self) -> None:
-        if self.session.vmm is not None:
-            self.vmm.close()
-        self.builder.close()
-        self.resources.close()
-        self.cells.close()
 
 
 @pytest.fixture
