@@ -2,15 +2,18 @@
 
 A slot stands for one port or one MMIO window. Its 64 bits are published with one store: the low half is the value
 that a read returns, the high half holds flags. A slot without flags means: every access is synchronous, through
-the exit ring. docs/formats/device-page.md.
+the exit ring.
+
+Register pages: one for each virtio-mmio device, which the guest itself reads. docs/formats/device-page.md.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 
 from ipc.errors import LayoutError
-from ipc.shared_memory import PAGE_SIZE
+from ipc.shared_memory import PAGE_SIZE, create_published
 
 MAGIC = 0x3130_4547_4150_4243  # "CBPAGE01" in little-endian byte order
 LAYOUT_VERSION = 1
@@ -21,6 +24,7 @@ WORD_VERSION = 1
 WORD_SLOTS = 8
 SLOT_COUNT = PAGE_SIZE // 8 - WORD_SLOTS
 assert SLOT_COUNT == 504
+REGISTER_PAGE_SIZE = PAGE_SIZE
 
 #: A read returns the published value (truncated to the size of the access) without leaving the worker.
 FLAG_READ_LOCAL = 1
@@ -98,3 +102,27 @@ def slots_of(buffer: mmap.mmap) -> memoryview:
         if words[WORD_MAGIC] != MAGIC or words[WORD_VERSION] != LAYOUT_VERSION:
             raise LayoutError("not a device page of this version")
         return words[WORD_SLOTS:]
+
+
+class RegisterPages:
+    """The controller's side of ``count`` register pages: one memfd, whose only writable mapping this has.
+
+    Raises LayoutError when the kernel refuses.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.descriptor, self._buffer = create_published("register-pages", count * REGISTER_PAGE_SIZE)
+        self._view = memoryview(self._buffer)
+        self._pages = [self._view[start : start + REGISTER_PAGE_SIZE] for start in range(0, len(self._view), PAGE_SIZE)]
+
+    def page(self, number: int) -> memoryview:
+        """Return the bytes of one page. Who has other views of it releases them before :meth:`close`."""
+        return self._pages[number]
+
+    def close(self) -> None:
+        """Unmap, and close the memfd."""
+        for page in self._pages:
+            page.release()
+        self._view.release()
+        self._buffer.close()
+        os.close(self.descriptor)

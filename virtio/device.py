@@ -10,7 +10,7 @@ from __future__ import annotations
 from base.counters import Counters
 from base.deferral import Deferral
 from base.event_manager import EventOps, Events
-from base.lean_typing import TYPE_CHECKING, Callable, NamedTuple, Protocol
+from base.lean_typing import TYPE_CHECKING, Any, Callable, NamedTuple, Protocol
 from ipc.guest_memory import GuestMemory
 from virtio.errors import VirtioError
 from virtio.queue import Queue
@@ -95,6 +95,10 @@ class VirtioDevice:
     def reset(self) -> None:
         """Forget what the driver has said. While stopped."""
         self._needs_reset = False
+
+    def save(self) -> Any:
+        """Return the record of ``SECTION.fields``. While stopped."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Give back what the device holds. While stopped."""

@@ -110,6 +110,9 @@ COM1_GSI = 4
 FIRST_DEVICE_GSI = 5
 IOAPIC_PIN_COUNT = 24
 LAST_DEVICE_GSI = IOAPIC_PIN_COUNT - 1
+#: Two of these lines are for VMGenID and VMClock.
+MAX_VIRTIO_MMIO_DEVICES = LAST_DEVICE_GSI - FIRST_DEVICE_GSI + 1 - 2
+assert MAX_VIRTIO_MMIO_DEVICES == 17
 FIRST_MSI_GSI = IOAPIC_PIN_COUNT
 LAST_MSI_GSI = 1023
 #: Vectors that a worker's ghosts forward: routes of its own VM, made when they are first used.

@@ -5,10 +5,23 @@ from __future__ import annotations
 import mmap
 import os
 
-from base.lean_typing import TYPE_CHECKING, Callable
-from ipc.device_pages import DEVICE_PAGE_SIZE, DevicePage
+from base.lean_typing import TYPE_CHECKING, Any, Callable, Sequence
+from ipc.device_pages import DEVICE_PAGE_SIZE, DevicePage, RegisterPages
+from ipc.guest_memory import GuestMemory
 from ipc.schema import Saveable
 from ipc.shared_memory import create_published
+from virtio.abi import (
+    VIRTIO_ID_BALLOON,
+    VIRTIO_ID_BLOCK,
+    VIRTIO_ID_ENTROPY,
+    VIRTIO_ID_MEM,
+    VIRTIO_ID_NET,
+    VIRTIO_ID_PMEM,
+    VIRTIO_ID_VSOCK,
+)
+from virtio.device import VirtioDevice
+from virtio.errors import VirtioError
+from vmm.boot.acpi import VirtioMmioDevice
 from vmm.devices.bus import Device, mmio_bus, port_bus
 from vmm.devices.interrupts import DueInterrupts, InterruptAllocator, InterruptLine
 from vmm.devices.legacy.boot_timer import BootTimer
@@ -22,6 +35,9 @@ from vmm.devices.legacy.ioapic import IOAPIC_LENGTH, IOWIN, IoApic, SetRoutes
 from vmm.devices.legacy.pic import CASCADE, ELCR, INPUT_COUNT, SLAVE, Pic
 from vmm.devices.legacy.pit import LISTENING, MASKED, SPEAKER, WAITING, Pit
 from vmm.devices.legacy.serial import Serial
+from vmm.devices.transport.mmio import MmioResources, MmioTransport
+from vmm.devices.transport.registers import RegistersState
+from vmm.devices.vms import Doorbell, MemorySlot
 from vmm.errors import DeviceError
 from vmm.layout import (
     BOOT_TIMER_ADDRESS,
@@ -33,6 +49,7 @@ from vmm.layout import (
     I8042_DATA_PORT,
     I8042_GSI,
     IOAPIC_ADDRESS,
+    MAX_VIRTIO_MMIO_DEVICES,
     PIC_MASTER_PORT,
     PIC_PORT_COUNT,
     PIC_SLAVE_PORT,
@@ -40,11 +57,25 @@ from vmm.layout import (
     PIT_PORT,
     PIT_PORT_COUNT,
     SPEAKER_PORT,
+    VIRTIO_MMIO_ADDRESS,
+    VIRTIO_MMIO_SIZE,
 )
 
 if TYPE_CHECKING:
     from vmm.devices.legacy.console import ConsoleOutput
     from vmm.observe.metrics import Metrics
+
+
+#: In this order devices get their windows and interrupt lines, and with them the guest's names; as with Firecracker.
+ATTACH_ORDER = (
+    VIRTIO_ID_BALLOON, VIRTIO_ID_BLOCK, VIRTIO_ID_NET, VIRTIO_ID_PMEM, VIRTIO_ID_VSOCK, VIRTIO_ID_ENTROPY,
+    VIRTIO_ID_MEM,
+)  # fmt: skip
+
+
+def in_attach_order(devices: Sequence[VirtioDevice]) -> list[VirtioDevice]:
+    """Return devices in attach order; those of one kind stay in theirs (the root drive first)."""
+    return sorted(devices, key=lambda device: ATTACH_ORDER.index(device.kind))
 
 
 class DeviceManager:
@@ -91,6 +122,11 @@ class DeviceManager:
         (window,) = self.mmio.insert(self.ioapic, IOAPIC_ADDRESS + IOWIN, IOAPIC_LENGTH - IOWIN, IOWIN)
         self.ioapic.attach(select, window)
         self.exerciser: Exerciser | None = None
+        #: The virtio devices, in the order in which they were attached.
+        self.virtio: list[MmioTransport] = []
+        self._register_pages: RegisterPages | None = None
+        #: Where KVM counts acknowledgements that nobody has to hear of.
+        self._acknowledged = -1
 
     def _attach_pic_and_pit(self) -> None:
         self._timer_line = self.allocator.line(PIT_GSI)
@@ -146,6 +182,70 @@ class DeviceManager:
         posted.publish(write_posted=True)
         self.mmio.insert(page, EXERCISER_MMIO + MMIO_LENGTH, MMIO_LENGTH)
 
+    # ------------------------------------------------------------ virtio devices
+
+    def attach_virtio(
+        self, device: VirtioDevice, memory: GuestMemory, state: RegistersState | None = None
+    ) -> MmioTransport:
+        """Give a device the next virtio-mmio window and interrupt line. Before the workers are told what there is.
+
+        Raises DeviceError if there are none left.
+        """
+        number = len(self.virtio)
+        if number >= MAX_VIRTIO_MMIO_DEVICES:
+            raise DeviceError(f"all {MAX_VIRTIO_MMIO_DEVICES} virtio-mmio windows are in use")
+        if self._register_pages is None:
+            self._register_pages = RegisterPages(MAX_VIRTIO_MMIO_DEVICES)
+            self._acknowledged = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        transport = MmioTransport(
+            device,
+            memory,
+            self._register_pages.page(number),
+            MmioResources(VIRTIO_MMIO_ADDRESS + number * VIRTIO_MMIO_SIZE, self.allocator.line(), self._acknowledged),
+            guard=self.guarded,
+            log=self._log,
+            state=state,
+        )
+        self.mmio.insert(transport, transport.address, VIRTIO_MMIO_SIZE)
+        self.virtio.append(transport)
+        return transport
+
+    def guarded(self, call: Callable[[], Any], failed: Callable[[str], None]) -> tuple[bool, Any]:
+        """Call a virtio device: the one place where its errors end. ``failed`` is told why it cannot go on.
+
+        Returns whether it succeeded, and what it returned. An error that is not the driver's fault is logged with its
+        type and place.
+        """
+        try:
+            return True, call()
+        except VirtioError as error:
+            failed(str(error))
+        except Exception as error:
+            trace = error.__traceback__
+            while trace is not None and trace.tb_next is not None:
+                trace = trace.tb_next
+            place = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else "?"
+            self._log(f"A virtio device failed at {place}: {type(error).__name__}: {error}")
+            failed(f"internal error: {type(error).__name__}")
+        return False, None
+
+    def virtio_mmio_devices(self) -> tuple[VirtioMmioDevice, ...]:
+        """Return what the guest is told of its virtio devices, in order."""
+        return tuple([VirtioMmioDevice(each.address, VIRTIO_MMIO_SIZE, each.line.gsi) for each in self.virtio])
+
+    def memory_slots(self) -> tuple[MemorySlot, ...]:
+        """Return the memory beside RAM that the guest sees: the register pages, in one read-only slot."""
+        if self._register_pages is None:
+            return ()
+        size = len(self.virtio) * VIRTIO_MMIO_SIZE
+        return (MemorySlot(VIRTIO_MMIO_ADDRESS, size, self._register_pages.descriptor, 0, True),)
+
+    def doorbells(self) -> tuple[Doorbell, ...]:
+        """Return the writes that KVM answers by itself."""
+        return tuple([doorbell for each in self.virtio for doorbell in each.doorbells()])
+
+    # ------------------------------------------------------------ all devices
+
     @property
     def interrupts(self) -> tuple[InterruptLine, ...]:
         """Return the interrupt lines that are in use, in the order of their GSIs."""
@@ -168,10 +268,17 @@ class DeviceManager:
     @property
     def units(self) -> tuple[Saveable, ...]:
         """Every part that has a state to save. Only between batches of exits, while all vCPUs are parked."""
-        return (self.ioapic, self.serial, self.i8042, self.pic, self.pit, *self.interrupts)
+        virtio: list[Saveable] = [unit for each in self.virtio for unit in (each, each.device)]
+        return (self.ioapic, self.serial, self.i8042, self.pic, self.pit, *self.interrupts, *virtio)
 
     def close(self) -> None:
-        """Release shared memory and eventfds."""
+        """Release shared memory and eventfds. Virtio devices must be stopped; they are closed, too."""
+        for transport in self.virtio:
+            transport.close()
+            transport.device.close()
+        if self._register_pages is not None:
+            self._register_pages.close()
+            os.close(self._acknowledged)
         self._page.close()
         self._page_buffer.close()
         os.close(self.page_descriptor)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from base.deferral import Deferral
-    from ipc.messages.records import Route, Window
+    from ipc.messages.records import Route
 
 
 class Doorbell(NamedTuple):
@@ -56,6 +56,3 @@ class WorkerVms(Protocol):
 
     def unmap_memory(self, slot: MemorySlot) -> Deferral:
         """Take it away again."""
-
-    def set_coalesced(self, window: Window, on: bool) -> Deferral:
-        """Let KVM collect writes to a window, or not."""

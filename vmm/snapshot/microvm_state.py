@@ -10,12 +10,14 @@ from ipc.launch_plan import MAX_MEMORY_BYTES, MAX_VCPUS
 from ipc.messages.records import MemoryRegion
 from ipc.messages.worker import SavedState
 from ipc.schema import U32, U64, Bytes, Int, ListOf, RecordOf, Saveable, Section, Text
+from virtio.entropy import Entropy
 from vmm.devices.interrupts import InterruptLine
 from vmm.devices.legacy.i8042 import I8042
 from vmm.devices.legacy.ioapic import IoApic
 from vmm.devices.legacy.pic import Pic
 from vmm.devices.legacy.pit import Pit
 from vmm.devices.legacy.serial import Serial
+from vmm.devices.transport.mmio import MmioTransport
 from vmm.operations import quiescence
 from vmm.operations.quiescence import QuiescentWorker
 from vmm.snapshot.section import Key, Saved, collect, parse
@@ -56,7 +58,10 @@ MACHINE = Section(
 )
 #: One a vCPU: the record of docs/formats/vcpu-state.md, with LAPIC and clock.
 VCPU = Section("vcpu", 1, RecordOf(SavedState, vcpu=_VCPU, version=Int(U32, 1), state=Bytes(MAX_VCPU_STATE)))
-DEVICES = (IoApic.SECTION, Serial.SECTION, I8042.SECTION, Pic.SECTION, Pit.SECTION, InterruptLine.SECTION)
+_STANDARD = (IoApic.SECTION, Serial.SECTION, I8042.SECTION, Pic.SECTION, Pit.SECTION)
+#: Of these there may be any number.
+_VIRTIO = (MmioTransport.SECTION, Entropy.SECTION)
+DEVICES = (*_STANDARD, InterruptLine.SECTION, *_VIRTIO)
 SECTIONS = (MACHINE, quiescence.SECTION, VCPU, *DEVICES)
 
 
@@ -100,8 +105,8 @@ def decode(data: bytes) -> MicrovmState:
         raise MicrovmStateError("The vCPUs are not those of the workers.")
     if len(workers) != len(machine.groups) or not _agree(workers, "worker"):
         raise MicrovmStateError("Not every worker was at rest.")
-    for section in DEVICES:
-        if section is not InterruptLine.SECTION and (section.name, "") not in records:
+    for section in _STANDARD:
+        if (section.name, "") not in records:
             raise MicrovmStateError(f"The section {section.name} is missing.")
     return MicrovmState(machine, records, tuple(workers), tuple(vcpus))
 

@@ -8,10 +8,12 @@ import pytest
 
 from ipc.device_pages import SLOT_COUNT
 from tests.harness.devices import Recorder, routes_at_once
+from tests.harness.virtio_transport import TestDevice
+from tests.harness.virtqueues import guest_memory
 from vmm.devices.interrupts import InterruptLine
-from vmm.devices.manager import DeviceManager
+from vmm.devices.manager import DeviceManager, in_attach_order
 from vmm.errors import DeviceError
-from vmm.layout import COM1_GSI, COM1_PORT, FIRST_DEVICE_GSI, I8042_GSI
+from vmm.layout import COM1_GSI, COM1_PORT, FIRST_DEVICE_GSI, I8042_GSI, MAX_VIRTIO_MMIO_DEVICES
 
 MMIO_ADDRESS = 0xC000_1000
 
@@ -99,3 +101,34 @@ def test_no_descriptor_is_left():
     manager.allocator.line()
     manager.close()
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_virtio_devices_have_consecutive_windows_and_lines(devices):
+    with guest_memory() as memory:
+        made = [devices.attach_virtio(TestDevice(2), memory) for _ in range(MAX_VIRTIO_MMIO_DEVICES)]
+        places = [(MMIO_ADDRESS + number * 0x1000, 0x1000, FIRST_DEVICE_GSI + number) for number in range(17)]
+        assert list(devices.virtio_mmio_devices()) == places
+        assert [devices.mmio.read(address + 8, 4) for address, _, _ in places] == [4] * 17
+        (slot,) = devices.memory_slots()
+        assert (slot.guest_address, slot.size, slot.read_only) == (MMIO_ADDRESS, 17 * 0x1000, True)
+        assert len({bell[:3] for bell in devices.doorbells()}) == 17 * 3
+        assert {each.eventfd for each in devices.doorbells()} > {kick for each in made for kick in each.kicks}
+        with pytest.raises(DeviceError, match="all 17 virtio-mmio windows"):
+            devices.attach_virtio(TestDevice(), memory)
+        assert {unit.instance for unit in devices.units if unit.SECTION.name == "virtio-mmio"} == {
+            f"{address:x}" for address, _, _ in places
+        }
+
+
+def test_without_virtio_devices_there_is_nothing_of_them(devices):
+    assert devices.memory_slots() == devices.doorbells() == devices.virtio_mmio_devices() == ()
+
+
+def test_devices_are_attached_in_the_order_that_gives_the_guests_names():
+    kinds = [27, 4, 2, 24, 19, 1, 5, 2]
+    made = [TestDevice() for _ in kinds]
+    for number, (device, kind) in enumerate(zip(made, kinds, strict=True)):
+        device.kind, device.id = kind, str(number)
+    ordered = in_attach_order(made)
+    assert [device.kind for device in ordered] == [5, 2, 2, 1, 27, 19, 4, 24]
+    assert [device.id for device in ordered if device.kind == 2] == ["2", "7"]

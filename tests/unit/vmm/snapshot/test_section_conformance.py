@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from devtool.project import ROOT
 from tests.harness.devices import CountingLine, device_page, routes_at_once
 from tests.harness.records import values_of
+from tests.harness.virtio_transport import TestDevice
+from tests.harness.virtqueues import guest_memory
 from vmm.devices.bus import Device, port_bus
 from vmm.devices.interrupts import InterruptLine
 from vmm.devices.legacy.i8042 import I8042
@@ -22,6 +24,7 @@ from vmm.devices.legacy.ioapic import IoApic
 from vmm.devices.legacy.pic import Pic
 from vmm.devices.legacy.pit import LISTENING, Pit
 from vmm.devices.legacy.serial import Serial
+from vmm.devices.transport.mmio import MmioResources, MmioState, MmioTransport
 from vmm.snapshot.microvm_state import SECTIONS
 
 #: Those of virtio/ are held by tests/unit/virtio/test_device_conformance.py.
@@ -65,6 +68,29 @@ def pit(**state: Any) -> Iterator[Pit]:
     yield Pit(lambda: None, lambda: LISTENING, lambda deadline: None, lambda: 1 << 50, **state)
 
 
+@contextmanager
+def mmio(state: MmioState | None = None) -> Iterator[MmioTransport]:
+    """Of a device with two queues, wherever the state has it."""
+    device = TestDevice(2, bytes(12))
+    device.kind, device.id = (state.kind, state.id) if state else (4, "rng")
+    line = CountingLine(state.gsi if state else 5)
+    resources = MmioResources(state.address if state else 0xC0001000, line, -1)
+    page = memoryview(bytearray(4096))
+    with guest_memory() as memory:
+        made = MmioTransport(
+            device,
+            memory,
+            page,
+            resources,
+            guard=lambda call, failed: (True, call()),
+            log=lambda text: None,
+            state=state.registers if state else None,
+        )
+        yield made
+        made.close()
+        line.close()
+
+
 #: How each unit is made: with `state=`, or as it is after a reset.
 MAKERS: dict[type[Any], Callable[..., Any]] = {
     Serial: serial,
@@ -73,9 +99,10 @@ MAKERS: dict[type[Any], Callable[..., Any]] = {
     Pic: pic,
     Pit: pit,
     InterruptLine: interrupt,
+    MmioTransport: mmio,
 }
 #: How many offsets the windows of a device have.
-SPANS: dict[type[Any], int] = {Serial: 8, I8042: 5, IoApic: 0x11, Pic: 6, Pit: 5}
+SPANS: dict[type[Any], int] = {Serial: 8, I8042: 5, IoApic: 0x11, Pic: 6, Pit: 5, MmioTransport: 4096}
 UNITS = pytest.mark.parametrize("unit", MAKERS, ids=lambda unit: unit.__name__)
 
 
