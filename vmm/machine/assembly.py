@@ -137,6 +137,10 @@ class Assembly:
         """Everything is attached: note what the VMs have, and what workers are told, who differ in their vCPUs only."""
         self.vms.set_windows(self.devices.ports.windows(), self.devices.mmio.windows())
         self.vms.add_interrupts([(line.gsi, line.eventfd) for line in self.devices.interrupts])
+        for slot in self.devices.memory_slots():
+            self.vms.map_memory(slot)
+        for doorbell in self.devices.doorbells():
+            self.vms.add_doorbell(doorbell)
         self._message = configuration
 
     def add_worker(self, worker: Worker) -> None:

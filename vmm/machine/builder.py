@@ -78,7 +78,7 @@ class MicrovmBuilder:
             _log_placement(placement, self._plan)
         try:
             assembly.attach_devices(resources.options, self._plan)
-            boot = load_boot_source(resources, memory, self._plan)
+            boot = load_boot_source(resources, memory, self._plan, assembly.devices.virtio_mmio_devices())
             faults.visit("vmm.kernel_loaded")
             self._start_workers(assembly, resources, boot)
             faults.visit("vmm.configured")
@@ -91,9 +91,7 @@ class MicrovmBuilder:
             raise
         return assembly.vmm
 
-    def _assemble(
-        self, resources: VmResources, memory: GuestMemory, placement: Placement, vms: WorkerVms
-    ) -> Assembly:
+    def _assemble(self, resources: VmResources, memory: GuestMemory, placement: Placement, vms: WorkerVms) -> Assembly:
         console = open_console(resources, self._plan)
         try:
             assembly = Assembly(

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+from base.lean_typing import Sequence
 from ipc.guest_memory import GuestMemory
 from ipc.launch_plan import LaunchPlan
 from ipc.messages.records import BootRegisters
-from vmm.boot.cmdline import Cmdline, complete
+from vmm.boot.acpi import VirtioMmioDevice
+from vmm.boot.cmdline import Cmdline, complete, virtio_mmio_parameter
 from vmm.boot.loader import KIND_BZIMAGE, load_kernel
 from vmm.config.resources import VmResources
 from vmm.observe.logger import DEBUG, LOG
 
 
-def load_boot_source(resources: VmResources, memory: GuestMemory, plan: LaunchPlan) -> BootRegisters:
-    """Load kernel and initrd into guest memory and log how. Raises LayoutError or a BootError."""
+def load_boot_source(
+    resources: VmResources, memory: GuestMemory, plan: LaunchPlan, devices: Sequence[VirtioMmioDevice] = ()
+) -> BootRegisters:
+    """Load kernel and initrd into guest memory and log how. Raises LayoutError or a BootError.
+
+    The virtio-mmio devices stand in the ACPI tables and, for kernels without ACPI, on the command line.
+    """
     options = resources.options
     source = resources.require_boot_source()
     cache = options.kernel_cache_fd if options.kernel_cache_fd >= 0 else plan.kernel_cache_fd
     cmdline = Cmdline(source.command_line)
-    complete(cmdline, pci=False)
+    complete(cmdline, pci=False, parameters=[virtio_mmio_parameter(*device) for device in devices])
     image = load_kernel(
         memory,
         source.kernel_fd,
         cmdline,
         source.initrd_fd if source.initrd_fd >= 0 else None,
         vcpu_count=resources.machine_config.vcpu_count,
+        devices=devices,
         cache_fd=cache,
         unpack=options.unpack_kernel,
         entry=options.kernel_entry,
