@@ -24,6 +24,7 @@ from ipc.launch_plan import ROLE_VMM, SECCOMP_REPORT, LaunchPlan, cell_name
 from jailer import walls
 from jailer.errors import CellError, JailerError, PolicyError
 from jailer.filters import RUNNING, SETUP
+from jailer.landlock import Rulesets
 from jailer.seccomp.install import Filter, install
 from jailer.steps import identity
 from jailer.steps.title import TITLE
@@ -37,6 +38,8 @@ FILTERED = b"filtered"
 HIDDEN = b"hidden"
 TIGHTENING = b"tightening"
 FAILED = b"failed:"
+#: Its layer of Landlock is in force; nothing in /proc tells. Comes before the first FILTERED.
+LANDLOCKED = b"landlocked"
 # Supervisor → cell.
 VERIFIED = b"verified"
 GO = b"go"
@@ -63,6 +66,7 @@ class CellContext(NamedTuple):
     supervisor_pid: int
     seal: socket.socket
     filters: dict[str, Filter]
+    landlock: Rulesets | None = None
 
     @property
     def name(self) -> str:
@@ -242,6 +246,8 @@ def _run(context: CellContext, prepare: Callable[[], tuple[int, ...]], role: Cal
             descriptors.send(context.seal, ENTERED, handed_over)
         for descriptor in handed_over:
             os.close(descriptor)
+        if context.landlock is not None and context.landlock.enforce(context.role):
+            descriptors.send(context.seal, LANDLOCKED)
         seal = Seal(context)
         seal.begin()
     except (JailerError, IpcError, OSError) as error:

@@ -9,6 +9,7 @@ from base.lean_std import signal, socket
 from base.lean_typing import Enum, NamedTuple
 from ipc.launch_plan import Assignment, LaunchPlan, cell_name
 from jailer import verify
+from jailer.landlock import Rulesets
 from jailer.log import Log
 from jailer.memory import MemoryMaker
 from jailer.seccomp.install import Filter
@@ -60,14 +61,15 @@ class Setup(NamedTuple):
     memory: MemoryMaker
     log: Log
     worker_cgroups: WorkerCgroups
+    landlock: Rulesets
 
 
 class Cell:
     """One child: the controller or a worker."""
 
     __slots__ = (
-        "assignment", "deadline", "index", "killed", "last_words", "listener", "pid", "pidfd", "proc", "progress",
-        "role", "seal", "text", "wall",
+        "assignment", "deadline", "index", "killed", "landlocked", "last_words", "listener", "pid", "pidfd", "proc",
+        "progress", "role", "seal", "text", "wall",
     )  # fmt: skip
 
     def __init__(self, role: str, index: int, pid: int, pidfd: int, seal: socket.socket) -> None:
@@ -89,6 +91,8 @@ class Cell:
         self.progress = Progress.FORKED
         #: Its files in /proc that stay readable when it is hidden, once its walls were verified.
         self.proc: verify.OpenFiles | None = None
+        #: It says that its layer of Landlock is in force.
+        self.landlocked = False
         #: It was killed on purpose, by us or because the controller asked for it.
         self.killed = False
 

@@ -14,6 +14,7 @@ from jailer import cleanup, plan, template, verify
 from jailer.cell_record import Cell, Setup
 from jailer.errors import StepError
 from jailer.filters import JANITOR, load_filters, of_cell
+from jailer.landlock import Rulesets
 from jailer.log import Log
 from jailer.memory import MemoryMaker
 from jailer.start import (
@@ -95,25 +96,32 @@ def launch(
         identity.clear_bounding_set()
     timeline.mark("warm")
     template.warm()
-
-    own_network = host.facts.may_make_namespaces
+    landlock, own_network = _enter_domain(), host.facts.may_make_namespaces
     enter = _entering(host, janitor, own_network=own_network)
-    keep = (*inherited, host.console)
-    controller, channel = fork_controller(launch_plan, roles, of_cell(filters.by_role, ROLE_VMM), enter, keep)
-    timeline.mark("leave network")
-    if own_network:
-        _leave_network(controller)
+    mine, keep = of_cell(filters.by_role, ROLE_VMM), (*inherited, host.console)
+    controller, channel = fork_controller(launch_plan, roles, mine, enter, keep, landlock=landlock)
+    _leave_network(controller, own_network=own_network)
     timeline.mark("wait for controller")
     wait_entered(controller)
     for descriptor in inherited:  # the controller has them, for paths like /dev/fd/63
         os.close(descriptor)
     asked = verify.Asked(host.facts, None, "", own_network, False, None)
-    memory = MemoryMaker(False)
+    # fmt: off
     setup = Setup(
-        launch_plan, roles, asked, proc, host.kvm_fd, host.kvm_error, filters.by_role, memory, log, WorkerCgroups()
+        launch_plan, roles, asked, proc, host.kvm_fd, host.kvm_error, filters.by_role, MemoryMaker(False), log,
+        WorkerCgroups(), landlock,
     )
+    # fmt: on
     _confine_supervisor(setup, host, filters.warning)
     return supervise(setup, controller, channel, signals)
+
+
+def _enter_domain() -> Rulesets:
+    """Enter the Landlock domain of the microVM, for which an ordinary user needs no_new_privs. Raises StepError."""
+    identity.set_no_new_privileges()
+    landlock = Rulesets(wanted=True)
+    landlock.enter_domain()
+    return landlock
 
 
 def _entering(host: Host, janitor: cleanup.Janitor, *, own_network: bool) -> Callable[[socket.socket], Entered]:
@@ -131,8 +139,11 @@ def _entering(host: Host, janitor: cleanup.Janitor, *, own_network: bool) -> Cal
     return enter
 
 
-def _leave_network(controller: Cell) -> None:
+def _leave_network(controller: Cell, *, own_network: bool) -> None:
     """Share an empty network namespace with the controller. Raises StepError; then the controller is gone, too."""
+    timeline.mark("leave network")
+    if not own_network:
+        return
     assert controller.seal is not None
     try:
         network.leave_network()

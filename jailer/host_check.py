@@ -15,7 +15,7 @@ from functools import partial
 from typing import NamedTuple
 
 from base.errno_text import errno_text
-from jailer import placement, syscalls
+from jailer import landlock, placement, syscalls
 from jailer.errors import JailerError
 from jailer.settings import DEFAULT_NO_FILE
 from jailer.steps import cgroups
@@ -161,6 +161,22 @@ def check_seccomp() -> Finding:
     return Finding("seccomp", GOOD, "filters are compiled")
 
 
+#: The first ABI of Landlock that has something, and what it is.
+_LANDLOCK = ((1, "files"), (3, "truncation"), (4, "TCP"), (5, "device requests"), (6, "abstract sockets and signals"))
+
+
+def check_landlock() -> Finding:
+    """Which level of Landlock does the kernel offer, and what do the cells go without?"""
+    level = landlock.abi()
+    if not level:
+        remedy = "a kernel with CONFIG_SECURITY_LANDLOCK, and landlock in its lsm= list (from Linux 6.12 on all of it)"
+        return Finding("landlock", WORSE, "none: the other walls alone bound files, sockets and signals", remedy)
+    missing = [what for first, what in _LANDLOCK if level < first]
+    if missing:
+        return Finding("landlock", WORSE, f"ABI {level}: nothing on {', '.join(missing)}", "Linux 6.12 or newer")
+    return Finding("landlock", GOOD, f"ABI {level}: {', '.join(what for _, what in _LANDLOCK)}")
+
+
 def check_cgroups() -> list[Finding]:
     """Which cgroup versions does the host mount, and with which controllers?"""
     try:
@@ -223,6 +239,7 @@ def run_checks() -> list[Finding]:
         check_namespaces(),
         check_mounts(),
         check_seccomp(),
+        check_landlock(),
         *check_cgroups(),
         check_limits(),
         check_jail_base(),

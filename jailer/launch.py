@@ -19,6 +19,7 @@ from jailer.cell_record import Cell, Setup
 from jailer.cli import Options
 from jailer.errors import ArgumentError, StepError
 from jailer.filters import JANITOR, Filters, load_filters, of_cell
+from jailer.landlock import Rulesets
 from jailer.log import Log
 from jailer.memory import MemoryMaker, ReserveMemory
 from jailer.operations import Operation, Plan
@@ -170,12 +171,15 @@ class JailedLaunch:
             identity.forbid_core_files()
         if self._has(walls.CAPABILITIES):
             identity.clear_bounding_set()
+        landlock = Rulesets(wanted=self._has(walls.LANDLOCK))
+        landlock.enter_domain()
         controller, channel = start.fork_controller(
             launch_plan,
             roles,
             of_cell(filters.by_role, ROLE_VMM),
             lambda supervisor: self._enter_jail(host, trees, visible_pid, supervisor),
             (host.kernel_cache, host.console),
+            landlock=landlock,
         )
         timeline.mark("leave namespaces")
         self._leave_namespaces(controller)
@@ -203,6 +207,7 @@ class JailedLaunch:
             memory,
             self._log,
             self._worker_cgroups,
+            landlock,
         )
         return setup, channel, controller, signals
 

@@ -33,6 +33,7 @@ class Sealing:
         #: Descriptors that a cell may send: the listener of its filter.
         self._listeners = int(setup.plan.seccomp == SECCOMP_REPORT)
         self._steps: dict[tuple[Progress, bytes], Callable[[Cell], None]] = {
+            (Progress.FORKED, cell.LANDLOCKED): self._landlocked,
             (Progress.FORKED, cell.FILTERED): self._verify,
             (Progress.VERIFIED, cell.HIDDEN): self._hidden,
             (Progress.HIDDEN, cell.FILTERED): self._finish,
@@ -75,6 +76,9 @@ class Sealing:
         """A cell ended before it was sealed: its last words, if any, say why."""
         while record.seal is not None and self.receive(record):
             pass
+
+    def _landlocked(self, record: Cell) -> None:
+        record.landlocked = True
 
     def _verify(self, record: Cell) -> None:
         """Its first filter is on, and nothing of another cell was read: its walls are read back."""

@@ -11,9 +11,10 @@ from base.lean_std import signal, socket
 from base.lean_typing import Callable, NamedTuple
 from ipc import descriptors
 from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VMM, LaunchPlan, TunDescriptors
-from jailer import cell, ending, syscalls, template, verify
+from jailer import cell, ending, syscalls, template, verify, walls
 from jailer.cell_record import BLOCKED_SIGNALS, Cell, Setup
 from jailer.errors import CellError
+from jailer.landlock import LIST_RIGHTS, Rulesets
 from jailer.log import Log
 from jailer.seccomp.install import Filter, install
 from jailer.steps import detach, identity, process
@@ -91,6 +92,8 @@ def fork_controller(
     filters: dict[str, Filter],
     enter: Callable[[socket.socket], Entered],
     keep: tuple[int, ...],
+    *,
+    landlock: Rulesets,
 ) -> tuple[Cell, socket.socket]:
     """Fork the controller; return its record and our end of its channel.
 
@@ -105,19 +108,23 @@ def fork_controller(
         timeline.enter(1)
         ours.close()
         seal.close()
-        context = cell.CellContext(plan, ROLE_VMM, 0, supervisor_pid, cell_seal, filters)
+        context = cell.CellContext(plan, ROLE_VMM, 0, supervisor_pid, cell_seal, filters, landlock)
         entered = Entered(TunDescriptors())
 
         def prepare() -> tuple[int, ...]:
             nonlocal entered
             entered = enter(cell_seal)
-            own = (*entered.tun.descriptors, *entered.handed_over)
+            landlock.allow_root(ROLE_VMM)
+            if plan.kernel_cache_fd >= 0:
+                landlock.allow(ROLE_VMM, plan.kernel_cache_fd)
+            own = (*entered.tun.descriptors, *entered.handed_over, landlock.descriptor(ROLE_VMM))
             process.keep_only((theirs.fileno(), cell_seal.fileno(), *keep, *own))
             cell.reset_signals()
             return entered.handed_over
 
         cell.run(context, prepare, lambda sealed: roles.vmm(plan._replace(tun=entered.tun), theirs, sealed))
     cell.count_faults()
+    landlock.drop(ROLE_VMM)
     theirs.close()
     cell_seal.close()
     return Cell(ROLE_VMM, 0, pid, os.pidfd_open(pid), seal), ours
@@ -140,7 +147,10 @@ def wait_entered(controller: Cell) -> int:
 
 
 def close_supervisor(setup: Setup, host: Host, name: str, *, dumpable_wall: bool) -> None:
-    """The supervisor's last walls, and its name. Raises PolicyError, OSError."""
+    """The supervisor's last walls but Landlock, and its name. Raises StepError, PolicyError, OSError."""
+    setup.landlock.allow(ROLE_SUPERVISOR, setup.proc)
+    if setup.plan.jailed and walls.ROOT not in setup.plan.switched_off:
+        setup.landlock.allow_root(ROLE_SUPERVISOR, LIST_RIGHTS)
     detach.redirect_standard_descriptors(host.null, (0, 1))
     for descriptor in (host.kernel_cache, host.console):
         if descriptor >= 0:

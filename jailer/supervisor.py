@@ -36,6 +36,7 @@ from ipc.messages.supervisor import (
 )
 from jailer import cell, syscalls
 from jailer.cell_record import SEAL_TIMEOUT_S, Cell, Progress, Setup
+from jailer.errors import StepError
 from jailer.filters import of_cell
 from jailer.sealing import WALL_SECCOMP, Sealing
 from jailer.steps import process
@@ -70,6 +71,8 @@ class Supervisor:
         self._ended = False
         self._sealing = Sealing(setup, controller, self._fail_cell)
         self._log_end = False
+        #: All our walls are closed: requests are served, workers forked.
+        self._confined = False
         #: The worker that was forked without being asked for, and the controller's end of its descriptor channel.
         self._ahead: tuple[Assignment, Cell, socket.socket] | None = None
         self._handlers: dict[type[Any], Callable[[Any, int], None]] = {
@@ -83,6 +86,7 @@ class Supervisor:
     def run(self) -> int:
         """Serve until the controller and every worker have ended; return the exit code of the microVM."""
         faults.visit("supervisor.start")
+        self._let_go_of_files()
         if self._plan.drills:
             self._run_drills()
         self._fork_ahead()
@@ -103,25 +107,35 @@ class Supervisor:
         sys.modules["ipc.drills.targets"].__dict__["controller_pid"] = self._controller.pid
         sys.modules["ipc.drills"].__dict__["run"](self._plan.drills, ROLE_SUPERVISOR)
 
+    def _let_go_of_files(self) -> None:
+        """Put our layer of Landlock in force: the first walls of the controller are read, no worker is there yet."""
+        while self._controller.progress is Progress.FORKED and not self._ended:
+            self._turn()
+        try:
+            self._setup.landlock.enforce(ROLE_SUPERVISOR)
+        except StepError as error:
+            self._fail_cell(self._controller, str(error))
+        self._confined = True
+
     def _turn(self) -> None:
         ready = self._poll()
         if self._signals in ready:
             self._read_signals()
-        if self._channel is not None and self._channel.fileno() in ready:
+        if self._confined and self._channel is not None and self._channel.fileno() in ready:
             self._serve()  # first: a worker's way to its guest is the longest
         for record in list(self._cells.values()):
             if record.listener in ready:
                 self._sealing.notified(record)
             if record.seal is not None and record.seal.fileno() in ready:
                 self._sealing.receive(record)
-        if not ready and not self._sealing.reported:
+        if not ready and self._confined and not self._sealing.reported:
             self._sealing.report_self()
         self._check_deadlines()
 
     def _poll(self) -> set[int]:
         poll = select.poll()
         poll.register(self._signals, select.POLLIN)
-        if self._channel is not None:
+        if self._confined and self._channel is not None:
             poll.register(self._channel.fileno(), select.POLLIN)
         for record in self._cells.values():
             if record.seal is not None:
@@ -131,7 +145,7 @@ class Supervisor:
         return {descriptor for descriptor, _ in poll.poll(self._timeout_ms())}
 
     def _timeout_ms(self) -> int | None:
-        if not self._sealing.reported:
+        if self._confined and not self._sealing.reported:
             return 0  # there is something to do when nobody wants anything
         deadlines = [record.deadline for record in self._cells.values() if record.seal is not None]
         if self._end_deadline:
@@ -434,12 +448,12 @@ class Supervisor:
         index = assignment.worker
         setup = self._setup
         filters = of_cell(setup.filters, ROLE_VCPU)
-        context = cell.CellContext(self._plan, ROLE_VCPU, index, self._pid, seal, filters)
+        context = cell.CellContext(self._plan, ROLE_VCPU, index, self._pid, seal, filters, setup.landlock)
 
         def prepare() -> tuple[int, ...]:
             setup.worker_cgroups.join(index)
             self._abandon()
-            process.keep_only((channel.fileno(), seal.fileno(), setup.kvm_fd))
+            process.keep_only((channel.fileno(), seal.fileno(), setup.kvm_fd, setup.landlock.descriptor(ROLE_VCPU)))
             cell.reset_signals()
             return ()
 

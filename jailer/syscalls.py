@@ -71,6 +71,12 @@ _SYS_CLOSE_RANGE = 436
 _SYS_OPENAT2 = 437
 _SYS_MOUNT_SETATTR = 442
 
+_SYS_LANDLOCK_CREATE_RULESET = 444
+_SYS_LANDLOCK_ADD_RULE = 445
+_SYS_LANDLOCK_RESTRICT_SELF = 446
+_LANDLOCK_CREATE_RULESET_VERSION = 1
+_LANDLOCK_RULE_PATH_BENEATH = 1
+
 _O_CLOEXEC = os.O_CLOEXEC
 _SIGNALFD_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
 
@@ -228,3 +234,25 @@ def seccomp_set_filter(program: bytes, flags: int) -> int:
             ctypes.byref(prog),
         )
     )
+
+
+def landlock_abi() -> int:
+    """landlock_create_ruleset(2) with LANDLOCK_CREATE_RULESET_VERSION: the ABI that the kernel offers."""
+    return _call(_SYS_LANDLOCK_CREATE_RULESET, None, 0, _LANDLOCK_CREATE_RULESET_VERSION)
+
+
+def landlock_create_ruleset(attributes: bytes) -> int:
+    """landlock_create_ruleset(2) with a struct landlock_ruleset_attr; returns a close-on-exec descriptor."""
+    buffer = ctypes.create_string_buffer(attributes, len(attributes))
+    return _call(_SYS_LANDLOCK_CREATE_RULESET, buffer, len(attributes), 0)
+
+
+def landlock_add_rule(ruleset: int, path_beneath: bytes) -> None:
+    """landlock_add_rule(2) with a struct landlock_path_beneath_attr."""
+    buffer = ctypes.create_string_buffer(path_beneath, len(path_beneath))
+    _call(_SYS_LANDLOCK_ADD_RULE, ruleset, _LANDLOCK_RULE_PATH_BENEATH, buffer, 0)
+
+
+def landlock_restrict_self(ruleset: int) -> None:
+    """landlock_restrict_self(2): for the calling thread; needs no_new_privs or CAP_SYS_ADMIN."""
+    _call(_SYS_LANDLOCK_RESTRICT_SELF, ruleset, 0)

@@ -301,7 +301,8 @@ def _found_namespaces(numbers: dict[str, int], host: HostFacts, wanted: dict[str
 
 
 def _found_root(path: str, proc: int, wanted: Walls) -> Walls:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=proc)
+    look = os.O_RDONLY if "entries" in wanted else os.O_PATH
+    descriptor = os.open(path, look | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=proc)
     try:
         status = os.fstat(descriptor)
         everything: Walls = {

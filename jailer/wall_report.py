@@ -6,7 +6,7 @@ import os
 import select
 
 from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VCPU, cell_name
-from jailer import verify
+from jailer import landlock, verify
 from jailer.cell_record import Cell, Setup
 from jailer.filters import RUNNING, SETUP, of_cell
 
@@ -19,6 +19,7 @@ def compare_own(setup: Setup) -> list[str]:
     wanted = verify.asked(setup.plan, ROLE_SUPERVISOR, setup.asked)
     pid = os.getpid()
     actual = verify.found(pid, setup.proc, setup.asked.host, wanted)
+    wanted["landlock"] = actual["landlock"] = setup.landlock.asked(ROLE_SUPERVISOR)  # it is in force, or we had ended
     differences = verify.differences(wanted, actual)
     _write(setup, (ROLE_SUPERVISOR, 0, pid), RUNNING, differences, asked=wanted, found=actual)
     return differences
@@ -35,6 +36,8 @@ def compare(setup: Setup, record: Cell, stage: str) -> list[str] | None:
     wanted = verify.asked(setup.plan, record.role, asked, stage)
     if stage == SETUP:
         actual = verify.found(record.pid, setup.proc, setup.asked.host, wanted)
+        wanted["landlock"] = setup.landlock.asked(record.role)
+        actual["landlock"] = wanted["landlock"] if record.landlocked else landlock.describe(0)
     else:
         assert record.proc is not None
         actual = verify.found_hidden(record.pid, setup.proc, record.proc, wanted)

@@ -19,6 +19,7 @@ NO_NEW_PRIVILEGES = "no-new-privileges"
 DEATH_SIGNAL = "death-signal"
 CORE_LIMIT = "core-limit"
 PROCESS_LIMIT = "process-limit"
+LANDLOCK = "landlock"
 SECCOMP = "seccomp"
 DUMPABLE = "dumpable"
 VERIFY = "verify"
@@ -42,6 +43,7 @@ SWITCHES: dict[str, str] = {
     DEATH_SIGNAL: "a cell outlives its supervisor",
     CORE_LIMIT: "a crash may write a core file",
     PROCESS_LIMIT: "a cell may create processes and threads (if the filter lets it)",
+    LANDLOCK: "nothing but users and namespaces bounds files, abstract sockets and signals (filters aside)",
     SECCOMP: "every system call is allowed",
     DUMPABLE: "processes of the same user may trace a cell and read its memory",
     VERIFY: "the walls are reported but a difference does not end the launch",

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from jailer import landlock
 from tests.harness.jail import GID, UID, JailedMicrovm, id_of, microvm, wait_for
 
 #: attack → the walls that stop it, each by itself: (wall, what the attacker sees; None: the cell is ended).
@@ -29,6 +30,9 @@ ATTACKS: dict[str, dict[str, str | None]] = {
     "blocking": {"seccomp": None},
     "file-status": {"seccomp": None},
 }
+if landlock.abi():
+    ATTACKS["open"]["landlock"] = "refused: Permission denied (13)"
+    ATTACKS["ptrace"]["landlock"] = "refused: Operation not permitted (1)"
 CASES = [(attack, wall) for attack, walls in ATTACKS.items() for wall in walls]
 #: System calls as the report names them.
 CALLS = {
@@ -93,11 +97,11 @@ def test_report_mode_names_the_system_call(base: Path, attack: str) -> None:
 
 
 def test_root_wall_empties_the_file_system(base: Path) -> None:
-    with microvm(base, "--drill", "open", *_without("seccomp")) as jailed:
+    with microvm(base, "--drill", "open", *_without("seccomp", "landlock")) as jailed:
         jailed.start()
         assert _outcome(jailed, "open") == "succeeded (/ with ['ipc'])"
     arguments = ("--api-sock", "api.socket")  # relative: without the wall, the host's /run is the cell's
-    options = ("--drill", "open", *_without("seccomp", "root"))
+    options = ("--drill", "open", *_without("seccomp", "landlock", "root"))
     with microvm(base, *options, microvm_id=id_of(base, "open"), arguments=arguments) as jailed:
         jailed.start()
         assert _outcome(jailed, "open") == "succeeded (/etc/passwd)"
@@ -153,7 +157,7 @@ def _ended_for_tgkill(jailed: JailedMicrovm, name: str) -> None:
 def test_a_worker_signals_any_process_of_its_user_without_the_filter(base: Path, attack: str) -> None:
     with _bystander() as bystander:
         name = f"{attack}={bystander.pid}"
-        with microvm(base, "--drill", name, *_without("seccomp")) as jailed:
+        with microvm(base, "--drill", name, *_without("seccomp", "landlock")) as jailed:
             jailed.start()
             assert _outcome(jailed, name) == f"succeeded (signal {SIGNALS[attack]} to process {bystander.pid})"
             assert bystander.wait(30) == -SIGNALS[attack]
@@ -164,7 +168,8 @@ def test_a_worker_signals_another_microvm_without_the_filter(base: Path, attack:
     with microvm(base, microvm_id=id_of(base, "other")) as other:
         other.start().wait_up()
         name = f"{attack}={other.cells()['vmm']}"
-        with microvm(base, "--drill", name, *_without("seccomp"), microvm_id=id_of(base, "attacker")) as jailed:
+        options = ("--drill", name, *_without("seccomp", "landlock"))
+        with microvm(base, *options, microvm_id=id_of(base, "attacker")) as jailed:
             jailed.start()
             wait_for(lambda: f"was ended by signal {SIGNALS[attack]} " in other.log(), other.describe)
 
@@ -172,11 +177,11 @@ def test_a_worker_signals_another_microvm_without_the_filter(base: Path, attack:
 @pytest.mark.parametrize("attack", SIGNALS)
 def test_a_worker_signals_its_own_microvm_without_the_filter(base: Path, attack: str) -> None:
     number = SIGNALS[attack]
-    options = ("--drill", f"{attack}=controller", *_without("seccomp"))
+    options = ("--drill", f"{attack}=controller", *_without("seccomp", "landlock"))
     with microvm(base, *options, microvm_id=id_of(base, "controller")) as jailed:
         jailed.start()
         wait_for(lambda: re.search(rf"vmm .*was ended by signal {number} ", jailed.log()), jailed.describe)
-    options = ("--drill", f"{attack}=supervisor", *_without("seccomp"))
+    options = ("--drill", f"{attack}=supervisor", *_without("seccomp", "landlock"))
     with microvm(base, *options, microvm_id=id_of(base, "supervisor")) as jailed:
         assert jailed.start().process.wait(30) == -number  # the client's process is the supervisor
 

@@ -15,7 +15,7 @@ import pytest
 
 from ipc.drills.network import FRAME, FRAME_TYPE, MESSAGE
 from ipc.launch_plan import MAX_DEVICES
-from jailer import syscalls
+from jailer import landlock, syscalls
 from tests.harness.jail import (
     UID,
     JailedMicrovm,
@@ -175,8 +175,13 @@ ATTACKS: dict[str, dict[str, str | None]] = {
     "abstract-send-message": {"network-namespace": "refused: Connection refused (111)"},
     "tcp": {"network-namespace": "refused: Network is unreachable (101)", "seccomp": None},
 }
+if landlock.abi() >= 4:
+    ATTACKS["tcp"]["landlock"] = "refused: Permission denied (13)"
+if landlock.abi() >= landlock.SCOPE_ABI:
+    for _attack in ("abstract-connect", "abstract-send", "abstract-send-message"):
+        ATTACKS[_attack]["landlock"] = "refused: Operation not permitted (1)"
 #: What stands between a controller and the host's names.
-ALL_WALLS = ("network-namespace", "seccomp")
+ALL_WALLS = ("network-namespace", "seccomp", "landlock")
 CASES = [(attack, wall) for attack, walls in ATTACKS.items() for wall in walls]
 
 
