@@ -12,13 +12,14 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from devtool.project import PYTHON, ROOT
+from jailer.steps import roots
 from tests.harness.attacks import FILTER, outcomes
 from tests.harness.jail import JAILER, JailedMicrovm, id_of, microvm, wait_for
 from tests.harness.run_options import NoLeftovers
@@ -211,6 +212,24 @@ def test_seccomp(base: Path, cell: str) -> None:
     """What it alone stops. The rest: test_attack_table.py."""
     assert _attack(base, f"{cell}:executable-mapping", ["seccomp"]) == "open"
     assert _attack(base, f"{cell}:executable-mapping", (), "--seccomp-mode", "errno=133") == FILTER
+
+
+@pytest.mark.parametrize("mounted", [True, False])
+def test_the_kernel_cache_leads_nowhere_else(base: Path, mounted: bool) -> None:
+    """A controller that holds the directory climbs out of it, unless it is the root of a mount of its own."""
+    cache = base.parent / "cache"
+    cache.mkdir()
+    (base.parent / "secret").write_text(SECRET)
+    descriptor = roots.clone_read_only(str(cache)) if mounted else os.open(cache, os.O_RDONLY)
+    try:
+        above = os.open("..", os.O_RDONLY, dir_fd=descriptor)
+        names = os.listdir(above)
+        os.close(above)
+        assert ("secret" in names) != mounted
+        with pytest.raises(OSError, match="Read-only") if mounted else nullcontext():
+            os.close(os.open("planted", os.O_WRONLY | os.O_CREAT, dir_fd=descriptor))
+    finally:
+        os.close(descriptor)
 
 
 # ---------------------------------------------------------------- a wall that is silently missing
