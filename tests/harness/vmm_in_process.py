@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ipc import descriptors
-from ipc.launch_plan import ENDPOINT_BOUND, Assignment
+from ipc.launch_plan import ENDPOINT_BOUND, ROLE_VCPU, SECCOMP_KILL, Assignment
 from ipc.messages.supervisor import Spawn, Spawned
+from jailer.seccomp.install import install, load
+from jailer.steps import identity
 from tests.guests.build import build
 from tests.harness.api import parse_response
 from tests.harness.cells import Controller as Cells
@@ -26,7 +28,12 @@ from vmm.session import Session
 
 
 def real_workers(supervisor: StandInSupervisor) -> None:
-    """Let the stand-in fork what the real supervisor forks, without walls."""
+    """Let the stand-in fork what the real supervisor forks, with the filter of a running machine and no other wall."""
+    chosen = load((ROLE_VCPU,), SECCOMP_KILL).filters[ROLE_VCPU]
+
+    def tighten() -> None:
+        identity.set_no_new_privileges()
+        install(chosen)
 
     def spawn(message: Spawn, sequence: int) -> None:
         ours, theirs = descriptors.channel_pair()
@@ -36,7 +43,8 @@ def real_workers(supervisor: StandInSupervisor) -> None:
             supervisor.channel.close()
             theirs.setblocking(False)  # as the supervisor does
             kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
-            run_process(lambda: os._exit(worker_main.run(supervisor.plan, Assignment(*message), theirs, kvm, Walls())))
+            walls = Walls(tighten)
+            run_process(lambda: os._exit(worker_main.run(supervisor.plan, Assignment(*message), theirs, kvm, walls)))
         theirs.close()
         descriptors.send(ours, ENDPOINT_BOUND)
         pidfd = os.pidfd_open(pid)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.harness.jail import status
 from tests.harness.virtio_guest import VirtioGuest
 from vmm.layout import COMMAND_LINE_ADDRESS, COMMAND_LINE_SIZE, SYSTEM_MEMORY_ADDRESS, SYSTEM_MEMORY_END
 
@@ -51,6 +52,7 @@ def test_requests_take_no_exit_in_steady_state(start, place):
         kicks = guest.served.kicks
         after = guest.more_requests(100)
         assert guest.entries() == before
+        assert {status(each.pid)["Seccomp"] for each in vmm.vcpus_handles} == {"2"}, "the filter allows all of it"
         assert after.requests - begun.requests >= 100
         assert after.interrupts > begun.interrupts
         assert guest.served.kicks > kicks

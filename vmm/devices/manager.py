@@ -272,8 +272,9 @@ class DeviceManager:
         return (self.ioapic, self.serial, self.i8042, self.pic, self.pit, *self.interrupts, *virtio)
 
     def close(self) -> None:
-        """Release shared memory and eventfds. Virtio devices must be stopped; they are closed, too."""
+        """Release shared memory and eventfds. No vCPU runs any more; virtio devices are stopped and closed, too."""
         for transport in self.virtio:
+            transport.pause()
             transport.close()
             transport.device.close()
         if self._register_pages is not None:
