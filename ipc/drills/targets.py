@@ -11,17 +11,23 @@ from ipc.drills.calls import refuse
 controller_pid = 0
 #: Who has forked this cell, as its forker knows itself: the cell may see other numbers.
 _parent_pid = 0
+_forker_pid = 0
 
 #: The names that a drill may be aimed at; all else is a process id.
 NAMES = ("self", "supervisor", "controller")
 
 
+def _note_forker() -> None:
+    global _forker_pid
+    _forker_pid = os.getpid()
+
+
 def _note_parent() -> None:
     global _parent_pid
-    _parent_pid = os.getpid()
+    _parent_pid = _forker_pid
 
 
-os.register_at_fork(before=_note_parent)
+os.register_at_fork(before=_note_forker, after_in_child=_note_parent)  # a fork that is refused changes nothing
 
 
 def neighbour() -> int:

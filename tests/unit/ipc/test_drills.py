@@ -60,3 +60,12 @@ def test_targets() -> None:
     if pid == 0:
         os._exit(0 if targets.named("supervisor") == os.getppid() == targets.neighbour() else 1)
     assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_who_cannot_fork_attacks_its_parent_still() -> None:
+    pid = os.fork()
+    if pid == 0:
+        parent = targets.named("supervisor")
+        targets._note_forker()  # what a fork does first, whether it is refused or not
+        os._exit(0 if targets.named("supervisor") == parent == os.getppid() else 1)
+    assert os.waitpid(pid, 0)[1] == 0
