@@ -50,11 +50,12 @@ def test_requests_take_no_exit_in_steady_state(start, place):
         guest.more_requests(10)
         before, begun = guest.entries(), guest.progress()
         kicks = guest.served.kicks
-        after = guest.more_requests(100)
+        guest.more_requests(100)
+        # A processor that does not wait for them halted may take them much later.
+        after = guest.serve_until(lambda progress, seen=begun.interrupts: progress.interrupts > seen)
         assert guest.entries() == before
         assert {status(each.pid)["Seccomp"] for each in vmm.vcpus_handles} == {"2"}, "the filter allows all of it"
         assert after.requests - begun.requests >= 100
-        assert after.interrupts > begun.interrupts
         assert guest.served.kicks > kicks
     assert after.config_changes == 0
     assert after.lives == 0
