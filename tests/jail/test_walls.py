@@ -73,7 +73,7 @@ def test_no_new_privileges(base: Path) -> None:
     shutil.copy("/usr/bin/id", program)
     program.chmod(0o4755)
     for off, is_root in ((["no-new-privileges"], True), ([], False)):
-        words = [word for wall in ("seccomp", "root", *off) for word in ("--without", wall)]
+        words = [word for wall in ("seccomp", "landlock", "root", *off) for word in ("--without", wall)]
         which = id_of(base, f"nnp-{len(off)}")
         with microvm(base, "--drill", f"vmm:execute={program}", *words, microvm_id=which, arguments=RELATIVE) as jailed:
             jailed.start()
@@ -83,11 +83,11 @@ def test_no_new_privileges(base: Path) -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_root(base: Path, cell: str) -> None:
-    """Combination: without the filter for the worker, whose filter refuses to open anything."""
+    """Combination: without the filter, which lets no worker open anything, and without Landlock."""
     secret = base.parent / "secret"
     secret.write_text(SECRET)
-    assert _attack(base, f"{cell}:read={secret}", ["seccomp", "root"]) == "open"
-    assert _attack(base, f"{cell}:read={secret}", ["seccomp"]) == "ENOENT"
+    assert _attack(base, f"{cell}:read={secret}", ["seccomp", "landlock", "root"]) == "open"
+    assert _attack(base, f"{cell}:read={secret}", ["seccomp", "landlock"]) == "ENOENT"
 
 
 @contextmanager
@@ -134,13 +134,13 @@ def test_uts_namespace(base: Path, cell: str) -> None:
 
 @pytest.mark.parametrize("cell", ["vcpu", "supervisor"])
 def test_network_namespace(base: Path, cell: str) -> None:
-    """Combination: without the filter. (The controller's: test_network.py.)"""
+    """Combination: without the filter and Landlock's scope. (The controller's: test_network.py.)"""
     name = id_of(base, "listener")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(f"\0{name}")
         listener.listen()
-        assert _attack(base, f"{cell}:abstract-connect={name}", ["seccomp", "network-namespace"]) == "open"
-        assert _attack(base, f"{cell}:abstract-connect={name}", ["seccomp"]) == "ECONNREFUSED"
+        assert _attack(base, f"{cell}:abstract-connect={name}", ["seccomp", "landlock", "network-namespace"]) == "open"
+        assert _attack(base, f"{cell}:abstract-connect={name}", ["seccomp", "landlock"]) == "ECONNREFUSED"
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -198,13 +198,13 @@ def test_process_limit(base: Path, cell: str, drill: str) -> None:
 
 @pytest.mark.parametrize("drill", ["ptrace", "process-vm-readv", "pidfd-getfd"])
 def test_dumpable(base: Path, drill: str) -> None:
-    """Combination: without the filter. A worker attacks the controller: it is who must not be dumpable.
+    """Combination: without the filter and Landlock. A worker attacks the controller: it is who must not be dumpable.
 
     The supervisor has become another user while it ran, and is not dumpable for that alone.
     """
-    assert _attack(base, f"vcpu:{drill}", ["seccomp", "dumpable"]) == "open"
-    assert _attack(base, f"vcpu:{drill}", ["seccomp"]) == "EPERM"
-    assert _attack(base, f"vmm:{drill}", ["seccomp", "dumpable"], microvm_id=id_of(base, "vmm")) == "EPERM"
+    assert _attack(base, f"vcpu:{drill}", ["seccomp", "landlock", "dumpable"]) == "open"
+    assert _attack(base, f"vcpu:{drill}", ["seccomp", "landlock"]) == "EPERM"
+    assert _attack(base, f"vmm:{drill}", ["seccomp", "landlock", "dumpable"], microvm_id=id_of(base, "vmm")) == "EPERM"
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -240,7 +240,7 @@ SABOTAGED = {
     "gid": ("gid", ()),
     "groups": ("groups", ()),
     "capabilities": ("capabilities", ()),
-    "no_new_privs": ("no_new_privs", ("seccomp",)),
+    "no_new_privs": ("no_new_privs", ("seccomp", "landlock")),
     "ipc": ("namespaces", ()),
     "uts": ("namespaces", ()),
     "core": ("limits", ()),
