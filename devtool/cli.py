@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-from devtool import setup, testing
+from devtool import policies, setup, testing
 from devtool.process import end_on_signals
 from devtool.project import CHECKED, LAUNCHERS, PYTHON, ROOT, DevError, existing, say
 
@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     tier = test.add_mutually_exclusive_group()
     tier.add_argument("--quick", action="store_true", help="only what runs on this host in under three minutes")
     tier.add_argument("--soak", metavar="NAME", help="only tests marked soak(NAME), at full count ('all': every)")
+    add("policies", _policies, "record [PYTEST-ARGUMENTS]: what the cells ask of the kernel, next to their policies.")
     add("lint", _lint, "Run ruff and mypy --strict.")
     bench = add("bench", _bench, "Run a benchmark. Other arguments go to it.")
     bench.add_argument("name", metavar="NAME", help="a module of bench/, without the .py")
@@ -101,6 +102,11 @@ def _test(options: argparse.Namespace, rest: list[str]) -> int:
     end_on_signals()
     setup.set_up()
     return testing.run_tests(quick=options.quick, soak=options.soak, arguments=rest)
+
+
+def _policies(_options: argparse.Namespace, rest: list[str]) -> int:
+    setup.set_up()
+    return policies.main(rest)
 
 
 def _lint(_options: argparse.Namespace, rest: list[str]) -> int:

@@ -25,6 +25,8 @@ MAX_MEMORY_BYTES = 1022 << 30
 ROLE_SUPERVISOR = "supervisor"
 ROLE_VMM = "vmm"
 ROLE_VCPU = "vcpu"
+#: For drills only: a worker that was configured, behind its second filter.
+ROLE_RUNNING_VCPU = "vcpu-running"
 
 SECCOMP_KILL = "kill"
 SECCOMP_REPORT = "report"

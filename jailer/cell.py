@@ -122,7 +122,7 @@ class Seal:
     def begin(self) -> None:
         """Install the filter of the setup stage and ask the supervisor to read the walls back; does not wait for it.
 
-        Raises CellError, PolicyError, IpcError.
+        Raises CellError, PolicyError, IpcError, OSError.
         """
         self._install(SETUP, self._open_channel())
         faults.visit("cell.filtered")
@@ -172,14 +172,16 @@ class Seal:
         return self._channel
 
     def _install(self, stage: str, channel: socket.socket) -> None:
-        """Install the filter of a stage, if there is one, and say so. Raises PolicyError, IpcError."""
+        """Install the filter of a stage, if there is one, and say so. Raises PolicyError, IpcError, OSError."""
         listener = -1
         chosen = self._context.filters.get(stage)
         if chosen is not None:
             listener = _install_when_possible(chosen)
-        descriptors.send(channel, FILTERED, (listener,) if listener >= 0 else ())
         if listener >= 0:
+            descriptors.send(channel, FILTERED, (listener,))
             os.close(listener)
+        else:
+            os.write(channel.fileno(), FILTERED)  # sendmsg(2) is not for a worker that is sealed
 
     def _expect(self, channel: socket.socket, wanted: bytes) -> None:
         frame, owned = descriptors.receive(channel)

@@ -57,7 +57,8 @@ _UNCONFIGURED = (State.CREATED, State.CONFIGURING, State.FAILED)
 class Control:
     """What a worker with a VM can be told (vcpu_worker.serving). ``send`` takes events, which answer no command.
 
-    ``threads`` are those of the machine's vCPUs, then of its ghosts.
+    ``threads`` are those of the machine's vCPUs, then of its ghosts. ``tighten`` is called when it is configured: from
+    then on it does what a running machine needs, and nothing else.
     """
 
     def __init__(
@@ -67,8 +68,11 @@ class Control:
         completions: Completions,
         machine: Machine,
         threads: list[VcpuThread],
+        *,
+        tighten: Callable[[], None],
     ) -> None:
         self.state = State.CREATED
+        self._tighten = tighten
         self._send = send
         self._descriptors = descriptors
         self._machine = machine
@@ -180,6 +184,7 @@ class Control:
                 self._advance(Event.FAIL)
                 reply(failed(result))
                 return
+            self._tighten()
             self._advance(Event.CONFIGURED_TO_GO_ON if command.resumes_other else Event.CONFIGURED)
             faults.visit("vcpu.configured")
             reply(Configured(next(each for each in results if each is not None)))

@@ -18,7 +18,16 @@ from base.threads import ZEROMQ_THREADS, MadeByLibrary
 from ipc.channel import Channel, PairChannel
 from ipc.descriptors import receive
 from ipc.errors import ChannelError
-from ipc.launch_plan import ENDPOINT_BOUND, PLACEMENT_SPLIT, ROLE_VCPU, Assignment, LaunchPlan, Seal, endpoint
+from ipc.launch_plan import (
+    ENDPOINT_BOUND,
+    PLACEMENT_SPLIT,
+    ROLE_RUNNING_VCPU,
+    ROLE_VCPU,
+    Assignment,
+    LaunchPlan,
+    Seal,
+    endpoint,
+)
 from ipc.messages.descriptors import DESCRIPTORS
 from ipc.messages.records import WORKER
 from ipc.messages.worker import Hello, Welcome
@@ -49,9 +58,9 @@ def run(
     """Be the worker ``assignment`` until the controller says Finish or is gone; return the exit code of the cell.
 
     ``channel`` is our end of the descriptor channel, non-blocking, ``kvm_fd`` an open /dev/kvm; both are taken over.
-    Nothing that another cell sent is read before the walls are verified; they are tightened when every thread exists,
-    before anything of the guest is read. What goes wrong until then is raised, for the supervisor to tell; afterwards
-    no exception leaves this.
+    Nothing that another cell sent is read before the walls are verified; they are tightened when the vCPUs are
+    configured, before the guest runs. What goes wrong until it is welcomed is raised, for the supervisor to tell;
+    afterwards no exception leaves this.
     """
     starting = Starting(seal)
     try:
@@ -95,7 +104,12 @@ def _run(
         system.max_memslots(),
     )
     completions = Completions()
-    made = _prepare(system, plan, assignment, completions)
+
+    def tighten() -> None:
+        starting.seal.tighten()
+        _run_drills(plan, ROLE_RUNNING_VCPU)
+
+    made = _prepare(system, plan, assignment, completions, tighten)
     os.close(kvm_fd)
     context = zmq.Context(io_threads=1)
     with MadeByLibrary(ZEROMQ_THREADS):
@@ -106,9 +120,8 @@ def _run(
     faults.visit("vcpu.hello")
     control_channel.send(hello)
     _await_welcome(control_channel)
-    starting.seal.tighten()
     starting.over = True
-    _run_drills(plan)
+    _run_drills(plan, ROLE_VCPU)
     descriptors = DescriptorSet(PairChannel(channel, DESCRIPTORS, plan.epoch))
     commands = made(control_channel.send, descriptors)
     code = serve(commands, control_channel, descriptors, completions, channel.fileno())
@@ -118,7 +131,11 @@ def _run(
 
 
 def _prepare(
-    system: KvmSystem, plan: LaunchPlan, assignment: Assignment, completions: Completions
+    system: KvmSystem,
+    plan: LaunchPlan,
+    assignment: Assignment,
+    completions: Completions,
+    tighten: Callable[[], None],
 ) -> Callable[[Callable[[Any], object], DescriptorSet], Commands]:
     """Do what takes time and needs /dev/kvm, while the controller starts; return what makes the worker's commands.
 
@@ -135,7 +152,7 @@ def _prepare(
     except WorkerError as error:
         refusal = Refusal(error)
         return lambda send, descriptors: refusal
-    return lambda send, descriptors: Control(send, descriptors, completions, machine, threads)
+    return lambda send, descriptors: Control(send, descriptors, completions, machine, threads, tighten=tighten)
 
 
 def _start_threads(assignment: Assignment, completions: Completions) -> list[VcpuThread]:
@@ -201,8 +218,8 @@ def _await_welcome(channel: Channel) -> None:
         poll.poll(left * 1000)
 
 
-def _run_drills(plan: LaunchPlan) -> None:
+def _run_drills(plan: LaunchPlan, role: str) -> None:
     """Attack our own walls if the jailer armed a drill (ipc.drills, imported by the template only then)."""
     drills = sys.modules.get("ipc.drills")
     if drills is not None:
-        drills.run(plan.drills, ROLE_VCPU)
+        drills.run(plan.drills, role)

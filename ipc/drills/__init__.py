@@ -11,18 +11,18 @@ import os
 
 from base.lean_typing import Callable
 from ipc.drills import confinement, descriptors, files, kernel, memory, network, privileges, processes, sockets
-from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VCPU, ROLE_VMM
+from ipc.launch_plan import ROLE_RUNNING_VCPU, ROLE_SUPERVISOR, ROLE_VCPU, ROLE_VMM
 
 KINDS = (processes, files, confinement, sockets, network, memory, kernel, privileges, descriptors)
 ATTEMPTS: dict[str, Callable[[], str]] = {name: attempt for kind in KINDS for name, attempt in kind.ATTEMPTS.items()}
 AIMED: dict[str, Callable[[str], str]] = {name: attempt for kind in KINDS for name, attempt in kind.AIMED.items()}
-_ROLES = (ROLE_VCPU, ROLE_VMM, ROLE_SUPERVISOR)
+_ROLES = (ROLE_VCPU, ROLE_RUNNING_VCPU, ROLE_VMM, ROLE_SUPERVISOR)
 
 
 def check(specifications: tuple[str, ...]) -> None:
     """Raise ValueError unless every specification is ``NAME``, ``NAME=TARGET`` or one of them with ``ROLE:`` before it.
 
-    The role is vcpu (the default), vmm or supervisor.
+    The role is vcpu (the default), vcpu-running, vmm or supervisor.
     """
     for specification in specifications:
         role, name = _parse(specification)
@@ -45,7 +45,7 @@ def _attack(name: str) -> str:
 
 
 def run(specifications: tuple[str, ...], role: str) -> None:
-    """Carry out the drills that are armed for this role, right after the seal."""
+    """Carry out the drills that are armed for this role: a worker when it was welcomed, or when it was configured."""
     for specification in specifications:
         wanted, name = _parse(specification)
         if wanted != role:

@@ -59,7 +59,8 @@ _ready: dict[tuple[str, str, str], Filter] = {}
 def load(roles: tuple[str, ...], mode: str, variant: str = "") -> Loaded:
     """Load the filters of some roles for a mode (``kill``, ``errno=N`` or ``report``). Raises PolicyError.
 
-    ``variant`` is appended to the name of a policy if there is one of that name (``-faults``).
+    ``variant`` (``-faults``), or else the mode (``-report``), is appended to the name of a policy if there is one of
+    that name.
 
     The supervisor's filter is inherited by the workers. In report mode it must not end or refuse what their own
     filters are to report (KILL and ERRNO take precedence over USER_NOTIF), and nobody could answer a notification
@@ -72,7 +73,8 @@ def load(roles: tuple[str, ...], mode: str, variant: str = "") -> Loaded:
         if ready is not None:
             filters[role] = ready
             continue
-        policy = role + variant if role + variant in ROLES else role
+        names = (role + (variant or f"-{mode}"), role)
+        policy = next(name for name in names if name in ROLES)
         text = full_text(policy)
         key = cache_key(text)
         try:

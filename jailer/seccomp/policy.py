@@ -7,6 +7,8 @@ Lines (``#`` starts a comment; leading blanks do not matter)::
     allow SYSCALL…                         the calls are allowed
     allow SYSCALL if COND [and COND…]      the call is allowed if all conditions hold; several lines are alternatives
     first SYSCALL if argN:32 == VALUE      allowed, and looked at before everything else (for the hot path)
+    elsewhere …                            as "allow …", for kernels and C libraries that the tests do not run on: the
+                                           recorder does not miss it
     refuse ERRNO SYSCALL…                  the calls fail with this errno and do nothing
     refuse ERRNO SYSCALL if COND…          the call fails so if all conditions hold
     pretend SYSCALL…                       the calls do nothing and report success
@@ -65,13 +67,15 @@ class Rule(NamedTuple):
 class Policy(NamedTuple):
     """The rules of a role in the order of the text, and all the text that they came from (for the cache key).
 
-    ``first`` are those of the rules that are to be looked at before the others.
+    ``first`` are those of the rules that are to be looked at before the others, ``elsewhere`` those that only other
+    kernels or C libraries need.
     """
 
     role: str
     rules: tuple[Rule, ...]
     text: str
     first: tuple[Rule, ...]
+    elsewhere: tuple[Rule, ...]
 
 
 def read_text(role: str) -> str:
@@ -104,7 +108,7 @@ def parse(role: str, reader: Callable[[str], str] = read_text) -> Policy:
     """Parse a role's policy with its includes. Raises PolicyError that names file and line."""
     parser = _Parser(reader)
     rules = parser.file(role, ())
-    return Policy(role, tuple(_merge(rules)), full_text(role, reader), tuple(parser.first))
+    return Policy(role, tuple(_merge(rules)), full_text(role, reader), tuple(parser.first), tuple(parser.elsewhere))
 
 
 def _words(line: str) -> list[str]:
@@ -118,6 +122,7 @@ class _Parser:
         self._reader = reader
         self._names: dict[str, int] = {}
         self.first: list[Rule] = []
+        self.elsewhere: list[Rule] = []
 
     def file(self, role: str, stack: tuple[str, ...]) -> list[Rule]:
         if role in stack:
@@ -155,6 +160,10 @@ class _Parser:
             own.extend(self._rules(words[2:], number))
         elif verb == "allow":
             own.extend(self._rules(words[1:], ALLOWED))
+        elif verb == "elsewhere":
+            rules = self._rules(words[1:], ALLOWED)
+            own.extend(rules)
+            self.elsewhere.extend(rules)
         elif verb == "first":
             (rule,) = self._rules(words[1:], ALLOWED)
             if len(rule.conditions) != 1 or rule.conditions[0].mask != _LOW_32:

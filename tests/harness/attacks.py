@@ -113,7 +113,9 @@ behind it.
 | open | done. With every wall on this has a reason, below the table |
 | – | not tried: it would make something else of the process |
 
-The supervisor is made to run code right before it forks its first worker, with its filter on.
+The supervisor is made to run code right before it forks its first worker, with its filter on. A worker is attacked as
+soon as it is welcomed, at the setup stage of its seal; what its second filter takes away is in [seccomp](seccomp.md),
+and judged by `tests/unit/jailer/test_seccomp_forbids.py`.
 
 """
 

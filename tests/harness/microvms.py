@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.client import Microvm, launch_unjailed
-from tests.harness.jail import children, status, wait_for
+from tests.harness.jail import children, descriptors, wait_for
 
 _COUNTS = re.compile(r"Exerciser: (\d+) counts, (\d+) errors, guest says (\d+)")
 
@@ -66,16 +66,22 @@ def smp_config(directory: Path, kernel: Path, vcpus: int, placement: str) -> Pat
 def wait_for_first_worker(vm: Microvm, seconds: float = 300.0) -> None:
     """Wait until the controller has all that its first worker brings along, its descriptors above all.
 
-    That is so when it has welcomed it, which lets the worker install its filter, beside the supervisor's.
+    That is so when it has welcomed it: then the path of the worker's endpoint is gone.
     """
 
-    def sealed() -> bool:
-        worker = children(vm.process.pid).get("vcpu 0")
-        return worker is not None and filters(worker) > filters(vm.process.pid)
+    def welcomed() -> bool:
+        controller = children(vm.process.pid).get("vmm")
+        path = None if controller is None else _endpoint(controller)
+        return path is not None and not path.exists()
 
-    wait_for(sealed, "the first worker", seconds)
+    wait_for(welcomed, "the first worker", seconds)
 
 
-def filters(pid: int) -> int:
-    """Return how many seccomp filters a process has."""
-    return int(status(pid)["Seccomp_filters"])
+def _endpoint(controller: int) -> Path | None:
+    """Return the path that the endpoint of the first worker was bound to; None if it was not."""
+    inodes = {target[8:-1] for target in descriptors(controller).values() if target.startswith("socket:[")}
+    for line in Path(f"/proc/{controller}/net/unix").read_text().splitlines()[1:]:
+        _, _, _, _, _, _, inode, *path = line.split()
+        if inode in inodes and path and path[0].endswith("/vcpu-0"):
+            return Path(path[0])
+    return None

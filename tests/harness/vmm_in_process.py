@@ -43,7 +43,7 @@ def real_workers(supervisor: StandInSupervisor) -> None:
             supervisor.channel.close()
             theirs.setblocking(False)  # as the supervisor does
             kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
-            walls = Walls(tighten)
+            walls = Walls(tightened=tighten)
             run_process(lambda: os._exit(worker_main.run(supervisor.plan, Assignment(*message), theirs, kvm, walls)))
         theirs.close()
         descriptors.send(ours, ENDPOINT_BOUND)

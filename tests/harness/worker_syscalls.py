@@ -3,7 +3,7 @@
 It runs a worker through everything it can do, under strace, and prints each system call with the thread that made it
 and, for ioctl, the request codes.
 
-docs/seccomp-worker.md is made from its output; the seccomp policy is checked against that page.
+docs/seccomp.md is made from its output; the seccomp policy is checked against that page.
 """
 
 from __future__ import annotations

@@ -158,16 +158,13 @@ Device = Callable[[exit_ring.Entry, memoryview], int]
 
 
 class Walls:
-    """In the place of the jailer's seal: no walls; ``tightened`` is called when the worker says that it is ready."""
+    """In the place of the jailer's seal: no walls; what is passed is called at the two stages."""
 
-    def __init__(self, tightened: Callable[[], None] = lambda: None) -> None:
-        self._tightened = tightened
-
-    def await_verified(self) -> None:
-        """There is nothing to wait for."""
-
-    def tighten(self) -> None:
-        self._tightened()
+    def __init__(
+        self, verified: Callable[[], None] = lambda: None, tightened: Callable[[], None] = lambda: None
+    ) -> None:
+        self.await_verified = verified
+        self.tighten = tightened
 
 
 class Controller:
@@ -183,6 +180,7 @@ class Controller:
         memory_size: int = MEMORY_SIZE,
         interrupts: tuple[int, ...] = (),
         seal: Callable[[], None] = lambda: None,
+        tighten: Callable[[], None] = lambda: None,
         affinity: tuple[tuple[int, ...], ...] = (),
     ) -> None:
         self.device = device
@@ -199,7 +197,7 @@ class Controller:
         # Everything that the child must not inherit threads of is made after the fork.
         self.pid = os.fork()
         if self.pid == 0:
-            self._child(lower, kvm_fd, seal)
+            self._child(lower, kvm_fd, Walls(seal, tighten))
         lower.close()
         os.close(kvm_fd)
         self.context: zmq.Context[Any] = zmq.Context(io_threads=1)
@@ -218,12 +216,12 @@ class Controller:
         self.descriptor_channel = PairChannel(self._upper, DESCRIPTORS, self.plan.epoch)
         self.run_page: mmap.mmap | None = None
 
-    def _child(self, lower: socket.socket, kvm_fd: int, seal: Callable[[], None]) -> None:
+    def _child(self, lower: socket.socket, kvm_fd: int, walls: Walls) -> None:
         status = 99
         try:
             self._upper.close()
             lower.setblocking(False)  # as the supervisor does
-            status = main.run(self.plan, Assignment(0, (0,), (), self._affinity), lower, kvm_fd, Walls(seal))
+            status = main.run(self.plan, Assignment(0, (0,), (), self._affinity), lower, kvm_fd, walls)
         except Exception as error:  # before its seal; the jailer's code hands it to the supervisor
             os.write(2, f"{type(error).__name__}: {error}\n".encode())
             status = 1

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from jailer import landlock
+from lab.client import Reply
 from tests.harness.jail import GID, UID, JailedMicrovm, id_of, microvm, wait_for
 
 #: attack → the walls that stop it, each by itself: (wall, what the attacker sees; None: the cell is ended).
@@ -94,6 +95,35 @@ def test_report_mode_names_the_system_call(base: Path, attack: str) -> None:
         line = _ended_by_seccomp(jailed, "vcpu 0")
         assert re.search(rf"wall seccomp: forbidden system call {CALLS[attack]}\d?\(", line), line
         assert f"drill {attack}: succeeded" not in jailed.output()
+
+
+def _start(jailed: JailedMicrovm) -> Reply:
+    """Start a tiny guest; return the answer to InstanceStart."""
+    jailed.add_guest("spin")
+    jailed.start().wait_up()
+    jailed.api("PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 64})
+    jailed.api("PUT", "/boot-source", {"kernel_image_path": "/kernel", "boot_args": "0"})
+    return jailed.api("PUT", "/actions", {"action_type": "InstanceStart"})
+
+
+@pytest.mark.parametrize("attack", [*(each for each in ATTACKS if each != "open"), "kick=supervisor", "kick=1"])
+def test_a_worker_that_is_configured_cannot_either(base: Path, attack: str) -> None:
+    with microvm(base, "--drill", f"vcpu-running:{attack}") as jailed:
+        assert "was ended by its seccomp wall" in _start(jailed).body["fault_message"]
+        _ended_by_seccomp(jailed, "vcpu 0")
+        assert f"drill {attack}: succeeded" not in jailed.output()
+
+
+def test_a_worker_that_is_configured_can_without_its_filter(base: Path) -> None:
+    with microvm(base, "--drill", "vcpu-running:socket", *_without("seccomp")) as jailed:
+        assert _start(jailed).status == 204
+        assert _outcome(jailed, "socket").startswith("succeeded")
+
+
+def test_report_mode_names_what_a_configured_worker_has_called(base: Path) -> None:
+    with microvm(base, "--drill", "vcpu-running:ptrace", "--seccomp-mode", "report") as jailed:
+        assert _start(jailed).status == 400
+        assert "forbidden system call ptrace(" in _ended_by_seccomp(jailed, "vcpu 0")
 
 
 def test_root_wall_empties_the_file_system(base: Path) -> None:

@@ -237,21 +237,31 @@ def test_descriptors_that_nobody_asked_for_end_the_worker(tmp_path: Path):
         assert worker.wait_ended() == 1
 
 
-def test_seal_is_called_once_with_all_threads_and_before_configuration(tmp_path: Path):
-    record = tmp_path / "sealed"
+def test_each_stage_of_the_seal_comes_once_with_all_threads(tmp_path: Path):
+    """The first before HELLO, the second before Configure is answered."""
+    verified, tightened = tmp_path / "verified", tmp_path / "tightened"
 
-    def seal() -> None:
+    def note(record: Path) -> None:
         with record.open("a") as file:
             for task in sorted(Path("/proc/self/task").iterdir()):
-                print(task.name, (task / "comm").read_text().strip(), file=file)
+                name = (task / "comm").read_text().strip()
+                print(task.name, name if name.startswith("fc_vcpu") else "", file=file)  # others name themselves
 
-    with Controller(tmp_path, nothing_written, seal=seal) as worker:
+    def first() -> None:
+        note(verified)
+
+    def second() -> None:
+        note(tightened)
+
+    with Controller(tmp_path, nothing_written, seal=first, tighten=second) as worker:
         worker.greet()
         worker.request(Ping(), Pong)
-        sealed = [line.split(" ", 1) for line in record.read_text().splitlines()]
+        sealed = [line.split(" ", 1) for line in verified.read_text().splitlines()]
         assert [name for _, name in sealed].count("fc_vcpu 0") == 1
         worker.prepare()
+        assert not tightened.exists()
         worker.request(worker.configuration(), Configured)
+        assert tightened.read_text() == verified.read_text()
         worker.resume()
         worker.pause()
         assert sorted(os.listdir(f"/proc/{worker.pid}/task")) == sorted(thread for thread, _ in sealed)
@@ -263,6 +273,5 @@ def test_seal_that_fails_ends_the_worker(tmp_path: Path, capfd: pytest.CaptureFi
         raise RuntimeError("a wall differs")
 
     with Controller(tmp_path, nothing_written, seal=seal) as worker:
-        worker.greet()
         assert worker.wait_ended() == 1
     assert "a wall differs" in capfd.readouterr().err

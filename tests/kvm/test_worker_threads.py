@@ -159,7 +159,7 @@ def test_a_worker_that_may_make_no_thread_runs_its_vcpu(tmp_path: Path):
         os.setresuid(65534, 65534, 65534)
 
     device = ChecksCounts()
-    with Controller(tmp_path, device, mode="storm", seal=seal) as worker:
+    with Controller(tmp_path, device, mode="storm", tighten=seal) as worker:
         worker.configure()
         worker.resume()
         worker.wait(lambda: device.count > 10 or bool(worker.events))
