@@ -79,7 +79,7 @@ class MadeByLibrary:
     ``last_words``, a descriptor of whoever has to report the end.
     """
 
-    #: Set in a cell before its role runs: its seal channel. -1: standard error is as good.
+    #: Set in a cell whose standard error nobody reads who has to report its end: its seal channel. Else -1.
     last_words = -1
 
     __slots__ = ("_count", "_saved")

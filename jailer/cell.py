@@ -255,7 +255,8 @@ def _run(context: CellContext, prepare: Callable[[], tuple[int, ...]], role: Cal
     except (JailerError, IpcError, OSError) as error:
         report_failure(context, errno_text(error) if isinstance(error, OSError) else str(error))
         return EXIT_FAILED
-    MadeByLibrary.last_words = context.seal.fileno()
+    if not context.has(walls.LOG_PIPE):  # else the supervisor hears what a library says on standard error
+        MadeByLibrary.last_words = context.seal.fileno()
     try:
         return role(seal)
     except Exception as error:
@@ -269,6 +270,7 @@ def _run(context: CellContext, prepare: Callable[[], tuple[int, ...]], role: Cal
 
 def _complain(context: CellContext, text: str) -> None:
     try:
-        os.write(2, f"{context.name}: {' '.join(text.split())}\n".encode("utf-8", "replace")[:1000])
+        label = f"{context.name}: " if context.role == ROLE_VMM else ""  # the supervisor adds that of a worker
+        os.write(2, f"{label}{' '.join(text.split())}\n".encode("utf-8", "replace")[:1000])
     except OSError:
         pass  # nobody listens

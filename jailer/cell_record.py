@@ -9,6 +9,7 @@ from base.lean_std import signal, socket
 from base.lean_typing import Enum, NamedTuple
 from ipc.launch_plan import Assignment, LaunchPlan, cell_name
 from jailer import verify
+from jailer.cell_output import CellOutput
 from jailer.landlock import Rulesets
 from jailer.log import Log
 from jailer.memory import MemoryMaker
@@ -68,8 +69,8 @@ class Cell:
     """One child: the controller or a worker."""
 
     __slots__ = (
-        "assignment", "deadline", "index", "killed", "landlocked", "last_words", "listener", "pid", "pidfd", "proc",
-        "progress", "role", "seal", "text", "wall",
+        "assignment", "deadline", "index", "killed", "landlocked", "last_words", "listener", "output", "pid", "pidfd",
+        "proc", "progress", "role", "seal", "text", "wall",
     )  # fmt: skip
 
     def __init__(self, role: str, index: int, pid: int, pidfd: int, seal: socket.socket) -> None:
@@ -79,6 +80,8 @@ class Cell:
         self.pidfd = pidfd
         self.seal: socket.socket | None = seal
         self.listener = -1
+        #: What it writes to standard error; None without the wall of that.
+        self.output: CellOutput | None = None
         #: What a worker was forked for.
         self.assignment: Assignment | None = None
         self.deadline = time.monotonic() + SEAL_TIMEOUT_S
@@ -117,6 +120,8 @@ class Cell:
         if self.proc is not None:
             self.proc.close()
             self.proc = None
+        if self.output is not None:
+            self.output.close()
         for name in ("listener", "pidfd"):
             descriptor = getattr(self, name)
             if descriptor >= 0:

@@ -23,6 +23,7 @@ from jailer.start import (
     close_supervisor,
     fork_controller,
     hold_signals,
+    keep_terminal,
     open_host,
     signal_descriptor,
     supervise,
@@ -97,7 +98,7 @@ def launch(
     timeline.mark("warm")
     template.warm()
     landlock, own_network = _enter_domain(), host.facts.may_make_namespaces
-    enter = _entering(host, janitor, own_network=own_network)
+    enter = _entering(arguments, host, janitor, own_network=own_network)
     mine, keep = of_cell(filters.by_role, ROLE_VMM), (*inherited, host.console)
     controller, channel = fork_controller(launch_plan, roles, mine, enter, keep, landlock=landlock)
     _leave_network(controller, own_network=own_network)
@@ -124,10 +125,13 @@ def _enter_domain() -> Rulesets:
     return landlock
 
 
-def _entering(host: Host, janitor: cleanup.Janitor, *, own_network: bool) -> Callable[[socket.socket], Entered]:
+def _entering(
+    arguments: tuple[str, ...], host: Host, janitor: cleanup.Janitor, *, own_network: bool
+) -> Callable[[socket.socket], Entered]:
     """Return what the controller's process does first, with its end of the seal channel."""
 
     def enter(supervisor: socket.socket) -> Entered:
+        keep_terminal(arguments, host.null)
         tun = network.open_tun()
         if own_network:
             network.join_network(supervisor)

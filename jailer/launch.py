@@ -279,7 +279,9 @@ class JailedLaunch:
         """In the controller's process: its namespaces, root, devices, the pid file, its identity."""
         settings = self._settings
         if settings.daemonize:
-            detach.redirect_standard_descriptors(host.null, (0, 1, 2))
+            detach.redirect_standard_descriptors(host.null, (0, 1) if self._has(walls.LOG_PIPE) else (0, 1, 2))
+        else:
+            start.keep_terminal(self._options.arguments, host.null)
         flags = 0
         if self._has(walls.IPC_NAMESPACE):
             flags |= syscalls.CLONE_NEWIPC

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 
-from base import faults
+from base import faults, threads
+from base.errno_text import errno_text, strerror
 from base.lean_std import socket
 from base.lean_typing import Callable
 from ipc import descriptors
@@ -172,3 +174,15 @@ class Sealing:
         record.kill()
         os.close(record.listener)
         record.listener = -1
+
+
+def given_up(last_words: str) -> str:
+    """Say what it means that a cell ended by SIGABRT before its walls were tight.
+
+    ZeroMQ calls abort(3) when it gets no thread although there was room a moment ago, after words like "Resource
+    temporarily unavailable (src/thread.cpp:241)".
+    """
+    words = last_words.partition(" (")[0]
+    if words == strerror(errno.EAGAIN):
+        return f"no thread can be made: {errno_text(errno.EAGAIN)}: {threads.ADVICE}"
+    return f"a library has given up: {words or 'it has not said why'}"

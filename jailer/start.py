@@ -11,7 +11,8 @@ from base.lean_std import signal, socket
 from base.lean_typing import Callable, NamedTuple
 from ipc import descriptors
 from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VMM, LaunchPlan, TunDescriptors
-from jailer import cell, ending, syscalls, template, verify, walls
+from jailer import cell, cell_output, ending, syscalls, template, verify, walls
+from jailer.cell_output import LogPipe
 from jailer.cell_record import BLOCKED_SIGNALS, Cell, Setup
 from jailer.errors import CellError
 from jailer.landlock import LIST_RIGHTS, Rulesets
@@ -62,6 +63,20 @@ def wants_terminal(arguments: tuple[str, ...]) -> bool:
     return ("--console", "pty") in pairwise(arguments)
 
 
+def keep_terminal(arguments: tuple[str, ...], null: int) -> None:
+    """In the controller: of standard input and output keep what it needs, the console or the log. Raises OSError."""
+    pairs = dict(pairwise(arguments))
+    if pairs.get("--console", "stdio") == "stdio":
+        return
+    os.dup2(null, 0)
+    if "--log-path" in pairs:
+        os.dup2(null, 1)
+    elif os.isatty(1):
+        terminal = os.open("/proc/self/fd/1", os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)  # or it could be read from
+        os.dup2(terminal, 1)
+        os.close(terminal)
+
+
 def open_console(log: Log) -> tuple[int, int]:
     """Open a pseudo-terminal in raw mode and say where it is; return (master, slave). Raises OSError."""
     import tty
@@ -102,10 +117,12 @@ def fork_controller(
     supervisor_pid = os.getpid()
     ours, theirs = descriptors.channel_pair()
     seal, cell_seal = descriptors.channel_pair()
+    output = LogPipe(plan)
     timeline.mark("fork controller")
     pid = os.fork()
     if pid == 0:
         timeline.enter(1)
+        output.become_standard_error()
         ours.close()
         seal.close()
         context = cell.CellContext(plan, ROLE_VMM, 0, supervisor_pid, cell_seal, filters, landlock)
@@ -127,7 +144,9 @@ def fork_controller(
     landlock.drop(ROLE_VMM)
     theirs.close()
     cell_seal.close()
-    return Cell(ROLE_VMM, 0, pid, os.pidfd_open(pid), seal), ours
+    controller = Cell(ROLE_VMM, 0, pid, os.pidfd_open(pid), seal)
+    controller.output = output.take("")
+    return controller, ours
 
 
 def wait_entered(controller: Cell) -> int:
@@ -141,6 +160,8 @@ def wait_entered(controller: Cell) -> int:
         return owned.take() if len(owned) else -1
     controller.kill()
     os.waitpid(controller.pid, 0)
+    if controller.output is not None:
+        cell_output.write(controller.output.drain())
     if frame.startswith(cell.FAILED):
         raise CellError(frame[len(cell.FAILED) :].decode("utf-8", "replace"))
     raise CellError("the controller ended before it was in its jail")

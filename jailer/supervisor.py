@@ -5,7 +5,6 @@ Single-threaded, driven by poll(2), forks only from here. What the controller ma
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import select
@@ -14,7 +13,7 @@ import sys
 import time
 
 from base import exit_codes, faults, threads, timeline
-from base.errno_text import errno_text, strerror
+from base.errno_text import errno_text
 from base.lean_std import signal, signal_name, socket
 from base.lean_typing import Any, Callable
 from ipc import descriptors
@@ -35,10 +34,12 @@ from ipc.messages.supervisor import (
     Spawned,
 )
 from jailer import cell, syscalls
+from jailer.cell_output import LogPipe
 from jailer.cell_record import SEAL_TIMEOUT_S, Cell, Progress, Setup
 from jailer.errors import StepError
 from jailer.filters import of_cell
-from jailer.sealing import WALL_SECCOMP, Sealing
+from jailer.outputs import Outputs
+from jailer.sealing import WALL_SECCOMP, Sealing, given_up
 from jailer.steps import process
 
 #: A controller that floods its channel must not keep the supervisor from its signals.
@@ -70,6 +71,7 @@ class Supervisor:
         self._end_deadline = 0.0
         self._ended = False
         self._sealing = Sealing(setup, controller, self._fail_cell)
+        self._outputs = Outputs(self._cells, setup.log)
         self._log_end = False
         #: All our walls are closed: requests are served, workers forked.
         self._confined = False
@@ -128,6 +130,7 @@ class Supervisor:
                 self._sealing.notified(record)
             if record.seal is not None and record.seal.fileno() in ready:
                 self._sealing.receive(record)
+        self._outputs.pass_on(ready)
         if not ready and self._confined and not self._sealing.reported:
             self._sealing.report_self()
         self._check_deadlines()
@@ -142,6 +145,8 @@ class Supervisor:
                 poll.register(record.seal.fileno(), select.POLLIN)
             if record.listener >= 0:
                 poll.register(record.listener, select.POLLIN)
+        for descriptor in self._outputs.due():
+            poll.register(descriptor, select.POLLIN)
         return {descriptor for descriptor, _ in poll.poll(self._timeout_ms())}
 
     def _timeout_ms(self) -> int | None:
@@ -150,6 +155,7 @@ class Supervisor:
         deadlines = [record.deadline for record in self._cells.values() if record.seal is not None]
         if self._end_deadline:
             deadlines.append(self._end_deadline)
+        deadlines += self._outputs.deadlines()
         soonest = min(deadlines, default=math.inf)
         return None if soonest == math.inf else max(0, int((soonest - time.monotonic()) * 1000) + 1)
 
@@ -224,9 +230,10 @@ class Supervisor:
         code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 0
         if record.seal is not None and not record.wall:
             self._sealing.drain(record)
+        self._outputs.ended(record)
         name = f"{record.name} (pid {record.pid})"
         if number == signal.SIGABRT and record.progress is not Progress.SEALED:
-            record.text = record.text or _given_up(record.last_words)
+            record.text = record.text or given_up(record.last_words)
             self._log.error(f"{name} cannot start: {record.text}")
         elif number == signal.SIGSYS and not record.wall:
             record.wall = WALL_SECCOMP
@@ -395,15 +402,17 @@ class Supervisor:
         ours, theirs = descriptors.channel_pair()
         theirs.setblocking(False)  # a worker cannot do it: FIONBIO is not for it
         seal, cell_seal = descriptors.channel_pair()
+        output = LogPipe(self._plan)
         faults.visit("supervisor.spawn.prepared")
         try:
             pid = os.fork()
         except OSError:
-            for each in (ours, theirs, seal, cell_seal):
+            for each in (ours, theirs, seal, cell_seal, output):
                 each.close()
             raise
         if pid == 0:
             timeline.enter(2 + assignment.worker)
+            output.become_standard_error()
             ours.close()
             seal.close()
             self._become_worker(assignment, theirs, cell_seal)
@@ -412,6 +421,7 @@ class Supervisor:
         theirs.close()
         cell_seal.close()
         record = Cell(ROLE_VCPU, assignment.worker, pid, os.pidfd_open(pid), seal)
+        record.output = output.take(f"{record.name}: ")
         record.assignment = assignment
         self._cells[pid] = record
         return record, ours
@@ -472,18 +482,6 @@ class Supervisor:
         self._cells.clear()
         if self._ahead is not None:
             self._ahead[2].detach()
-
-
-def _given_up(last_words: str) -> str:
-    """Say what it means that a cell ended by SIGABRT before its walls were tight.
-
-    ZeroMQ calls abort(3) when it gets no thread although there was room a moment ago, after words like "Resource
-    temporarily unavailable (src/thread.cpp:241)".
-    """
-    words = last_words.partition(" (")[0]
-    if words == strerror(errno.EAGAIN):
-        return f"no thread can be made: {errno_text(errno.EAGAIN)}: {threads.ADVICE}"
-    return f"a library has given up: {words or 'it has not said why'}"
 
 
 def _refuse_assignment(request: Spawn) -> str:

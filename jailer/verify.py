@@ -24,6 +24,7 @@ _NO_CAPABILITIES = "0000000000000000"
 _CAPABILITY_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 _MAX_FILE_SIZE = 64 << 10
 _UNLIMITED = "unlimited"
+_LOG_PIPE = "log pipe"
 Walls = dict[str, Any]
 
 
@@ -164,6 +165,8 @@ def asked(plan: LaunchPlan, role: str, facts: Asked, stage: str = RUNNING) -> Wa
         if has(walls.ROOT):
             walls_asked["root"] = _asked_root(role, facts)
         walls_asked["cgroup"] = facts.cgroup
+        if role != ROLE_SUPERVISOR and has(walls.LOG_PIPE):
+            walls_asked["standard_error"] = _LOG_PIPE
     elif facts.own_network and not _is_hidden(role, stage) and role != ROLE_VMM:
         # Nobody without capabilities sees the namespaces of a controller that has some.
         walls_asked["namespaces"] = {"net": "own"}
@@ -220,6 +223,8 @@ def found(pid: int, proc: int, host: HostFacts, wanted: Walls) -> Walls:
         "namespaces": lambda: _found_namespaces(namespaces(str(pid), proc), host, wanted.get("namespaces", {})),
         "seccomp": lambda: _found_seccomp(pid, proc),
     }
+    if "standard_error" in wanted:
+        readers["standard_error"] = lambda: _found_standard_error(pid, proc)
     return _found(lambda: read(f"{pid}/status", proc), readers, wanted)
 
 
@@ -289,6 +294,15 @@ def _found_seccomp(pid: int, proc: int) -> list[Walls]:
     finally:
         os.close(descriptor)
     return states
+
+
+def _found_standard_error(pid: int, proc: int) -> str:
+    """Say whether a cell's standard error is a pipe, and not the one that may be ours."""
+    link = os.readlink(f"{pid}/fd/2", dir_fd=proc)
+    flags = int(_status(read(f"{pid}/fdinfo/2", proc))["flags"], 8)
+    own = os.readlink(f"{os.getpid()}/fd/2", dir_fd=proc)
+    is_pipe = link.startswith("pipe:") and link != own and flags & os.O_ACCMODE == os.O_WRONLY
+    return _LOG_PIPE if is_pipe else link
 
 
 def _seccomp_state(status: dict[str, str]) -> Walls:

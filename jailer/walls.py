@@ -8,6 +8,7 @@ CGROUP = "cgroup"
 DEVICES = "devices"
 UNUSED_DEVICES = "unused-devices"
 PID_FILE = "pid-file"
+LOG_PIPE = "log-pipe"
 LIMITS = "limits"
 ROOT = "root"
 IPC_NAMESPACE = "ipc-namespace"
@@ -31,6 +32,7 @@ SWITCHES: dict[str, str] = {
     CGROUP: "the cgroups of --cgroup and --vcpu-cgroup are neither made nor joined",
     DEVICES: "no device nodes in the jail root",
     UNUSED_DEVICES: "the controller may open /dev/kvm, /dev/net/tun, /dev/userfaultfd in the jail root",
+    LOG_PIPE: "the cells hold the caller's standard error, and can read what is typed there",
     PID_FILE: "the controller may remove or replace the pid file",
     LIMITS: "the limits of --resource-limit are not set",
     ROOT: "the cells see the host's file system",

@@ -82,7 +82,7 @@ class Starting:
 
 
 def _complain(worker: int, text: str) -> int:
-    os.write(2, f"vcpu {worker}: {text}\n".encode())
+    os.write(2, f"{text}\n".encode())
     return GENERIC_ERROR
 
 

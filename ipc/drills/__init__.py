@@ -8,6 +8,7 @@ An attempt returns what it could do, or raises OSError with what it was refused 
 from __future__ import annotations
 
 import os
+import time
 
 from base.lean_typing import Callable
 from ipc.drills import confinement, descriptors, files, kernel, memory, network, privileges, processes, sockets
@@ -54,4 +55,13 @@ def run(specifications: tuple[str, ...], role: str) -> None:
             outcome = f"succeeded ({_attack(name)})"
         except OSError as error:
             outcome = f"refused: {error.strerror} ({error.errno})"
-        os.write(2, f"drill {name}: {outcome}\n".encode())
+        _report(f"drill {name}: {outcome}\n".encode())
+
+
+def _report(line: bytes) -> None:
+    while True:
+        try:
+            os.write(2, line)
+            return
+        except BlockingIOError:
+            time.sleep(0.01)  # a drill has filled the pipe

@@ -53,6 +53,35 @@ def _read(number: str) -> str:
     return repr(os.read(int(number), 60))
 
 
+def _terminal(what: str) -> str:
+    """Do something with a terminal that is standard error: ``read``, ``push`` input, ``control`` or ``flood`` it."""
+    if what == "read":
+        return _read_any((2, 1, 0))
+    if what == "push":
+        fcntl.ioctl(2, _TIOCSTI, b"x")
+    elif what == "control":
+        os.write(2, b"\x1b[2J\x9b1mforged\r\xff\n")
+    else:
+        for _ in range(1 << 12):
+            try:
+                os.write(2, b"flood " * 100 + b"\n")
+            except BlockingIOError:
+                continue
+    return what
+
+
+def _read_any(numbers: tuple[int, ...]) -> str:
+    """Read by the first descriptor that has something to be read: a terminal can be read by each of them."""
+    refused = OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+    for number in numbers:
+        try:
+            if data := os.read(number, 60):
+                return repr(data)
+        except OSError as error:
+            refused = error
+    raise refused
+
+
 def _memfd() -> int:
     """Return a memfd that this cell has, -1 if it has none: only those have seals."""
     for descriptor in range(3, 128):
@@ -89,4 +118,4 @@ ATTEMPTS: dict[str, Attempt] = {
     "file-flags": call("ioctl", 2, _FS_IOC_SETFLAGS, bytes(8), reached=_NOT_A_TERMINAL),
     "close-range": call("close_range", 200, 210, 0),
 }
-AIMED: dict[str, Callable[[str], str]] = {"read-descriptor": _read}
+AIMED: dict[str, Callable[[str], str]] = {"read-descriptor": _read, "terminal": _terminal}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -158,7 +159,7 @@ class JailedMicrovm:
 
         def up() -> bool:
             if self.process.poll() not in (None, 0):
-                raise AssertionError(f"the jailer ended with {self.process.returncode}:\n{self.output()}")
+                raise AssertionError(f"the jailer ended with {self.process.returncode}:{self.describe()}")
             try:
                 return self.api("GET", "/").status == 200
             except OSError:
@@ -195,9 +196,13 @@ class JailedMicrovm:
 
     # ------------------------------------------------------------ look
 
-    def output(self) -> str:
+    def printed(self) -> str:
         """Return what was printed."""
         return self.output_file.read_text(errors="replace")
+
+    def output(self) -> str:
+        """Return what was printed, without the names of the workers before their lines."""
+        return re.sub(r"^vcpu \d+: ", "", self.printed(), flags=re.MULTILINE)
 
     def log(self) -> str:
         """Return the supervisor's lines for people."""

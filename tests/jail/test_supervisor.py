@@ -247,7 +247,9 @@ def test_a_worker_that_cannot_start_says_why(base: Path, behaviour: str, text: s
     jailed = stand_in(base, "one-worker", arguments=("one-worker", behaviour))
     assert jailed.run() == 0, jailed.describe()
     assert any(line.startswith(f"text {text}") for line in _lines(jailed)), jailed.describe()
-    assert ".cpp" not in jailed.output()
+    assert not any(".cpp" in line for line in _lines(jailed))
+    assert (".cpp" in jailed.printed()) == behaviour.startswith("abort")  # its words, for who reads standard error
+    assert all(line.startswith("vcpu 0: ") for line in jailed.printed().splitlines() if ".cpp" in line)
     (line,) = jailed.log().splitlines()
     assert "vcpu 0 (pid " in line
     assert f") cannot start: {text}" in line
@@ -296,7 +298,7 @@ def test_supervisor_holds_no_more_than_it_needs(base: Path) -> None:
     try:
         _wait_line(jailed, "worker 0 sealed")
         # Standard input and output, standard error, the walls' log, the pid file (locked), /dev/kvm, signals, /proc,
-        # a pidfd per cell and the controller's channel; the workers' Landlock ruleset where the kernel has it.
+        # a pidfd and a log pipe per cell, the controller's channel; the workers' Landlock ruleset if there is one.
         expected = {
             "/dev/null": 2,
             str(jailed.output_file): 1,
@@ -306,6 +308,7 @@ def test_supervisor_holds_no_more_than_it_needs(base: Path) -> None:
             "anon_inode": 3 + (landlock.abi() > 0),
             "/": 1,
             "socket": 1,
+            "pipe": 2,
         }
         # The worker speaks as soon as it may go on; the supervisor closes the seal's socket right after that.
         wait_for(
