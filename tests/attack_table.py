@@ -289,7 +289,7 @@ ROWS: dict[str, str] = {
     "terminal-linux": "filter open | filter open | filter open",
     "terminal-console": "filter open | filter open | filter open",
     "terminal-discipline": "filter open | filter open | filter open",
-    "file-flags": "filter EPERM | filter EPERM | filter EPERM",
+    "file-flags": "filter open | filter open | filter EPERM",
     "close-range": "filter open | filter open | open open",
 }
 
