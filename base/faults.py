@@ -1,9 +1,9 @@
 """Fault points: places where the product can be made to fail on purpose; inert unless armed by the jailer.
 
-A specification is ``POINT=ACTION[,option=value…]``. Actions: ``kill`` (SIGKILL to oneself), ``crash`` (SIGSEGV to
-oneself), ``exit`` (exit at once with status 1), ``stop`` (SIGSTOP to oneself), ``delay`` (``ms=``), and for channels
-``drop``, ``duplicate``, ``reorder``, ``truncate``, ``corrupt``. Options: ``after=N`` (skip the first N visits),
-``count=N`` (act N times, default 1, 0 = for ever), ``ms=N``, ``seed=N`` (for ``corrupt``).
+A specification is ``POINT=ACTION[,option=value…]``. Actions: ``kill`` (SIGKILL to oneself), ``crash`` (an access
+that ends by SIGSEGV), ``exit`` (exit at once with status 1), ``stop`` (SIGSTOP to oneself), ``delay`` (``ms=``), and
+for channels ``drop``, ``duplicate``, ``reorder``, ``truncate``, ``corrupt``. Options: ``after=N`` (skip the first N
+visits), ``count=N`` (act N times, default 1, 0 = for ever), ``ms=N``, ``seed=N`` (for ``corrupt``).
 
 Only the jailer arms (in the template, before any fork): :func:`arm` works until :func:`freeze`, and cells call
 ``freeze`` first.
@@ -17,6 +17,7 @@ import time
 from base import timeline
 from base.errors import FaultSpecError
 from base.lean_std import signal
+from base.lean_typing import Callable
 
 #: Every fault point of the product and what is about to happen when it is visited.
 FAULT_POINTS: dict[str, str] = {
@@ -76,8 +77,13 @@ class Fault:
         return self.visits > self.after and (self.count == 0 or self.visits <= self.after + self.count)
 
 
+def _signal_oneself(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
 _armed: dict[str, list[Fault]] = {}
 _frozen = False
+_send_signal: Callable[[int], None] = _signal_oneself
 
 
 def parse(specification: str) -> Fault:
@@ -112,6 +118,12 @@ def freeze() -> None:
     _frozen = True
 
 
+def signal_by(sender: Callable[[int], None]) -> None:
+    """Have the signals of ``kill`` and ``stop`` sent by somebody else: process 1 of a pid namespace cannot itself."""
+    global _send_signal
+    _send_signal = sender
+
+
 def visit(point: str) -> Fault | None:
     """Pass a fault point. Process actions happen here; a channel action is returned for the channel to carry out."""
     assert point in FAULT_POINTS, point
@@ -137,11 +149,13 @@ def count(point: str) -> None:
 
 def _act(fault: Fault) -> None:
     if fault.action == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
+        _send_signal(signal.SIGKILL)
     elif fault.action == "crash":
-        os.kill(os.getpid(), signal.SIGSEGV)
+        import ctypes
+
+        ctypes.string_at(0)  # a signal to itself would not end process 1 of a pid namespace
     elif fault.action == "stop":
-        os.kill(os.getpid(), signal.SIGSTOP)
+        _send_signal(signal.SIGSTOP)
     elif fault.action == "exit":
         os._exit(1)
     elif fault.action == "delay":

@@ -21,7 +21,7 @@ from base.threads import MadeByLibrary
 from ipc import descriptors
 from ipc.errors import IpcError
 from ipc.launch_plan import ROLE_VMM, SECCOMP_REPORT, LaunchPlan, cell_name
-from jailer import walls
+from jailer import fault_signals, walls
 from jailer.errors import CellError, JailerError, PolicyError
 from jailer.filters import RUNNING, SETUP
 from jailer.landlock import Rulesets
@@ -63,10 +63,11 @@ class CellContext(NamedTuple):
     plan: LaunchPlan
     role: str
     number: int
-    supervisor_pid: int
     seal: socket.socket
     filters: dict[str, Filter]
     landlock: Rulesets | None = None
+    #: Process 1 has the supervisor signal it here, if faults are armed (jailer.fault_signals), else -1.
+    fault_signals: int = -1
 
     @property
     def name(self) -> str:
@@ -98,7 +99,7 @@ def reset_signals() -> None:
 def confine(context: CellContext) -> None:
     """The last steps before the role runs, in a process that is confined otherwise. Raises CellError, OSError."""
     if context.has(walls.DEATH_SIGNAL):
-        identity.die_with(context.supervisor_pid)
+        identity.die_with(context.seal.fileno())
     # Readable for the supervisor until it has verified the walls (Seal.await_verified).
     identity.set_dumpable(True)
     identity.set_name(context.name)
@@ -232,6 +233,8 @@ def run(context: CellContext, prepare: Callable[[], tuple[int, ...]], role: Call
     status = EXIT_FAILED
     try:
         faults.freeze()
+        if context.fault_signals >= 0:
+            faults.signal_by(fault_signals.sender(context.fault_signals))
         faults.visit("cell.forked")
         sys.excepthook = lambda *_: None
         status = _run(context, prepare, role)

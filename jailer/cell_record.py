@@ -8,7 +8,7 @@ import time
 from base.lean_std import signal, socket
 from base.lean_typing import Enum, NamedTuple
 from ipc.launch_plan import Assignment, LaunchPlan, cell_name
-from jailer import verify
+from jailer import fault_signals, verify
 from jailer.cell_output import CellOutput
 from jailer.landlock import Rulesets
 from jailer.log import Log
@@ -69,8 +69,8 @@ class Cell:
     """One child: the controller or a worker."""
 
     __slots__ = (
-        "assignment", "deadline", "index", "killed", "landlocked", "last_words", "listener", "output", "pid", "pidfd",
-        "proc", "progress", "role", "seal", "text", "wall",
+        "assignment", "deadline", "fault_signals", "index", "killed", "landlocked", "last_words", "listener", "output",
+        "pid", "pidfd", "proc", "progress", "role", "seal", "text", "wall",
     )  # fmt: skip
 
     def __init__(self, role: str, index: int, pid: int, pidfd: int, seal: socket.socket) -> None:
@@ -82,6 +82,8 @@ class Cell:
         self.listener = -1
         #: What it writes to standard error; None without the wall of that.
         self.output: CellOutput | None = None
+        #: Where process 1 asks for signals to itself, if faults are armed.
+        self.fault_signals = -1
         #: What a worker was forked for.
         self.assignment: Assignment | None = None
         self.deadline = time.monotonic() + SEAL_TIMEOUT_S
@@ -112,6 +114,12 @@ class Cell:
         except ProcessLookupError:
             pass
 
+    def meet_fault(self) -> None:
+        """An armed fault in process 1: signal it. What comes of it is told like any other end."""
+        if not fault_signals.answer(self.fault_signals, self.pidfd):
+            os.close(self.fault_signals)
+            self.fault_signals = -1
+
     def close(self) -> None:
         """Close what belongs to the cell."""
         if self.seal is not None:
@@ -122,7 +130,7 @@ class Cell:
             self.proc = None
         if self.output is not None:
             self.output.close()
-        for name in ("listener", "pidfd"):
+        for name in ("fault_signals", "listener", "pidfd"):
             descriptor = getattr(self, name)
             if descriptor >= 0:
                 os.close(descriptor)

@@ -9,11 +9,11 @@ from base.errno_text import errno_text
 from base.lean_std import socket
 from base.lean_typing import Callable
 from ipc.errors import IpcError
-from ipc.launch_plan import ROLE_VMM, SECCOMP_KILL, SECCOMP_OFF
-from jailer import cleanup, plan, template, verify
+from ipc.launch_plan import ROLE_VMM, SECCOMP_KILL, SECCOMP_OFF, LaunchPlan
+from jailer import cleanup, plan, template, verify, walls
 from jailer.cell_record import Cell, Setup
-from jailer.errors import StepError
-from jailer.filters import JANITOR, load_filters, of_cell
+from jailer.errors import ArgumentError, StepError
+from jailer.filters import JANITOR, Filters, load_filters, of_cell
 from jailer.landlock import Rulesets
 from jailer.log import Log
 from jailer.memory import MemoryMaker
@@ -29,7 +29,7 @@ from jailer.start import (
     supervise,
     wait_entered,
 )
-from jailer.steps import identity, network, process
+from jailer.steps import detach, identity, network, process
 from jailer.steps.title import TITLE
 from jailer.steps.worker_cgroups import WorkerCgroups
 
@@ -58,55 +58,63 @@ def make_ipc_directory() -> str:
     raise StepError(f"Failed to make the ipc directory: {last or 'no directory for it; set TMPDIR'}")
 
 
+def _check_names(off: frozenset[str]) -> None:
+    unknown = sorted(off - set(walls.SWITCHES))
+    if unknown:
+        raise ArgumentError(f"--without {unknown[0]}: the steps are {', '.join(walls.SWITCHES)}")
+
+
 def launch(
     arguments: tuple[str, ...],
     microvm_id: str,
     started: plan.Started,
     load_roles: Callable[[], template.Roles],
+    *,
     wall_log: str = "",
+    off: frozenset[str] = frozenset(),
 ) -> int:
     """Launch, supervise, return the exit code of the microVM. Raises JailerError.
 
-    ``wall_log`` is the path of a file for the walls' reports and the supervisor's lines.
+    ``wall_log`` is the path of a file for the walls' reports and the supervisor's lines; ``off`` are walls that are
+    switched off by name.
     """
     timeline.mark("prepare")
-    hold_signals()
-    TITLE.find(PROGRAM)
-    process.ensure_standard_descriptors()
-    inherited = process.inherited_descriptors()
+    _check_names(off)
+    inherited = _prepare()
     proc = verify.open_proc()
     log = Log(2, microvm_id)
     if wall_log:
         log.open_reports(wall_log)
-    mode = SECCOMP_OFF if "--no-seccomp" in arguments else SECCOMP_KILL
+    mode = SECCOMP_OFF if "--no-seccomp" in arguments or walls.SECCOMP in off else SECCOMP_KILL
     timeline.mark("load filters")
     filters = load_filters(mode, janitor=True)
     timeline.mark("fork janitor")
-    janitor = cleanup.start_janitor(filters.by_role.get(JANITOR))
-    directory = make_ipc_directory()
-    janitor.tree(directory)
-    janitor.ready()
+    janitor, directory = _watched_ipc_directory(filters)
     timeline.mark("import roles")
     roles = load_roles()
     timeline.mark("open host")
     host = open_host(proc, -1, arguments, log)
-    launch_plan = plan.unjailed(plan.Launch(microvm_id, arguments, started, mode, -1, host.console), directory)
+    launch_plan = plan.unjailed(plan.Launch(microvm_id, arguments, started, mode, -1, host.console), directory, off)
     signals = signal_descriptor()
-    identity.forbid_core_files()
-    if host.facts.privileged:
-        identity.clear_bounding_set()
+    _bound(host, off)
     timeline.mark("warm")
     template.warm()
-    landlock, own_network = _enter_domain(), host.facts.may_make_namespaces
-    enter = _entering(arguments, host, janitor, own_network=own_network)
+    may = host.facts.may_make_namespaces
+    own_network, own_pids = may and walls.NETWORK_NAMESPACE not in off, may and walls.PID_NAMESPACE not in off
+    asked = verify.Asked(host.facts, None, "", own_network, False, own_pids, None)
+    landlock = _enter_domain(off)
+    if own_pids:
+        detach.leave_pid_namespace()
+    enter = _entering(launch_plan, host, janitor, own_network=own_network)
     mine, keep = of_cell(filters.by_role, ROLE_VMM), (*inherited, host.console)
-    controller, channel = fork_controller(launch_plan, roles, mine, enter, keep, landlock=landlock)
+    controller, channel = fork_controller(
+        launch_plan, roles, mine, enter, keep, landlock=landlock, own_pid_namespace=own_pids
+    )
     _leave_network(controller, own_network=own_network)
     timeline.mark("wait for controller")
     wait_entered(controller)
     for descriptor in inherited:  # the controller has them, for paths like /dev/fd/63
         os.close(descriptor)
-    asked = verify.Asked(host.facts, None, "", own_network, False, None)
     # fmt: off
     setup = Setup(
         launch_plan, roles, asked, proc, host.kvm_fd, host.kvm_error, filters.by_role, MemoryMaker(False), log,
@@ -117,26 +125,55 @@ def launch(
     return supervise(setup, controller, channel, signals)
 
 
-def _enter_domain() -> Rulesets:
+def _prepare() -> tuple[int, ...]:
+    """Make this process ready for the launch; return the descriptors that the caller left open."""
+    hold_signals()
+    TITLE.find(PROGRAM)
+    process.ensure_standard_descriptors()
+    return process.inherited_descriptors()
+
+
+def _watched_ipc_directory(filters: Filters) -> tuple[cleanup.Janitor, str]:
+    """Return the ipc directory, and the janitor that will remove it. Raises StepError, CleanupError."""
+    janitor = cleanup.start_janitor(filters.by_role.get(JANITOR))
+    directory = make_ipc_directory()
+    janitor.tree(directory)
+    janitor.ready()
+    return janitor, directory
+
+
+def _bound(host: Host, off: frozenset[str]) -> None:
+    """What every process of the launch loses."""
+    if walls.CORE_LIMIT not in off:
+        identity.forbid_core_files()
+    if host.facts.privileged and walls.CAPABILITIES not in off:
+        identity.clear_bounding_set()
+
+
+def _enter_domain(off: frozenset[str]) -> Rulesets:
     """Enter the Landlock domain of the microVM, for which an ordinary user needs no_new_privs. Raises StepError."""
-    identity.set_no_new_privileges()
-    landlock = Rulesets(wanted=True)
+    if walls.NO_NEW_PRIVILEGES not in off:
+        identity.set_no_new_privileges()
+    landlock = Rulesets(wanted=walls.LANDLOCK not in off)
     landlock.enter_domain()
     return landlock
 
 
 def _entering(
-    arguments: tuple[str, ...], host: Host, janitor: cleanup.Janitor, *, own_network: bool
+    launch_plan: LaunchPlan, host: Host, janitor: cleanup.Janitor, *, own_network: bool
 ) -> Callable[[socket.socket], Entered]:
     """Return what the controller's process does first, with its end of the seal channel."""
+    off = launch_plan.switched_off
 
     def enter(supervisor: socket.socket) -> Entered:
-        keep_terminal(arguments, host.null)
+        keep_terminal(launch_plan.arguments, host.null)
         tun = network.open_tun()
         if own_network:
             network.join_network(supervisor)
-        identity.keep_capabilities(host.facts.unjailed_capabilities)
-        identity.set_no_new_privileges()
+        if walls.CAPABILITIES not in off:
+            identity.keep_capabilities(host.facts.unjailed_capabilities)
+        if walls.NO_NEW_PRIVILEGES not in off:
+            identity.set_no_new_privileges()
         os.close(janitor.descriptor)
         return Entered(tun)
 
@@ -158,9 +195,14 @@ def _leave_network(controller: Cell, *, own_network: bool) -> None:
 
 def _confine_supervisor(setup: Setup, host: Host, warning: str) -> None:
     timeline.mark("confine supervisor")
-    identity.clear_capabilities()
-    identity.set_no_new_privileges()
-    close_supervisor(setup, host, PROGRAM, dumpable_wall=True)
+    off = setup.plan.switched_off
+    if walls.CAPABILITIES not in off:
+        identity.clear_capabilities()
+    if walls.NO_NEW_PRIVILEGES not in off:
+        identity.set_no_new_privileges()
+    close_supervisor(setup, host, PROGRAM, dumpable_wall=walls.DUMPABLE not in off)
     os.close(host.null)
-    if warning:
-        setup.log.warning(warning)
+    switched_off = f"switched off: {', '.join(off)}" if set(off) - {walls.SECCOMP} else ""
+    for each in (warning, switched_off):
+        if each:
+            setup.log.warning(each)

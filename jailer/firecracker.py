@@ -54,7 +54,9 @@ def _launch(arguments: list[str], command_line: CommandLine) -> int:
             return template.load_roles(kernel_cache=command_line.kernel_cache is not None)
 
         wall_log = command_line.wall_log or ""
-        return direct.launch(tuple(arguments), command_line.id, plan.started_now(), load_roles, wall_log)
+        off = frozenset((command_line.without or "").split(",")) - {""}
+        started = plan.started_now()
+        return direct.launch(tuple(arguments), command_line.id, started, load_roles, wall_log=wall_log, off=off)
     except JailerError as error:
         text = str(error)
     except OSError as error:

@@ -173,6 +173,8 @@ class JailedLaunch:
             identity.clear_bounding_set()
         landlock = Rulesets(wanted=self._has(walls.LANDLOCK))
         landlock.enter_domain()
+        if self._has(walls.PID_NAMESPACE):
+            detach.leave_pid_namespace()
         controller, channel = start.fork_controller(
             launch_plan,
             roles,
@@ -180,6 +182,7 @@ class JailedLaunch:
             lambda supervisor: self._enter_jail(host, trees, visible_pid, supervisor),
             (host.kernel_cache, host.console),
             landlock=landlock,
+            own_pid_namespace=self._has(walls.PID_NAMESPACE),
         )
         timeline.mark("leave namespaces")
         self._leave_namespaces(controller)
@@ -268,6 +271,7 @@ class JailedLaunch:
             cgroup=cgroups.read_file("/proc/self/cgroup") + "\n",
             own_network=self._shares_network() or self._joins_another_network(host.facts),
             new_pid_namespace=settings.new_pid_ns,
+            cells_own_pids=self._has(walls.PID_NAMESPACE),
             jail_root=(status.st_dev, status.st_ino),
             read_only_files=self._read_only_files(),
             closed_devices=self._closed_devices(),

@@ -6,7 +6,7 @@ import os
 import time
 
 from base.lean_typing import Iterable, NamedTuple
-from ipc.launch_plan import MAX_MEMORY_BYTES, MAX_WORKERS, SECCOMP_OFF, LaunchPlan
+from ipc.launch_plan import MAX_MEMORY_BYTES, MAX_WORKERS, SECCOMP_OFF, Assignment, LaunchPlan
 from jailer import placement, walls
 from jailer.memory import host_gives_huge_pages
 
@@ -62,9 +62,10 @@ def jailed(
     )
 
 
-def unjailed(launch: Launch, ipc_directory: str) -> LaunchPlan:
+def unjailed(launch: Launch, ipc_directory: str, switched_off: Iterable[str]) -> LaunchPlan:
     """Make the plan of a launch without a jail: the cells keep the caller's identity."""
-    return _make(launch, (ipc_directory, ipc_directory), (os.getuid(), os.getgid()), _cpu_us())
+    made = _make(launch, (ipc_directory, ipc_directory), (os.getuid(), os.getgid()), _cpu_us())
+    return made._replace(switched_off=tuple(sorted({*made.switched_off, *switched_off})))
 
 
 def _make(
@@ -105,3 +106,15 @@ def _cpu_us() -> int:
 def _new_epoch() -> int:
     """Return a number that no other launch has had."""
     return int.from_bytes(os.urandom(8), "little") | 1
+
+
+def refuse_assignment(request: Assignment) -> str:
+    """Say what is wrong with the vCPUs that a worker is asked to run, or nothing."""
+    mine, others = set(request.vcpus), set(request.ghosts)
+    if not mine or len(mine) + len(others) != len(request.vcpus) + len(request.ghosts) or mine & others:
+        return "a worker runs at least one vCPU, and none twice"
+    if max(mine | others) >= MAX_WORKERS:
+        return f"a microVM has at most {MAX_WORKERS} vCPUs"
+    if request.affinity and (len(request.affinity) != len(request.vcpus) or not all(request.affinity)):
+        return "a worker's affinity names host CPUs for each of its vCPUs"
+    return ""

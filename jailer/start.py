@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 from itertools import pairwise
 
 from base import timeline
@@ -11,7 +12,7 @@ from base.lean_std import signal, socket
 from base.lean_typing import Callable, NamedTuple
 from ipc import descriptors
 from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VMM, LaunchPlan, TunDescriptors
-from jailer import cell, cell_output, ending, syscalls, template, verify, walls
+from jailer import cell, cell_output, ending, fault_signals, syscalls, template, verify, walls
 from jailer.cell_output import LogPipe
 from jailer.cell_record import BLOCKED_SIGNALS, Cell, Setup
 from jailer.errors import CellError
@@ -109,15 +110,17 @@ def fork_controller(
     keep: tuple[int, ...],
     *,
     landlock: Rulesets,
+    own_pid_namespace: bool,
 ) -> tuple[Cell, socket.socket]:
     """Fork the controller; return its record and our end of its channel.
 
-    ``enter`` runs in it first, with its end of the seal channel.
+    ``enter`` runs in it first, with its end of the seal channel. ``own_pid_namespace``: it is process 1 of a new pid
+    namespace (:func:`jailer.steps.detach.leave_pid_namespace`).
     """
-    supervisor_pid = os.getpid()
     ours, theirs = descriptors.channel_pair()
     seal, cell_seal = descriptors.channel_pair()
     output = LogPipe(plan)
+    fault_ends = fault_signals.pair() if plan.faults and own_pid_namespace else (-1, -1)
     timeline.mark("fork controller")
     pid = os.fork()
     if pid == 0:
@@ -125,7 +128,7 @@ def fork_controller(
         output.become_standard_error()
         ours.close()
         seal.close()
-        context = cell.CellContext(plan, ROLE_VMM, 0, supervisor_pid, cell_seal, filters, landlock)
+        context = cell.CellContext(plan, ROLE_VMM, 0, cell_seal, filters, landlock, fault_ends[1])
         entered = Entered(TunDescriptors())
 
         def prepare() -> tuple[int, ...]:
@@ -134,7 +137,7 @@ def fork_controller(
             landlock.allow_root(ROLE_VMM)
             if plan.kernel_cache_fd >= 0:
                 landlock.allow(ROLE_VMM, plan.kernel_cache_fd)
-            own = (*entered.tun.descriptors, *entered.handed_over, landlock.descriptor(ROLE_VMM))
+            own = (fault_ends[1], *entered.tun.descriptors, *entered.handed_over, landlock.descriptor(ROLE_VMM))
             process.keep_only((theirs.fileno(), cell_seal.fileno(), *keep, *own))
             cell.reset_signals()
             return entered.handed_over
@@ -146,6 +149,9 @@ def fork_controller(
     cell_seal.close()
     controller = Cell(ROLE_VMM, 0, pid, os.pidfd_open(pid), seal)
     controller.output = output.take("")
+    if fault_ends[1] >= 0:
+        os.close(fault_ends[1])
+        controller.fault_signals = fault_ends[0]
     return controller, ours
 
 
@@ -155,6 +161,7 @@ def wait_entered(controller: Cell) -> int:
     Raises CellError with its reason when it cannot get there.
     """
     assert controller.seal is not None
+    _answer_faults(controller, controller.seal)
     frame, owned = descriptors.receive(controller.seal, 1)
     if frame == cell.ENTERED:
         return owned.take() if len(owned) else -1
@@ -165,6 +172,17 @@ def wait_entered(controller: Cell) -> int:
     if frame.startswith(cell.FAILED):
         raise CellError(frame[len(cell.FAILED) :].decode("utf-8", "replace"))
     raise CellError("the controller ended before it was in its jail")
+
+
+def _answer_faults(controller: Cell, seal: socket.socket) -> None:
+    """Until the controller says something, carry out the armed faults that it meets."""
+    while controller.fault_signals >= 0:
+        poll = select.poll()
+        for descriptor in (seal.fileno(), controller.fault_signals):
+            poll.register(descriptor, select.POLLIN)
+        if any(descriptor == seal.fileno() for descriptor, _ in poll.poll()):
+            return
+        controller.meet_fault()
 
 
 def close_supervisor(setup: Setup, host: Host, name: str, *, dumpable_wall: bool) -> None:

@@ -19,7 +19,7 @@ from base.lean_typing import Any, Callable
 from ipc import descriptors
 from ipc.channel import PairChannel
 from ipc.errors import IpcError
-from ipc.launch_plan import ENDPOINT_BOUND, MAX_WORKERS, ROLE_SUPERVISOR, ROLE_VCPU, Assignment
+from ipc.launch_plan import ENDPOINT_BOUND, ROLE_SUPERVISOR, ROLE_VCPU, Assignment
 from ipc.messages.records import Failed
 from ipc.messages.supervisor import (
     SUPERVISOR,
@@ -33,12 +33,13 @@ from ipc.messages.supervisor import (
     Spawn,
     Spawned,
 )
-from jailer import cell, syscalls
+from jailer import cell, syscalls, verify
 from jailer.cell_output import LogPipe
 from jailer.cell_record import SEAL_TIMEOUT_S, Cell, Progress, Setup
 from jailer.errors import StepError
 from jailer.filters import of_cell
 from jailer.outputs import Outputs
+from jailer.plan import refuse_assignment
 from jailer.sealing import WALL_SECCOMP, Sealing, given_up
 from jailer.steps import process
 
@@ -106,8 +107,11 @@ class Supervisor:
 
     def _run_drills(self) -> None:
         """Attack our own walls, and let workers know whom to attack (ipc.drills: loaded only if armed)."""
-        sys.modules["ipc.drills.targets"].__dict__["controller_pid"] = self._controller.pid
+        targets = sys.modules["ipc.drills.targets"].__dict__
+        targets["controller_pid"] = self._controller.pid
         sys.modules["ipc.drills"].__dict__["run"](self._plan.drills, ROLE_SUPERVISOR)
+        if self._setup.asked.cells_own_pids:
+            targets["controller_pid"] = 1  # as workers know it
 
     def _let_go_of_files(self) -> None:
         """Put our layer of Landlock in force: the first walls of the controller are read, no worker is there yet."""
@@ -128,6 +132,8 @@ class Supervisor:
         for record in list(self._cells.values()):
             if record.listener in ready:
                 self._sealing.notified(record)
+            if record.fault_signals in ready:
+                record.meet_fault()
             if record.seal is not None and record.seal.fileno() in ready:
                 self._sealing.receive(record)
         self._outputs.pass_on(ready)
@@ -143,8 +149,9 @@ class Supervisor:
         for record in self._cells.values():
             if record.seal is not None:
                 poll.register(record.seal.fileno(), select.POLLIN)
-            if record.listener >= 0:
-                poll.register(record.listener, select.POLLIN)
+            for descriptor in (record.listener, record.fault_signals):
+                if descriptor >= 0:
+                    poll.register(descriptor, select.POLLIN)
         for descriptor in self._outputs.due():
             poll.register(descriptor, select.POLLIN)
         return {descriptor for descriptor, _ in poll.poll(self._timeout_ms())}
@@ -226,28 +233,37 @@ class Supervisor:
                 self._cell_ended(record, status)
 
     def _cell_ended(self, record: Cell, status: int) -> None:
-        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        number = int(os.WTERMSIG(status)) if os.WIFSIGNALED(status) else 0
         code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 0
         if record.seal is not None and not record.wall:
             self._sealing.drain(record)
         self._outputs.ended(record)
         name = f"{record.name} (pid {record.pid})"
+        on_purpose = number == signal.SIGKILL and (record.killed or self._ended_with_controller(record))
+        if number == signal.SIGSEGV and record.last_words and record.progress is not Progress.SEALED:
+            number = int(signal.SIGABRT)  # abort(3) in process 1 of a pid namespace, which no signal of its own ends
         if number == signal.SIGABRT and record.progress is not Progress.SEALED:
             record.text = record.text or given_up(record.last_words)
             self._log.error(f"{name} cannot start: {record.text}")
         elif number == signal.SIGSYS and not record.wall:
             record.wall = WALL_SECCOMP
             self._log.error(f"{name}: wall seccomp: ended by the filter for a forbidden system call")
-        elif number and not record.wall and not (number == signal.SIGKILL and record.killed):
+        elif number and not record.wall and not on_purpose:
             self._log.error(f"{name} was ended by signal {number} ({signal_name(number)})")
         if record is self._controller:
             self._controller_ended(record, number, code)
         elif self._ahead is not None and record is self._ahead[1]:
             self._ahead[2].close()
             self._ahead = None  # the controller does not know of it; when it asks, another one is forked
-        else:
+        elif not self._ended_with_controller(record):
             self._send(CellEnded(record.index, record.pid, code, number, record.wall, record.text))
         record.close()
+
+    def _ended_with_controller(self, record: Cell) -> bool:
+        """Is the controller ending? As process 1 it takes the others along, and has ended when they were reaped."""
+        if record is self._controller:
+            return False
+        return self._ended or verify.is_ending(self._controller.pid, self._setup.proc)
 
     def _controller_ended(self, record: Cell, number: int, code: int) -> None:
         self._ended = True
@@ -428,7 +444,7 @@ class Supervisor:
 
     def _refuse_spawn(self, request: Spawn) -> Failed | None:
         index = request.worker
-        if refusal := _refuse_assignment(request):
+        if refusal := refuse_assignment(Assignment(*request)):
             return Failed("supervisor.plan", refusal)
         if index >= self._plan.max_workers:
             return Failed("supervisor.plan", f"the plan allows {self._plan.max_workers} workers")
@@ -458,7 +474,7 @@ class Supervisor:
         index = assignment.worker
         setup = self._setup
         filters = of_cell(setup.filters, ROLE_VCPU)
-        context = cell.CellContext(self._plan, ROLE_VCPU, index, self._pid, seal, filters, setup.landlock)
+        context = cell.CellContext(self._plan, ROLE_VCPU, index, seal, filters, setup.landlock)
 
         def prepare() -> tuple[int, ...]:
             setup.worker_cgroups.join(index)
@@ -482,15 +498,3 @@ class Supervisor:
         self._cells.clear()
         if self._ahead is not None:
             self._ahead[2].detach()
-
-
-def _refuse_assignment(request: Spawn) -> str:
-    """Say what is wrong with the vCPUs that a worker is asked to run, or nothing."""
-    mine, others = set(request.vcpus), set(request.ghosts)
-    if not mine or len(mine) + len(others) != len(request.vcpus) + len(request.ghosts) or mine & others:
-        return "a worker runs at least one vCPU, and none twice"
-    if max(mine | others) >= MAX_WORKERS:
-        return f"a microVM has at most {MAX_WORKERS} vCPUs"
-    if request.affinity and (len(request.affinity) != len(request.vcpus) or not all(request.affinity)):
-        return "a worker's affinity names host CPUs for each of its vCPUs"
-    return ""

@@ -25,6 +25,9 @@ _CAPABILITY_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 _MAX_FILE_SIZE = 64 << 10
 _UNLIMITED = "unlimited"
 _LOG_PIPE = "log pipe"
+#: Field 9 of /proc/PID/stat (proc(5)), counted from the one after the name, and its bit in the kernel's linux/sched.h.
+_STAT_FLAGS = 6
+_PF_EXITING = 0x4
 Walls = dict[str, Any]
 
 
@@ -56,6 +59,8 @@ class Asked(NamedTuple):
     cgroup: str
     own_network: bool
     new_pid_namespace: bool
+    #: The cells have a pid namespace below the supervisor's, whose process 1 is the controller.
+    cells_own_pids: bool
     jail_root: tuple[int, int] | None
     #: Files in the controller's root, under mounts that take something from them (jailer.steps.covers).
     read_only_files: tuple[str, ...] = ()
@@ -170,6 +175,8 @@ def asked(plan: LaunchPlan, role: str, facts: Asked, stage: str = RUNNING) -> Wa
     elif facts.own_network and not _is_hidden(role, stage) and role != ROLE_VMM:
         # Nobody without capabilities sees the namespaces of a controller that has some.
         walls_asked["namespaces"] = {"net": "own"}
+    if facts.cells_own_pids and not _is_hidden(role, stage):
+        walls_asked["pid_depth"] = 0 if role == ROLE_SUPERVISOR else 1
     walls_asked["limits"] = _asked_limits(plan, role, facts, stage)
     return walls_asked
 
@@ -184,7 +191,7 @@ def _asked_namespaces(plan: LaunchPlan, role: str, facts: Asked) -> dict[str, st
         "ipc": walls.IPC_NAMESPACE not in plan.switched_off,
         "uts": walls.UTS_NAMESPACE not in plan.switched_off,
         "net": walls.NETWORK_NAMESPACE not in plan.switched_off if role != ROLE_VMM else facts.own_network,
-        "pid": facts.new_pid_namespace,
+        "pid": facts.new_pid_namespace or (facts.cells_own_pids and role != ROLE_SUPERVISOR),
     }
     return {name: "own" if is_own else "host" for name, is_own in own.items()}
 
@@ -221,6 +228,7 @@ def found(pid: int, proc: int, host: HostFacts, wanted: Walls) -> Walls:
         "limits": lambda: _found_limits(read(f"{pid}/limits", proc), wanted.get("limits", {})),
         "root": lambda: _found_root(f"{pid}/root", proc, wanted.get("root", {})),
         "namespaces": lambda: _found_namespaces(namespaces(str(pid), proc), host, wanted.get("namespaces", {})),
+        "pid_depth": lambda: _pid_depth(str(pid), proc) - _pid_depth("self", proc),
         "seccomp": lambda: _found_seccomp(pid, proc),
     }
     if "standard_error" in wanted:
@@ -314,6 +322,11 @@ def _found_namespaces(numbers: dict[str, int], host: HostFacts, wanted: dict[str
     return {name: "host" if numbers[name] == host.namespaces[name] else "own" for name in names}
 
 
+def _pid_depth(process: str, proc: int) -> int:
+    """Return how many pid namespaces a process has a pid in, from that of the /proc mount down to its own."""
+    return len(_status(read(f"{process}/status", proc)).get("NSpid", "").split())
+
+
 def _found_root(path: str, proc: int, wanted: Walls) -> Walls:
     look = os.O_RDONLY if "entries" in wanted else os.O_PATH
     descriptor = os.open(path, look | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=proc)
@@ -358,6 +371,15 @@ def differences(wanted: Walls, actual: Walls) -> list[str]:
         for name, value in wanted.items()
         if actual.get(name) != value
     ]
+
+
+def is_ending(pid: int, proc: int) -> bool:
+    """Tell whether a process is on its way out, though it may not be reaped yet."""
+    try:
+        fields = read(f"{pid}/stat", proc).rpartition(")")[2].split()
+        return bool(int(fields[_STAT_FLAGS]) & _PF_EXITING)
+    except (OSError, ValueError, IndexError):
+        return False
 
 
 def is_dumpable(pid: int, uid: int, proc: int) -> bool | None:

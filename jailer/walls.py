@@ -14,6 +14,7 @@ ROOT = "root"
 IPC_NAMESPACE = "ipc-namespace"
 UTS_NAMESPACE = "uts-namespace"
 NETWORK_NAMESPACE = "network-namespace"
+PID_NAMESPACE = "pid-namespace"
 IDENTITY = "identity"
 CAPABILITIES = "capabilities"
 NO_NEW_PRIVILEGES = "no-new-privileges"
@@ -39,6 +40,7 @@ SWITCHES: dict[str, str] = {
     IPC_NAMESPACE: "the cells share the host's System V IPC and POSIX message queues",
     UTS_NAMESPACE: "the cells share the host's name",
     NETWORK_NAMESPACE: "the cells share the caller's network",
+    PID_NAMESPACE: "the cells can name, and signal, other processes of their user",
     IDENTITY: "the cells keep the caller's user, group and supplementary groups",
     CAPABILITIES: "the cells keep the caller's capabilities",
     NO_NEW_PRIVILEGES: "set-user-ID programs would work (seccomp then needs privileges)",

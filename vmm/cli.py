@@ -110,6 +110,7 @@ _CELLBLOCK_FLAGS = (
     _Flag("console", "Where the serial console goes without serial_out_path.", default=CONSOLES[0], choices=CONSOLES),
     _Flag("exerciser", "Add the test device.", takes_value=False),
     _Flag("wall-log", "Append the report on the walls of each cell, and the supervisor's lines, to this file."),
+    _Flag("without", "Names of walls to switch off, separated by commas, for tests (always logged)."),
     _Flag(
         "dump-cpu-config",
         "Build the microVM of --config-file, write its CPUID and MSRs to this file as a CPU template, and end.",
@@ -150,6 +151,7 @@ class CommandLine:
         "console",
         "exerciser",
         "wall_log",
+        "without",
         "dump_cpu_config",
     )
 
@@ -184,6 +186,7 @@ class CommandLine:
     console: str
     exerciser: bool
     wall_log: str | None
+    without: str | None
     dump_cpu_config: str | None
 
     def __repr__(self) -> str:

@@ -73,6 +73,17 @@ def detach(daemonize: bool, new_pid_namespace: bool) -> Launcher:
     return Launcher(write_end)
 
 
+def leave_pid_namespace() -> None:
+    """Let every process that we fork from now on be in a new pid namespace; its first is process 1. Raises StepError.
+
+    When process 1 ends, the kernel kills the others. We stay where we are, hence can make no thread any more.
+    """
+    try:
+        syscalls.unshare(syscalls.CLONE_NEWPID)
+    except OSError as error:
+        raise StepError(f"Failed to unshare into new pid namespace: {errno_text(error)}") from None
+
+
 def outer_pid() -> int:
     """Return our pid as the namespace sees it that mounted /proc. Raises OSError."""
     return int(os.readlink("/proc/self"))

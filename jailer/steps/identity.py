@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import select
 
 import _prctl
 
@@ -59,13 +60,17 @@ def set_no_new_privileges() -> None:
     _prctl.prctl(_prctl.PR_SET_NO_NEW_PRIVS, 1)
 
 
-def die_with(parent: int) -> None:
+def die_with(life_line: int) -> None:
     """Be killed when the parent ends, and notice if it ended before. Raises CellError.
 
-    The kernel forgets the death signal when credentials change, hence this comes after everything else.
+    ``life_line`` is our end of a socket pair whose other end the parent alone holds: getppid(2) says 0 for a parent
+    outside our pid namespace, dead or alive. The kernel forgets the death signal when credentials change, hence this
+    comes after everything else.
     """
     _prctl.prctl(_prctl.PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+    poll = select.poll()
+    poll.register(life_line, 0)  # a hang-up is always told
+    if poll.poll(0):
         raise CellError("the supervisor ended while the cell was being made")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from devtool.project import LAUNCHERS, PYTHON, ROOT
 from lab.client import Reply, request
 from tests.guests.build import build
+from tests.harness.leftovers import reap_adopted
 from tests.harness.run_options import IN_LAB, SOAK
 
 JAILER = LAUNCHERS / "jailer"
@@ -88,6 +89,7 @@ def count_tun(pid: int) -> int:
 
 def is_alive(pid: int) -> bool:
     """Is there such a process, and is it more than a zombie?"""
+    reap_adopted()
     try:
         return status(pid)["State"][0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):

@@ -51,7 +51,8 @@ class Leftovers:
         return {*self._processes(), *self._mounts(), *self._cgroups(), *self._sockets(), *self._files()}
 
     def _processes(self) -> Iterator[str]:
-        """Descendants of this process. Orphaned zombies are reaped here, because they are ours only while we watch."""
+        """Descendants of this process. Orphans of a pid namespace are reaped: its process 1 cannot end before."""
+        reap_adopted()
         parents: dict[int, int] = {}
         states: dict[int, str] = {}
         commands: dict[int, str] = {}
@@ -103,6 +104,22 @@ class Leftovers:
 
     def _below(self, path: str) -> bool:
         return any(path == directory or path.startswith(directory + "/") for directory in self.directories)
+
+
+def reap_adopted() -> None:
+    """Reap the zombies that became our children because whoever started them was killed, as every init does.
+
+    They are in a pid namespace below ours (so nothing of ours has started them and waits for them), whose process 1
+    has ended only when they were reaped.
+    """
+    for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        try:
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        except OSError:
+            continue
+        fields = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
+        if fields["State"][0] == "Z" and len(fields.get("NSpid", [])) > 1:
+            os.waitpid(int(pid), os.WNOHANG)
 
 
 def _set_subreaper(wanted: bool) -> bool:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,10 @@ def test_unknown_drill(base: Path) -> None:
 SIGNALS = {"kick": 34, "kill": int(signal.SIGKILL)}
 
 
+def _logged(jailed: JailedMicrovm, line: str) -> bool:
+    return line in jailed.log()
+
+
 @contextmanager
 def _bystander() -> Iterator[subprocess.Popen[bytes]]:
     """A process of the cells' uid that has nothing to do with them."""
@@ -183,37 +188,82 @@ def _ended_for_tgkill(jailed: JailedMicrovm, name: str) -> None:
     assert f"drill {name}: " not in jailed.output()
 
 
+#: The walls that stop a signal to a process outside the microVM, and what the attacker sees (None: it is ended).
+SIGNAL_WALLS: dict[str, str | None] = {
+    "seccomp": None,
+    "pid-namespace": "refused: No such process (3)",
+    "landlock": "refused: Operation not permitted (1)",
+}
+
+
 @pytest.mark.parametrize("attack", SIGNALS)
-def test_a_worker_signals_any_process_of_its_user_without_the_filter(base: Path, attack: str) -> None:
+def test_a_worker_signals_any_process_of_its_user_without_its_walls(base: Path, attack: str) -> None:
     with _bystander() as bystander:
         name = f"{attack}={bystander.pid}"
-        with microvm(base, "--drill", name, *_without("seccomp", "landlock")) as jailed:
+        with microvm(base, "--drill", name, *_without(*SIGNAL_WALLS)) as jailed:
             jailed.start()
             assert _outcome(jailed, name) == f"succeeded (signal {SIGNALS[attack]} to process {bystander.pid})"
             assert bystander.wait(30) == -SIGNALS[attack]
 
 
 @pytest.mark.parametrize("attack", SIGNALS)
-def test_a_worker_signals_another_microvm_without_the_filter(base: Path, attack: str) -> None:
-    with microvm(base, microvm_id=id_of(base, "other")) as other:
-        other.start().wait_up()
-        name = f"{attack}={other.cells()['vmm']}"
-        options = ("--drill", name, *_without("seccomp", "landlock"))
-        with microvm(base, *options, microvm_id=id_of(base, "attacker")) as jailed:
-            jailed.start()
-            wait_for(lambda: f"was ended by signal {SIGNALS[attack]} " in other.log(), other.describe)
+def test_a_worker_signals_another_microvm_without_its_walls(base: Path, attack: str) -> None:
+    """The other one has no pid namespace either: its controller would survive what ends a process by default."""
+    for victim in ("vmm", "vcpu 0"):
+        name = victim.replace(" ", "-")
+        options = _without("pid-namespace")
+        with microvm(base, *options, microvm_id=id_of(base, f"{name}-other")) as other:
+            cells = other.start().wait_up().wait_cells("vmm", "vcpu 0")
+            drill = ("--drill", f"{attack}={cells[victim]}", *_without(*SIGNAL_WALLS))
+            with microvm(base, *drill, microvm_id=id_of(base, f"{name}-attacker")) as jailed:
+                jailed.start()
+                # A worker that gets the kick goes on: it is its own signal.
+                if (attack, victim) == ("kick", "vcpu 0"):
+                    assert _outcome(jailed, f"{attack}={cells[victim]}").startswith("succeeded")
+                else:
+                    line = f"{victim} (pid {cells[victim]}) was ended by signal {SIGNALS[attack]} "
+                    wait_for(partial(_logged, other, line), other.describe)
 
 
 @pytest.mark.parametrize("attack", SIGNALS)
-def test_a_worker_signals_its_own_microvm_without_the_filter(base: Path, attack: str) -> None:
+def test_a_worker_signals_its_own_microvm_without_its_walls(base: Path, attack: str) -> None:
     number = SIGNALS[attack]
-    options = ("--drill", f"{attack}=controller", *_without("seccomp", "landlock"))
+    options = ("--drill", f"{attack}=controller", *_without(*SIGNAL_WALLS))
     with microvm(base, *options, microvm_id=id_of(base, "controller")) as jailed:
         jailed.start()
         wait_for(lambda: re.search(rf"vmm .*was ended by signal {number} ", jailed.log()), jailed.describe)
-    options = ("--drill", f"{attack}=supervisor", *_without("seccomp", "landlock"))
+    options = ("--drill", f"{attack}=supervisor", *_without(*SIGNAL_WALLS))
     with microvm(base, *options, microvm_id=id_of(base, "supervisor")) as jailed:
         assert jailed.start().process.wait(30) == -number  # the client's process is the supervisor
+
+
+@pytest.mark.parametrize("attack", SIGNALS)
+@pytest.mark.parametrize("options", [(), ("--new-pid-ns",)], ids=["", "new-pid-ns"])
+def test_the_pid_namespace_alone_stops_signals_to_everything_outside(
+    base: Path, attack: str, options: tuple[str, ...]
+) -> None:
+    with _bystander() as bystander, microvm(base, microvm_id=id_of(base, "other")) as other:
+        cells = other.start().wait_up().wait_cells("vmm", "vcpu 0")
+        targets = [str(bystander.pid), *map(str, cells.values()), "supervisor"]
+        if options:  # whose number is 1: in the cells' namespace that is the controller
+            targets.remove("supervisor")
+        for index, target in enumerate(targets):
+            name = f"{attack}={target}"
+            drill = ("--drill", name, *options, *_without("seccomp", "landlock"))
+            with microvm(base, *drill, microvm_id=id_of(base, f"attacker-{index}")) as jailed:
+                jailed.start()
+                assert _outcome(jailed, name) == SIGNAL_WALLS["pid-namespace"]
+                jailed.wait_up()
+        # Process 1 of its namespace ignores what comes from inside and would end it.
+        name = f"{attack}=controller"
+        with microvm(
+            base, "--drill", name, *options, *_without("seccomp", "landlock"), microvm_id=id_of(base, "own")
+        ) as jailed:
+            jailed.start()
+            assert _outcome(jailed, name).startswith("succeeded")
+            jailed.wait_up()
+        assert bystander.poll() is None
+        assert other.api("GET", "/").status == 200
 
 
 @pytest.mark.parametrize("attack", SIGNALS)

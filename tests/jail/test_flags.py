@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -83,7 +84,8 @@ def test_namespaces_and_roots(base: Path) -> None:
             assert len({namespace("self", kind), *(namespace(pid, kind) for pid in cells.values())}) == 3, kind
         assert len({namespace(pid, "net") for pid in cells.values()}) == 1
         assert namespace(cells["supervisor"], "net") != namespace("self", "net")
-        assert {namespace(pid, "pid") for pid in cells.values()} == {namespace("self", "pid")}
+        assert namespace(cells["supervisor"], "pid") == namespace("self", "pid")
+        assert namespace(cells["vmm"], "pid") == namespace(cells["vcpu 0"], "pid") != namespace("self", "pid")
         for name in ("supervisor", "vcpu 0"):
             root = Path(f"/proc/{cells[name]}/root")
             assert os.listdir(root) == ["ipc"], name
@@ -161,10 +163,30 @@ def test_new_pid_ns(base: Path, no_leftovers: NoLeftovers) -> None:
         cells = jailed.wait_cells(*ALL)
         for pid in cells.values():
             assert namespace(pid, "pid") != namespace("self", "pid")
-            assert len(status(pid)["NSpid"].split()) == 2
-        assert status(cells["supervisor"])["NSpid"].split()[1] == "1"
+        assert status(cells["supervisor"])["NSpid"].split()[1:] == ["1"]
+        assert status(cells["vmm"])["NSpid"].split()[2:] == ["1"]
+        assert len(status(cells["vcpu 0"])["NSpid"].split()) == 3
         os.kill(jailed.pid, signal.SIGKILL)
         wait_for(lambda: not any(map(is_alive, cells.values())), "the end of every cell", seconds=PROMISE_S)
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_the_cells_have_a_pid_namespace_and_the_visible_process_stays(base: Path, off: bool) -> None:
+    with microvm(base, *(["--without", "pid-namespace"] if off else [])) as jailed:
+        jailed.boot()
+        cells = jailed.wait_cells(*ALL)
+        lines = [json.loads(line) for line in jailed.wall_log.read_text().splitlines() if line.startswith("{")]
+        records = {record["walls"]: record for record in lines if "pid_depth" in record["found"]}
+        for name, pid in cells.items():
+            own = name != "supervisor" and not off
+            assert (namespace(pid, "pid") != namespace("self", "pid")) == own
+            assert records[name]["pid"] == pid  # as everybody outside knows it
+            assert records[name]["found"]["pid_depth"] == int(own)
+            assert records[name]["found"]["namespaces"]["pid"] == ("own" if own else "host")
+        assert status(cells["vmm"])["NSpid"].split()[1:] == ([] if off else ["1"])
+        assert [each["pid"] for each in jailed.api("GET", "/vcpus").body] == [cells["vcpu 0"]]
+        os.kill(cells["vmm"], signal.SIGKILL)
+        assert jailed.process.wait(30) == 1
 
 
 def test_signals_reach_process_one_of_a_namespace(base: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -143,12 +144,19 @@ def test_a_worker_that_dies_by_a_signal_ends_the_microvm_with_its_code(
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGSEGV, 150), (signal.SIGBUS, 149), (signal.SIGABRT, 1), (signal.SIGKILL, 1)]
+    ("number", "code", "options"),
+    [
+        # Of the signals that are sent to it, process 1 of a pid namespace dies by this one only.
+        (signal.SIGKILL, 1, ()),
+        (signal.SIGSEGV, 150, ("--without", "pid-namespace")),
+        (signal.SIGBUS, 149, ("--without", "pid-namespace")),
+        (signal.SIGABRT, 1, ("--without", "pid-namespace")),
+    ],
 )
 def test_the_supervisor_reports_a_controller_that_dies_by_a_signal(
-    base: Path, number: signal.Signals, code: int
+    base: Path, number: signal.Signals, code: int, options: tuple[str, ...]
 ) -> None:
-    with microvm(base, arguments=arguments()) as jailed:
+    with microvm(base, *options, arguments=arguments()) as jailed:
         prepare(jailed)
         controller = children(jailed.pid)["vmm"]
         os.kill(controller, number)
@@ -156,6 +164,29 @@ def test_the_supervisor_reports_a_controller_that_dies_by_a_signal(
         *_, how, last = jailed.log().splitlines()
         assert f"vmm (pid {controller}) was ended by signal {int(number)} ({signal.Signals(number).name})" in how
         assert last.endswith(f"Firecracker exiting with error. exit_code={code}")
+
+
+@pytest.mark.parametrize("options", [(), ("--without", "pid-namespace"), ("--new-pid-ns",)], ids=["", "shared", "new"])
+@pytest.mark.parametrize(("action", "number", "code"), [("crash", 11, 150), ("kill", 9, 1)])
+def test_a_controller_that_ends_in_the_middle_takes_its_workers_along_unreported(
+    base: Path, options: tuple[str, ...], action: str, number: int, code: int
+) -> None:
+    """The kernel kills the workers before process 1 has ended: no line accuses whoever kills processes here."""
+    fault = ("--arm-fault", f"vmm.configured={action}")
+    with microvm(base, *fault, *options, arguments=arguments()) as jailed:
+        jailed.add_guest("spin")
+        (jailed.root / "out").mkdir()
+        os.chown(jailed.root / "out", UID, GID)
+        jailed.start()
+        with suppress(ConnectionError, ClientError):
+            jailed.boot()
+        status = jailed.process.wait(30)
+        assert status == (0 if "--new-pid-ns" in options else code)
+        wait_for(lambda: "exit_code=" in jailed.log(), jailed.describe)
+        lines = jailed.log().splitlines()
+        assert re.search(rf"vmm \(pid \d+\) was ended by signal {number} ", lines[-2])
+        assert lines[-1].endswith(f"Firecracker exiting with error. exit_code={code}")
+        assert "vcpu" not in jailed.log()
 
 
 def test_a_file_beyond_its_limit_ends_the_microvm(base: Path) -> None:

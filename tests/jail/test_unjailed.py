@@ -184,6 +184,40 @@ def test_as_an_ordinary_user(directory: Path) -> None:
     wait_for(lambda: not sockets.exists(), "the janitor")
 
 
+def _own_pids(running: Direct) -> set[str]:
+    here = namespace("self", "pid")
+    return {name for name, pid in running.cells().items() if namespace(pid, "pid") != here}
+
+
+def test_a_pid_namespace_for_the_cells_if_the_caller_may_make_one(directory: Path) -> None:
+    report = directory / "walls"
+    with direct(directory, "--wall-log", str(report)) as running:
+        assert running.boot(directory / "kernel")[0] == 204
+        assert _own_pids(running) == {"vmm", "vcpu 0"}
+        records = [json.loads(line) for line in report.read_text().splitlines()]
+        depths = {record["walls"]: record["asked"]["pid_depth"] for record in records if "pid_depth" in record["asked"]}
+        assert depths == {"supervisor": 0, "vmm": 1, "vcpu 0": 1}
+    (directory / "api.socket").unlink()
+    with direct(directory, "--without", "pid-namespace") as running:
+        assert running.boot(directory / "kernel")[0] == 204
+        assert _own_pids(running) == set()
+        assert "switched off: pid-namespace" in running.errors.read_text()
+    (directory / "api.socket").unlink()
+    with direct(directory, "--wall-log", str(directory / "user"), command=as_user()) as running:
+        running.wait_up()
+        assert _own_pids(running) == set()
+        lines = wait_for((directory / "user").read_text, "a report").splitlines()
+        for record in map(json.loads, lines):
+            assert "pid_depth" not in record["asked"]
+            assert record["found"].get("pid_depth", 0) == 0
+
+
+def test_an_unknown_wall_cannot_be_switched_off(directory: Path) -> None:
+    result = subprocess.run([FIRECRACKER, "--without", "sense"], check=False, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith("--without sense: the steps are descriptors, ")
+
+
 def test_without_kvm_it_can_still_be_configured(directory: Path) -> None:
     with direct(directory, command=as_user()) as running:
         code, body = running.boot(directory / "kernel")

@@ -118,7 +118,7 @@ class CacheWriter:
         self._dir_fd = dir_fd
         self._fd = -1
         self._length = 0
-        self._temporary = f"{_TEMPORARY_PREFIX}{os.getpid()}-{time.monotonic_ns():x}"
+        self._temporary = f"{_TEMPORARY_PREFIX}{os.urandom(8).hex()}-{time.monotonic_ns():x}"
         self.failed: str | None = None
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW

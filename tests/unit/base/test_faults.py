@@ -183,7 +183,7 @@ def test_arming_is_all_or_nothing():
     assert faults._armed == {}
 
 
-@pytest.mark.parametrize(("action", "status"), [("kill", -signal.SIGKILL), ("exit", 1)])
+@pytest.mark.parametrize(("action", "status"), [("kill", -signal.SIGKILL), ("crash", -signal.SIGSEGV), ("exit", 1)])
 def test_ending_the_process(action, status):
     faults.arm((f"vmm.start={action},after=1",))
 
@@ -210,6 +210,16 @@ def test_stopping_the_process():
         assert os.WSTOPSIG(status) == signal.SIGSTOP
         child.kill(signal.SIGCONT)
         assert child.join() is True
+
+
+def test_signals_can_be_sent_by_somebody_else(monkeypatch):
+    monkeypatch.setattr(faults, "_send_signal", faults._send_signal)
+    sent: list[int] = []
+    faults.signal_by(sent.append)
+    faults.arm(("vmm.start=stop", "vcpu.hello=kill"))
+    faults.visit("vmm.start")
+    faults.visit("vcpu.hello")
+    assert sent == [signal.SIGSTOP, signal.SIGKILL]
 
 
 def test_delay_sleeps(monkeypatch):

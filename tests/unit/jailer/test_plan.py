@@ -39,7 +39,7 @@ def test_walls_that_are_off_are_named_in_order() -> None:
 
 
 def test_an_unjailed_launch_keeps_the_caller_and_what_it_said() -> None:
-    made = plan.unjailed(LAUNCH, "/run/here")
+    made = plan.unjailed(LAUNCH, "/run/here", ())
     assert not made.jailed
     assert (made.uid, made.gid) == (os.getuid(), os.getgid())
     assert made.arguments == ("--no-api",)
@@ -48,12 +48,18 @@ def test_an_unjailed_launch_keeps_the_caller_and_what_it_said() -> None:
 
 
 def test_an_unjailed_launch_without_seccomp_says_so_as_a_wall_that_is_off() -> None:
-    assert plan.unjailed(LAUNCH._replace(seccomp=SECCOMP_OFF), "/run/here").switched_off == (walls.SECCOMP,)
+    assert plan.unjailed(LAUNCH._replace(seccomp=SECCOMP_OFF), "/run/here", ()).switched_off == (walls.SECCOMP,)
+
+
+def test_walls_of_an_unjailed_launch_that_are_off_are_named_once() -> None:
+    launch = LAUNCH._replace(seccomp=SECCOMP_OFF)
+    off = frozenset((walls.SECCOMP, walls.PID_NAMESPACE))
+    assert plan.unjailed(launch, "/run/here", off).switched_off == (walls.PID_NAMESPACE, walls.SECCOMP)
 
 
 def test_everything_else_is_the_same_for_both() -> None:
     one = jailed()._replace(faults=(), drills=())._asdict()
-    other = plan.unjailed(LAUNCH, "/run/here")._asdict()
+    other = plan.unjailed(LAUNCH, "/run/here", ())._asdict()
     assert {key: one[key] for key in one if key not in OWN} == {key: other[key] for key in other if key not in OWN}
     assert (other["max_workers"], other["max_memory_bytes"]) == (MAX_WORKERS, MAX_MEMORY_BYTES)
 

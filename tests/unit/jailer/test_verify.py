@@ -23,7 +23,7 @@ def _plan(**changed: object) -> LaunchPlan:
 
 def _facts(**changed: object) -> verify.Asked:
     host = verify.HostFacts(dict.fromkeys(verify.NAMESPACES, 1), 0, True)
-    return verify.Asked(host, None, "0::/\n", False, False, (1, 2))._replace(**changed)  # type: ignore[arg-type]
+    return verify.Asked(host, None, "0::/\n", False, False, False, (1, 2))._replace(**changed)  # type: ignore[arg-type]
 
 
 def test_each_wall_is_asked_for_unless_it_is_switched_off() -> None:
@@ -51,6 +51,33 @@ def test_a_controller_without_a_jail_keeps_what_it_had_of_a_short_list() -> None
         assert {asked[each] for each in ("CapInh", "CapBnd", "CapAmb")} == {"0" * 16}
         assert set(verify.asked(_plan(jailed=False), "vcpu", _facts(host=host))["capabilities"].values()) == {"0" * 16}
         assert set(verify.asked(_plan(), "vmm", _facts(host=host))["capabilities"].values()) == {"0" * 16}
+
+
+def test_the_cells_are_one_pid_namespace_below_their_supervisor() -> None:
+    for visible_has_its_own in (False, True):
+        facts = _facts(cells_own_pids=True, new_pid_namespace=visible_has_its_own)
+        for role, depth in (("supervisor", 0), ("vmm", 1), ("vcpu", 1)):
+            asked = verify.asked(_plan(), role, facts, SETUP)
+            assert asked["pid_depth"] == depth
+            assert asked["namespaces"]["pid"] == ("own" if depth or visible_has_its_own else "host")
+    without = verify.asked(_plan(), "vcpu", _facts(), SETUP)
+    assert "pid_depth" not in without
+    unjailed = verify.asked(_plan(jailed=False), "vmm", _facts(cells_own_pids=True), SETUP)
+    assert unjailed["pid_depth"] == 1
+    assert "namespaces" not in unjailed
+
+
+def test_a_process_is_ending_when_it_is_a_zombie() -> None:
+    proc = verify.open_proc()
+    assert not verify.is_ending(os.getpid(), proc)
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert verify.is_ending(pid, proc)
+    os.waitpid(pid, 0)
+    assert not verify.is_ending(pid, proc)  # there is nothing to be seen
+    os.close(proc)
 
 
 def test_what_is_asked_of_a_hidden_cell_can_be_read_of_it() -> None:
@@ -99,6 +126,7 @@ def test_reading_ones_own_walls() -> None:
     found = verify.found(os.getpid(), proc, host, {"limits": {"open files": []}})
     assert found["uid"] == [os.getuid()] * 4
     assert set(found["namespaces"].values()) == {"host"}
+    assert found["pid_depth"] == 0
     assert found["root"]["inode"] == [os.stat("/").st_dev, os.stat("/").st_ino]
     assert len(found["limits"]["open files"]) == 2
     assert verify.differences({"uid": found["uid"]}, found) == []

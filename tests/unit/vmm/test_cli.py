@@ -38,7 +38,7 @@ def test_every_flag():
         "--no-api --metadata m --log-path l --level dEbUg --module x --show-level --show-log-origin --metrics-path p "
         "--boot-timer --http-api-max-payload-size 10 --mmds-size-limit +20 --enable-pci --no-seccomp "
         "--unpack-kernel off --kernel-cache c --kernel-entry pvh --console pty --exerciser --dump-cpu-config d "
-        "--wall-log w".split()
+        "--wall-log w --without a,b".split()
     )
     expected = {
         "id": "abc-1", "start_time_us": 1, "start_time_cpu_us": 2, "parent_cpu_time_us": 3, "api_sock": "s",
@@ -47,7 +47,7 @@ def test_every_flag():
         "http_api_max_payload_size": 10, "mmds_size_limit": 20, "enable_pci": True, "no_seccomp": True,
         "seccomp_filter": None, "snapshot_version": False, "describe_snapshot": None, "unpack_kernel": False,
         "kernel_cache": "c", "kernel_entry": "pvh", "console": "pty", "exerciser": True, "dump_cpu_config": "d",
-        "wall_log": "w",
+        "wall_log": "w", "without": "a,b",
     }  # fmt: skip
     assert {name: getattr(line, name) for name in CommandLine.__slots__} == expected
 
