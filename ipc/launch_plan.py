@@ -129,6 +129,9 @@ class Seal(Protocol):
     def tighten(self) -> None:
         """Close the walls of the running stage, once, when what they forbid is not needed any more."""
 
+    def await_tightened(self) -> None:
+        """Wait until those walls are verified, too: before the guest runs, or a client is served."""
+
 
 def cell_name(role: str, index: int) -> str:
     """Name a cell the way logs, walls and events do: ``vmm``, ``vcpu 0``."""

@@ -114,6 +114,8 @@ class Seal:
         self._context = context
         self._channel: socket.socket | None = context.seal
         self._verified = False
+        #: The channel, while the supervisor reads the second filter back.
+        self._tightened: socket.socket | None = None
 
     @property
     def is_open(self) -> bool:
@@ -149,19 +151,29 @@ class Seal:
         faults.visit("cell.verified")
 
     def tighten(self) -> None:
-        """Install the filter of the running stage on all threads, and have it read back. Once.
+        """Install the filter of the running stage on all threads, and ask the supervisor to read it back. Once.
 
-        Raises CellError if a wall differs.
+        Does not wait for that (:meth:`await_tightened`). Raises CellError.
         """
         self.await_verified()
-        channel, self._channel = self._open_channel(), None
+        self._tightened = channel = self._open_channel()
+        self._channel = None
         try:
             if self._context.plan.seccomp == SECCOMP_REPORT:
                 descriptors.send(channel, TIGHTENING)
                 self._expect(channel, GO)
             self._install(RUNNING, channel)
-            self._expect(channel, GO)
         except (OSError, IpcError, PolicyError) as error:
+            raise CellError(f"{self._context.name} cannot be sealed: {error}") from None
+
+    def await_tightened(self) -> None:
+        """Wait until the walls of the running stage are verified. Raises CellError if one differs."""
+        channel, self._tightened = self._tightened, None
+        if channel is None:
+            return
+        try:
+            self._expect(channel, GO)
+        except (OSError, IpcError) as error:
             raise CellError(f"{self._context.name} cannot be sealed: {error}") from None
         finally:
             channel.close()

@@ -58,7 +58,8 @@ class Control:
     """What a worker with a VM can be told (vcpu_worker.serving). ``send`` takes events, which answer no command.
 
     ``threads`` are those of the machine's vCPUs, then of its ghosts. ``tighten`` is called when it is configured: from
-    then on it does what a running machine needs, and nothing else.
+    then on it does what a running machine needs, and nothing else. ``await_tightened`` is called before the next
+    command: while that comes, the supervisor reads the walls back.
     """
 
     def __init__(
@@ -70,9 +71,11 @@ class Control:
         threads: list[VcpuThread],
         *,
         tighten: Callable[[], None],
+        await_tightened: Callable[[], None],
     ) -> None:
         self.state = State.CREATED
         self._tighten = tighten
+        self._await_tightened = await_tightened
         self._send = send
         self._descriptors = descriptors
         self._machine = machine
@@ -118,6 +121,7 @@ class Control:
 
     def find(self, kind: type[Any]) -> Command | None:
         """Return what carries out a command of this class; None: it is no command now."""
+        self._await_tightened()
         command = self._commands.get(kind)
         if command is None and self.state not in _UNCONFIGURED:
             command = self._ghosts.commands.get(kind)

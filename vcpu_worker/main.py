@@ -62,7 +62,7 @@ def run(
     configured, before the guest runs. What goes wrong until it is welcomed is raised, for the supervisor to tell;
     afterwards no exception leaves this.
     """
-    starting = Starting(seal)
+    starting = Starting(seal, plan)
     try:
         return _run(plan, assignment, channel, kvm_fd, starting)
     except Exception as error:
@@ -76,9 +76,15 @@ def run(
 class Starting:
     """The seal of a worker, and whether its start is over: what goes wrong later is not a start that failed."""
 
-    def __init__(self, seal: Seal) -> None:
+    def __init__(self, seal: Seal, plan: LaunchPlan) -> None:
         self.seal = seal
         self.over = False
+        self._plan = plan
+
+    def tighten(self) -> None:
+        """The vCPUs are configured."""
+        self.seal.tighten()
+        _run_drills(self._plan, ROLE_RUNNING_VCPU)
 
 
 def _complain(worker: int, text: str) -> int:
@@ -105,11 +111,7 @@ def _run(
     )
     completions = Completions()
 
-    def tighten() -> None:
-        starting.seal.tighten()
-        _run_drills(plan, ROLE_RUNNING_VCPU)
-
-    made = _prepare(system, plan, assignment, completions, tighten)
+    made = _prepare(system, plan, assignment, completions, starting)
     os.close(kvm_fd)
     context = zmq.Context(io_threads=1)
     with MadeByLibrary(ZEROMQ_THREADS):
@@ -135,7 +137,7 @@ def _prepare(
     plan: LaunchPlan,
     assignment: Assignment,
     completions: Completions,
-    tighten: Callable[[], None],
+    starting: Starting,
 ) -> Callable[[Callable[[Any], object], DescriptorSet], Commands]:
     """Do what takes time and needs /dev/kvm, while the controller starts; return what makes the worker's commands.
 
@@ -152,7 +154,15 @@ def _prepare(
     except WorkerError as error:
         refusal = Refusal(error)
         return lambda send, descriptors: refusal
-    return lambda send, descriptors: Control(send, descriptors, completions, machine, threads, tighten=tighten)
+    return lambda send, descriptors: Control(
+        send,
+        descriptors,
+        completions,
+        machine,
+        threads,
+        tighten=starting.tighten,
+        await_tightened=starting.seal.await_tightened,
+    )
 
 
 def _start_threads(assignment: Assignment, completions: Completions) -> list[VcpuThread]:

@@ -112,6 +112,7 @@ class Program:
             self._builder.bind()
             self._builder.prepare()  # the worker starts while our walls are being closed
             seal.tighten()
+            seal.await_tightened()
             _log_walls(self._plan)
             _run_drills(self._plan, self._resources.tun)
             faults.visit("vmm.start")

@@ -305,6 +305,7 @@ def vmm(plan: LaunchPlan, channel: socket.socket, seal: Seal) -> int:
             return code
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # what cannot be written is to fail here
     seal.tighten()
+    seal.await_tightened()
     say("sealed")
     return CONTROLLERS.get(name, idle)(plan, Client(channel, plan))
 
@@ -323,6 +324,7 @@ def vcpu(plan: LaunchPlan, assignment: Assignment, channel: socket.socket, kvm_f
         say(f"worker {assignment.worker} was told {frame!r}")
         return 98
     seal.tighten()
+    seal.await_tightened()
     say(f"worker {assignment.worker} sealed")
     return WORKERS.get(name, wait)(channel)
 

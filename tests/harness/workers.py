@@ -166,6 +166,9 @@ class Walls:
         self.await_verified = verified
         self.tighten = tightened
 
+    def await_tightened(self) -> None:
+        """Nobody reads anything back."""
+
 
 class Controller:
     """One worker and everything the controller has of it. A context manager: at its end the worker is gone."""
