@@ -188,10 +188,10 @@ class Control:
                 self._advance(Event.FAIL)
                 reply(failed(result))
                 return
-            self._tighten()
             self._advance(Event.CONFIGURED_TO_GO_ON if command.resumes_other else Event.CONFIGURED)
             faults.visit("vcpu.configured")
             reply(Configured(next(each for each in results if each is not None)))
+            self._tighten()  # while the next command is on its way
 
         def configured(result: Any) -> None:
             results.append(result)

@@ -240,7 +240,7 @@ def test_descriptors_that_nobody_asked_for_end_the_worker(tmp_path: Path):
 
 
 def test_each_stage_of_the_seal_comes_once_with_all_threads(tmp_path: Path):
-    """The first before HELLO, the second before Configure is answered."""
+    """The first before HELLO, the second before the command after Configure is carried out."""
     verified, tightened = tmp_path / "verified", tmp_path / "tightened"
 
     def note(record: Path) -> None:
@@ -263,6 +263,7 @@ def test_each_stage_of_the_seal_comes_once_with_all_threads(tmp_path: Path):
         worker.prepare()
         assert not tightened.exists()
         worker.request(worker.configuration(), Configured)
+        worker.request(Ping(), Pong)
         assert tightened.read_text() == verified.read_text()
         worker.resume()
         worker.pause()
