@@ -87,9 +87,11 @@ def count_faults() -> None:
 def reset_signals() -> None:
     """Undo the supervisor's signal set-up: nothing blocked, group signals ignored, the rest as by default.
 
+    SIGTTIN is ignored: who reads a terminal in the background gets an error instead of being stopped.
+
     The interpreter ignores SIGXFSZ; here a cell that writes beyond its file-size limit ends by it, or catches it.
     """
-    for number in _GROUP_SIGNALS:
+    for number in (*_GROUP_SIGNALS, signal.SIGTTIN):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)

@@ -263,6 +263,17 @@ def _in_background(terminal: int) -> bool:
     if os.fstat(terminal).st_rdev == _PSEUDO_TERMINAL_MASTER:
         return False
     try:
-        return os.tcgetpgrp(terminal) != os.getpgrp()
+        own = os.getpgrp()
+        if own:
+            return os.tcgetpgrp(terminal) != own
     except OSError:
         return False  # not our controlling terminal
+    # Groups outside of our pid namespace are all 0 here. Reading nothing asks job control, too: it fails in the
+    # background, since SIGTTIN is ignored in a cell.
+    try:
+        os.read(terminal, 0)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return False
