@@ -30,7 +30,7 @@ class GuestMemory:
     that of the mapping, in bytes.
     """
 
-    __slots__ = ("_dirty", "_fd", "_map", "_regions", "address", "size", "spans", "view")
+    __slots__ = ("_dirty", "_fd", "_map", "_regions", "address", "size", "spans", "tracks_dirty", "view")
 
     def __init__(self, fd: int, size: int, regions: Sequence[MemoryRegion]) -> None:
         """Map ``size`` bytes of the memfd ``fd``. Raises GuestMemoryError."""
@@ -50,6 +50,8 @@ class GuestMemory:
         self.size = size
         #: A bit per page of the mapping, from the lowest bit of each byte on; None while nothing is tracked.
         self._dirty: bytearray | None = None
+        #: Whether :meth:`mark_dirty` remembers anything.
+        self.tracks_dirty = False
         self._regions: tuple[MemoryRegion, ...]
         #: (first guest address, the one behind the last, what leads from an address to its offset) of each region: for
         #: loops that cannot afford a call for each address.
@@ -128,11 +130,7 @@ class GuestMemory:
     def track_dirty(self, on: bool) -> None:
         """Begin to remember which pages this cell writes to, none at first; or stop, and forget."""
         self._dirty = bytearray(-(-self.size // (8 * PAGE_SIZE))) if on else None
-
-    @property
-    def tracks_dirty(self) -> bool:
-        """Whether :meth:`mark_dirty` remembers anything."""
-        return self._dirty is not None
+        self.tracks_dirty = on
 
     def mark_dirty(self, offset: int, length: int) -> None:
         """Remember that ``length`` bytes at ``offset`` of ``view`` were written; nothing unless that is tracked.

@@ -21,7 +21,8 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 #: Linux 5.1; the fcntl module of Python 3.11 does not have it.
 _F_SEAL_FUTURE_WRITE = 0x0010
 
-_fence_lock = _thread.allocate_lock()
+#: ``with fence_lock: pass`` is what :func:`fence` does, for who cannot afford the call.
+fence_lock = _thread.allocate_lock()
 
 
 def fence() -> None:
@@ -32,7 +33,7 @@ def fence() -> None:
     ``with`` statement: CPython switches threads and runs signal handlers after calls, not between entering and leaving
     an empty block. With acquire() and release() a handler that uses the fence too met the lock taken, for ever.
     """
-    with _fence_lock:
+    with fence_lock:
         pass
 
 

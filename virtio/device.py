@@ -111,6 +111,10 @@ class VirtioDevice:
             except VirtioError as error:
                 self.fail(error)
 
+    def collect(self) -> Counters:
+        """Return the counters, up to date."""
+        return self.counters
+
     # -- for the devices ----------------------------------------------------------------------------------------------
 
     def begin(self, activation: Activation) -> None:

@@ -13,7 +13,7 @@ from base.lean_typing import Callable, NamedTuple, Sequence
 from ipc.errors import GuestMemoryError
 from ipc.guest_memory import GuestMemory
 from ipc.schema import U16, U64, Int, RecordOf
-from ipc.shared_memory import fence
+from ipc.shared_memory import fence_lock
 from virtio.abi import (
     AVAILABLE_RING_ALIGNMENT,
     DESCRIPTOR_TABLE_ALIGNMENT,
@@ -271,8 +271,10 @@ class Queue:
         if old == new:
             return False
         self._signalled = self.used[INDEX] = new
-        fence()
-        self.memory.mark_dirty(self._used_offset, used_ring_size(self.size))
+        with fence_lock:
+            pass
+        if self.memory.tracks_dirty:
+            self.memory.mark_dirty(self._used_offset, used_ring_size(self.size))
         if self.event_idx:
             return (new - self.available[RING + self.size] - 1 & U16) < (new - old & U16)
         return not self.available[FLAGS] & VIRTQ_AVAIL_F_NO_INTERRUPT
@@ -281,7 +283,8 @@ class Queue:
         """Ask to be notified of the next chain. True: there is one already, go on. (Without EVENT_IDX it always is.)"""
         if self.event_idx:
             self.used[RING + 4 * self.size] = self.next_available  # avail_event
-            fence()
+            with fence_lock:
+                pass
         return self.available[INDEX] != self.next_available
 
     def state(self) -> QueueState:

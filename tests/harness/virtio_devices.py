@@ -115,9 +115,9 @@ class Bench:
 
     def close(self) -> None:
         self.stop()
+        self.device.close()
         self.events.remove_subscriber(self.number)
         self.events.close()
-        self.device.close()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ NEVER_RUN_UNTIL = {"vmm/cells/exits.py"}
 FENCE = {"ipc/shared_memory.py", "ipc/exit_ring.py", "virtio/queue.py", "virtio/driver.py"}
 #: Walls: after its seal a cell opens what a client names, a kernel, a drive's file, and nothing else.
 OPEN = {
-    "vmm/files.py", "vmm/config/", "vmm/boot/", "virtio/block/file_engine.py", "virtio/block/uring_engine.py",
+    "vmm/files.py", "vmm/config/", "vmm/boot/", "virtio/block/backing_file.py",
     "ipc/drills/",  # tries what a cell must not be able to do
 }  # fmt: skip
 #: The launcher and the programs of the host open by nature.
@@ -70,8 +70,9 @@ def test_the_loop_is_run_from_within_only_where_it_may_be():
 
 
 def test_the_fence_is_used_only_where_memory_orders_are_proved():
-    found = outside(users(SourceTree(ROOT, PRODUCT), "fence"), FENCE)
-    assert not found, found
+    for name in ("fence", "fence_lock"):
+        found = outside(users(SourceTree(ROOT, PRODUCT), name), FENCE)
+        assert not found, found
 
 
 def test_cells_open_by_name_only_where_they_may():

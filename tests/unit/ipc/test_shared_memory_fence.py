@@ -84,8 +84,8 @@ def test_fence_takes_and_releases_the_lock(monkeypatch):
             lock.release()
             events.append("released")
 
-    assert type(shared_memory._fence_lock) is type(lock)
-    monkeypatch.setattr(shared_memory, "_fence_lock", Watched())
+    assert type(shared_memory.fence_lock) is type(lock)
+    monkeypatch.setattr(shared_memory, "fence_lock", Watched())
     shared_memory.fence()
     shared_memory.fence()
     assert events == ["taken", "released"] * 2

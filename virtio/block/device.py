@@ -1,0 +1,418 @@
+"""The block device: queue → requests → engine → used (virtio 1.2, 5.2)."""
+
+from __future__ import annotations
+
+from time import monotonic_ns
+
+from base.counters import Counters
+from base.deferral import Deferral
+from base.event_manager import EDGE_TRIGGERED, IN, EventOps
+from base.lean_typing import Callable, NamedTuple, Sequence
+from ipc.schema import U64, Int, RecordOf, Section
+from virtio.abi import (
+    VIRTIO_BLK_CONFIG,
+    VIRTIO_BLK_F_DISCARD,
+    VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_MQ,
+    VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_S_IOERR,
+    VIRTIO_BLK_S_OK,
+    VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID,
+    VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT,
+    VIRTIO_F_EVENT_IDX,
+    VIRTIO_F_INDIRECT_DESC,
+    VIRTIO_F_VERSION_1,
+    VIRTIO_ID_BLOCK,
+)
+from virtio.block.engine import Engine
+from virtio.block.file_engine import FileEngine
+from virtio.block.flat import flat_loop
+from virtio.block.request import (
+    MAX_DISCARD_SECTORS,
+    MAX_SEGMENTS,
+    MAX_WRITE_ZEROES_SECTORS,
+    BlockRequest,
+    Limits,
+    answer_identity,
+    parse,
+    plan,
+)
+from virtio.block.tally import Tally
+from virtio.device import Activation, VirtioDevice
+from virtio.polling import DEFAULT_LOOK_NS, AdaptivePolling
+from virtio.queue import INDEX, Queue
+from virtio.rate_limiter import RATE_LIMITER_STATE, Bucket, RateLimiter, RateLimiterState
+
+QUEUE_SIZE = 256
+#: Buffers of data in a request: with header and status they are within what a chain may have.
+SEG_MAX = QUEUE_SIZE - 2
+MAX_QUEUES = 16
+#: Chains served in a turn, of a queue.
+BUDGET = 256
+#: What a loop returns when it waits for tokens, or for room in the engine.
+BLOCKED = -1
+#: docs/formats/metrics.md
+COUNTERS = (
+    "activate_fails cfg_fails no_avail_buffer event_fails execute_fails invalid_reqs_count flush_count "
+    "queue_event_count rate_limiter_event_count update_count update_fails read_bytes write_bytes read_count "
+    "write_count rate_limiter_throttled_events io_engine_throttled_events remaining_reqs_count ~read_agg ~write_agg"
+)
+
+
+class BlockSettings(NamedTuple):
+    """How a drive is configured. ``writeback``: the cache type Writeback, else Unsafe; ``look_ns``: virtio.polling."""
+
+    read_only: bool = False
+    writeback: bool = False
+    discard: bool = False
+    queues: int = 1
+    look_ns: int = DEFAULT_LOOK_NS
+
+
+class BlockState(NamedTuple):
+    """What a block device has beside its queues: the size that the driver was told, and the limiter."""
+
+    sectors: int
+    limiter: RateLimiterState
+
+
+class Block(VirtioDevice):
+    """A drive. It owns its engine, and the engine owns the file."""
+
+    kind = VIRTIO_ID_BLOCK
+    SECTION = Section("virtio-block", 1, RecordOf(BlockState, sectors=Int(U64 >> 9), limiter=RATE_LIMITER_STATE))
+
+    def __init__(
+        self,
+        id: str,
+        engine: Engine,
+        settings: BlockSettings,
+        limiter: RateLimiter | None = None,
+        state: BlockState | None = None,
+    ) -> None:
+        assert 0 < settings.queues <= MAX_QUEUES
+        super().__init__(id, (QUEUE_SIZE,) * settings.queues, Counters(COUNTERS))
+        self.engine = engine
+        self.settings = settings
+        self.read_only = settings.read_only
+        self.limiter = RateLimiter(state=state.limiter) if state else limiter or RateLimiter()
+        self.sectors = state.sectors if state else engine.file.sectors
+        self._identity = engine.file.identity()
+        self.reads, self.writes = Tally(), Tally()
+        self._kicks = 0
+        self._engine_was_full = False
+        self._limits = Limits(0, True)
+        self._polling = tuple(AdaptivePolling(settings.look_ns) for _ in self.queue_sizes)
+        self._turns: list[Callable[[], None]] = []
+        self._spans: Sequence[tuple[int, int, int]] = ()
+        #: While a stop, or a change of the file, waits for what is in flight: what is done then.
+        self._draining: list[Callable[[], None]] = []
+
+    # -- for the transport --------------------------------------------------------------------------------------------
+
+    def features(self) -> int:
+        """Return what is offered."""
+        settings = self.settings
+        offered = VIRTIO_F_VERSION_1 | VIRTIO_F_EVENT_IDX | VIRTIO_F_INDIRECT_DESC | VIRTIO_BLK_F_SEG_MAX
+        if settings.read_only:
+            offered |= VIRTIO_BLK_F_RO
+        if settings.writeback:
+            offered |= VIRTIO_BLK_F_FLUSH
+        if settings.discard and not settings.read_only:
+            offered |= VIRTIO_BLK_F_DISCARD | VIRTIO_BLK_F_WRITE_ZEROES
+        if settings.queues > 1:
+            offered |= VIRTIO_BLK_F_MQ
+        return offered
+
+    def config(self) -> bytes:
+        """Return struct virtio_blk_config; what belongs to features that are not offered is 0."""
+        queues = self.settings.queues
+        zeroes = [0] * 6
+        if self.settings.discard and not self.read_only:
+            zeroes = [MAX_DISCARD_SECTORS, MAX_SEGMENTS, 1, MAX_WRITE_ZEROES_SECTORS, MAX_SEGMENTS, 1]
+        return VIRTIO_BLK_CONFIG.pack(self.sectors, 0, SEG_MAX, *[0] * 10, queues if queues > 1 else 0, *zeroes)
+
+    def init(self, ops: EventOps) -> None:
+        """Use the loop's timers, and watch the engine."""
+        super().init(ops)
+        self.limiter.attach(ops, self._room)
+        self._watch()
+
+    def _watch(self) -> None:
+        if self.loop is not None and self.engine.event >= 0:
+            self.loop.watch(self.engine.event, IN | EDGE_TRIGGERED, self._completed)
+
+    def begin(self, activation: Activation) -> None:
+        """Make the loops for the queues that there are."""
+        features = activation.features
+        self.engine.start(activation.memory)
+        # Who cannot flush gets each write to stable storage before it is acknowledged (5.2.6.2).
+        self.engine.write_through = self.settings.writeback and not features & VIRTIO_BLK_F_FLUSH
+        self._make_loops(activation)
+
+    def _make_loops(self, activation: Activation) -> None:
+        features = activation.features
+        self._limits = Limits(
+            self.sectors,
+            self.read_only,
+            bool(features & VIRTIO_BLK_F_DISCARD),
+            bool(features & VIRTIO_BLK_F_WRITE_ZEROES),
+        )
+        self._spans = activation.memory.spans
+        self._turns = [
+            self._turn(queue, number, self._loop_for(queue, number)) if queue is not None else _nothing
+            for number, queue in enumerate(activation.queues)
+        ]
+
+    def _turn(self, queue: Queue, number: int, loop: Callable[[int], int]) -> Callable[[], None]:
+        """Return what a notification leads to: serve, look a little longer, ask for the next notification."""
+        engine, polling, available, arm = self.engine, self._polling[number], queue.available, queue.arm
+        looks = bool(self.settings.look_ns)
+
+        def go_on() -> None:
+            self.notified(number)
+
+        def turn() -> None:
+            if looks:
+                polling.woken()
+            left = BUDGET
+            while True:
+                count = loop(left)
+                if count == BLOCKED:
+                    return
+                left -= count
+                if left <= 0:
+                    assert self.loop is not None
+                    self.loop.soon(go_on)
+                    return
+                if available[INDEX] != queue.next_available:
+                    continue
+                if looks and polling.window_ns and not engine.in_flight and polling.look(queue):
+                    continue
+                if not arm():
+                    break
+            if looks:
+                polling.asleep()
+
+        return turn
+
+    def _loop_for(self, queue: Queue, number: int) -> Callable[[int], int]:
+        """Return the fastest loop that can serve this queue as it is to be served."""
+        if type(self.engine) is FileEngine and not self.engine.write_through and not self.limiter.limits:
+            return flat_loop(self, queue, number)
+        return self._structured_loop(queue, number)
+
+    def stop(self) -> Deferral | None:
+        """Begin nothing; done when the engine has nothing in flight, and the driver has been told of all of it."""
+        self.limiter.stop()
+        if self.activation is None:
+            return None
+        if not self.engine.in_flight:
+            self.activation = None
+            return None
+        deferral = Deferral()
+
+        def stopped() -> None:
+            self.activation = None
+            deferral.complete()
+
+        self._draining.append(stopped)
+        return deferral
+
+    def save(self) -> BlockState:
+        """Return what the constructor makes the device of."""
+        return BlockState(self.sectors, self.limiter.save())
+
+    def close(self) -> None:
+        """Close the engine and its file."""
+        self._unwatch()
+        self.engine.close()
+
+    def _unwatch(self) -> None:
+        if self.loop is not None and self.engine.event >= 0:
+            self.loop.remove(self.engine.event)
+
+    # -- changes at run time ------------------------------------------------------------------------------------------
+
+    def update_engine(self, engine: Engine) -> Deferral | None:
+        """Serve from another file, or from the same one whose size has changed; the driver is told of the new size.
+
+        What is in flight ends on the old file. The engine before is closed, unless it is the same one.
+        """
+        deferral = Deferral()
+
+        def change() -> None:
+            if engine is not self.engine:
+                self._unwatch()
+                self.engine.close()
+                self.engine = engine
+                self._identity = engine.file.identity()
+                self._watch()
+            self.sectors = engine.file.sectors
+            self.counters.add("update_count")
+            activation = self.activation
+            if activation is not None:
+                self.begin(activation)
+                activation.notify.config_changed()
+                self._serve_all()
+            deferral.complete()
+
+        if self.engine.in_flight:
+            self._draining.append(change)
+            return deferral
+        change()
+        return None
+
+    def update_limiter(self, bandwidth: Bucket | None, ops: Bucket | None) -> None:
+        """Replace the limiter's buckets; None leaves one as it is. Another loop may fit then."""
+        self.limiter.update(bandwidth, ops)
+        if self.activation is not None:
+            self._make_loops(self.activation)
+            self._serve_all()
+
+    # -- serving ------------------------------------------------------------------------------------------------------
+
+    def serve(self, queue: int) -> None:
+        """Serve what waits, at most :data:`BUDGET` chains in a turn. Raises VirtioError."""
+        activation = self.activation
+        assert activation is not None
+        if self._draining:
+            return
+        if activation.memory.spans is not self._spans:
+            self._make_loops(activation)
+        self._kicks += 1
+        self._turns[queue]()
+
+    def _structured_loop(self, queue: Queue, number: int) -> Callable[[int], int]:
+        """Return the loop that serves any request, with any engine."""
+        activation, limiter, counters = self.activation, self.limiter, self.counters
+        assert activation is not None
+        view = activation.memory.view
+
+        def serve(budget: int) -> int:
+            if limiter.is_blocked:
+                return BLOCKED
+            count = 0
+            blocked = False
+            while count < budget and (chain := queue.pop()) is not None:
+                request = parse(chain, view, number)
+                if limiter.limits and not limiter.take(1, request.transferred):
+                    counters.add("rate_limiter_throttled_events")
+                    blocked = True
+                elif not self._begin(request):
+                    counters.add("io_engine_throttled_events")
+                    self._engine_was_full = blocked = True
+                if blocked:
+                    queue.undo_pop()
+                    break
+                count += 1
+            self.engine.kick()
+            self._complete()
+            return BLOCKED if blocked else count
+
+        return serve
+
+    def serve_head(self, queue: Queue, number: int, head: int) -> None:
+        """Serve one chain that a faster loop did not know. The engine is done at once. Raises VirtioError."""
+        assert self.activation is not None
+        begun = self._begin(parse(queue.chain(head), self.activation.memory.view, number))
+        assert begun
+        for request, result in self.engine.completions():
+            self._finish(request, result)
+
+    def _begin(self, request: BlockRequest) -> bool:
+        """Answer a request, or hand it to the engine; False if that is full."""
+        assert self.activation is not None
+        view = self.activation.memory.view
+        if request.type == VIRTIO_BLK_T_GET_ID:
+            answered = answer_identity(request, view, self._identity)
+            self._answer(request, VIRTIO_BLK_S_OK if answered else VIRTIO_BLK_S_IOERR)
+            return True
+        planned = plan(request, view, self._limits)
+        if isinstance(planned, int):
+            self.counters.add("invalid_reqs_count")
+            self._answer(request, planned)
+            return True
+        request.begun_ns = monotonic_ns()
+        return self.engine.submit(planned)
+
+    def _finish(self, request: BlockRequest, result: int) -> None:
+        """The engine has done a request: ``result`` bytes of it, or -errno."""
+        counters = self.counters
+        if result < 0 or (request.transferred and result < request.size):
+            counters.add("execute_fails")
+            self._answer(request, VIRTIO_BLK_S_IOERR)
+            return
+        if request.type == VIRTIO_BLK_T_IN:
+            self.reads.add(1, result, monotonic_ns() - request.begun_ns)
+        elif request.type == VIRTIO_BLK_T_OUT:
+            self.writes.add(1, result, monotonic_ns() - request.begun_ns)
+        elif request.type == VIRTIO_BLK_T_FLUSH:
+            counters.add("flush_count")
+        self._answer(request, VIRTIO_BLK_S_OK)
+
+    def _answer(self, request: BlockRequest, status: int) -> None:
+        activation = self.activation
+        assert activation is not None
+        activation.memory.view[request.status] = status
+        queue = activation.queues[request.queue]
+        assert queue is not None
+        queue.add_used(request.chain, request.written)
+
+    def _complete(self) -> None:
+        """Give back what the engine has done, and tell the driver."""
+        for request, result in self.engine.completions():
+            self._finish(request, result)
+        activation = self.activation
+        assert activation is not None
+        for number, queue in enumerate(activation.queues):
+            if queue is not None and queue.publish():
+                activation.notify.used(number)
+
+    def _completed(self, _: int) -> None:
+        """The engine's event: what was in flight is done."""
+        if self.activation is None:
+            return
+        if self._needs_reset:  # nothing is given back any more, but a stop waits for it
+            self.engine.completions()
+        else:
+            self._complete()
+        if not self._draining:
+            if self._engine_was_full:
+                self._engine_was_full = False
+                self._serve_all()
+        elif not self.engine.in_flight:
+            waiting, self._draining = self._draining, []
+            for each in waiting:
+                each()
+
+    def _serve_all(self) -> None:
+        assert self.activation is not None
+        for number, queue in enumerate(self.activation.queues):
+            if queue is not None:
+                self.notified(number)
+
+    def _room(self) -> None:
+        self.counters.add("rate_limiter_event_count")
+        if self.activation is not None:
+            self._serve_all()
+
+    def collect(self) -> Counters:
+        """Return the counters, up to date."""
+        counters = self.counters
+        for name, tally in (("read", self.reads), ("write", self.writes)):
+            count, size, latencies = tally.take()
+            counters.add(f"{name}_count", count)
+            counters.add(f"{name}_bytes", size)
+            counters.aggregates[f"{name}_agg"].merge(latencies)
+        counters.add("queue_event_count", self._kicks)
+        self._kicks = 0
+        return counters
+
+
+def _nothing() -> None:
+    """The turn of a queue that the driver does not use."""

@@ -1,0 +1,36 @@
+"""What a loop counts for each batch of requests; brought into the device's counters when somebody looks."""
+
+from __future__ import annotations
+
+from base.counters import Aggregate
+
+
+class Tally:
+    """Requests of one kind: how many, their bytes, their latencies."""
+
+    __slots__ = ("bytes", "count", "least_ns", "most_ns", "total_ns")
+
+    def __init__(self) -> None:
+        self.count = self.bytes = self.total_ns = self.most_ns = 0
+        self.least_ns = 1 << 63
+
+    def add(self, count: int, size: int, elapsed_ns: int) -> None:
+        """Take requests in of ``size`` bytes together, that took ``elapsed_ns`` together."""
+        self.count += count
+        self.bytes += size
+        self.total_ns += elapsed_ns
+        mean = elapsed_ns // count
+        self.most_ns = max(self.most_ns, mean)
+        self.least_ns = min(self.least_ns, mean)
+
+    def take(self) -> tuple[int, int, Aggregate]:
+        """Return count, bytes and latencies since the last time. The sum's part of a µs waits for the next time."""
+        latencies = Aggregate()
+        count, size = self.count, self.bytes
+        if count:
+            latencies.count = count
+            latencies.minimum, latencies.maximum = self.least_ns // 1000, self.most_ns // 1000
+            latencies.total, self.total_ns = divmod(self.total_ns, 1000)
+            self.count = self.bytes = self.most_ns = 0
+            self.least_ns = 1 << 63
+        return count, size, latencies
