@@ -292,6 +292,7 @@ class Block(VirtioDevice):
         activation, limiter, counters = self.activation, self.limiter, self.counters
         assert activation is not None
         view = activation.memory.view
+        at_once = self.engine.event < 0
 
         def serve(budget: int) -> int:
             if limiter.is_blocked:
@@ -310,6 +311,8 @@ class Block(VirtioDevice):
                     queue.undo_pop()
                     break
                 count += 1
+                if at_once:  # buffers that overlap those of another request are then written in order
+                    self._finish_all()
             self.engine.kick()
             self._complete()
             return BLOCKED if blocked else count
@@ -321,8 +324,7 @@ class Block(VirtioDevice):
         assert self.activation is not None
         begun = self._begin(parse(queue.chain(head), self.activation.memory.view, number))
         assert begun
-        for request, result in self.engine.completions():
-            self._finish(request, result)
+        self._finish_all()
 
     def _begin(self, request: BlockRequest) -> bool:
         """Answer a request, or hand it to the engine; False if that is full."""
@@ -339,6 +341,10 @@ class Block(VirtioDevice):
             return True
         request.begun_ns = monotonic_ns()
         return self.engine.submit(planned)
+
+    def _finish_all(self) -> None:
+        for request, result in self.engine.completions():
+            self._finish(request, result)
 
     def _finish(self, request: BlockRequest, result: int) -> None:
         """The engine has done a request: ``result`` bytes of it, or -errno."""
@@ -365,8 +371,7 @@ class Block(VirtioDevice):
 
     def _complete(self) -> None:
         """Give back what the engine has done, and tell the driver."""
-        for request, result in self.engine.completions():
-            self._finish(request, result)
+        self._finish_all()
         activation = self.activation
         assert activation is not None
         for number, queue in enumerate(activation.queues):

@@ -3,7 +3,7 @@
 It is recognised by comparing whole 64-bit words: an indirect table of three descriptors in order, a header of 16 bytes,
 one buffer of whole sectors, a status of one byte. No object is made for a descriptor, one ``unpack_from`` reads the
 table; everything that is not this goes to the structured path, which also says what is wrong. It is for an engine that
-is done at once.
+is done at once; docs/adr/flat-block-loop.md has the figures.
 """
 
 from __future__ import annotations
