@@ -273,10 +273,12 @@ class JailedMicrovm:
         if self._process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        if self.pid_file.is_file():
+        try:
             text = self.pid_file.read_text()
             if text and is_alive(int(text)) and _is_locked(self.pid_file):
                 os.kill(int(text), signal.SIGKILL)
+        except FileNotFoundError:
+            pass  # never made, or removed by the janitor at this moment: nothing runs
 
 
 def _stage(name: str) -> str:
