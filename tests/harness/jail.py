@@ -274,11 +274,11 @@ class JailedMicrovm:
             self.process.kill()
             self.process.wait()
         try:
-            text = self.pid_file.read_text()
+            text = self.pid_file.read_text() if self.pid_file.is_file() else ""
             if text and is_alive(int(text)) and _is_locked(self.pid_file):
                 os.kill(int(text), signal.SIGKILL)
         except FileNotFoundError:
-            pass  # never made, or removed by the janitor at this moment: nothing runs
+            pass  # removed by the janitor at this moment: nothing runs
 
 
 def _stage(name: str) -> str:
