@@ -18,6 +18,9 @@ SIGPIPE = 155
 SIGHUP = 156
 SIGILL = 157
 
+#: With this a cell ends that has met its limit of memory; the supervisor knows it, clients see GENERIC_ERROR.
+CELL_OUT_OF_MEMORY = 71
+
 #: What a cell that was ended by a signal means for the exit code of the microVM.
 BY_SIGNAL: dict[int, int] = {
     int(signal.SIGSYS): BAD_SYSCALL,

@@ -19,6 +19,8 @@ MAX_HOST_CPUS = 8192
 MAX_AFFINITY = 1024
 #: As many devices as a machine may have: the slots of a PCI bus but the host bridge's; virtio-mmio has room for 17.
 MAX_DEVICES = 31
+#: Interrupts between vCPUs of different workers that the kernel forwards alone, each by an eventfd that both have.
+MAX_IPI_PATHS = 512
 #: Guest RAM ends below 1022 GiB in the guest physical map.
 MAX_MEMORY_BYTES = 1022 << 30
 

@@ -21,7 +21,7 @@ from base.threads import MadeByLibrary
 from ipc import descriptors
 from ipc.errors import IpcError
 from ipc.launch_plan import ROLE_VMM, SECCOMP_REPORT, LaunchPlan, cell_name
-from jailer import fault_signals, walls
+from jailer import bounds, fault_signals, walls
 from jailer.errors import CellError, JailerError, PolicyError
 from jailer.filters import RUNNING, SETUP
 from jailer.landlock import Rulesets
@@ -65,6 +65,7 @@ class CellContext(NamedTuple):
     number: int
     seal: socket.socket
     filters: dict[str, Filter]
+    limits: bounds.Limits
     landlock: Rulesets | None = None
     #: Process 1 has the supervisor signal it here, if faults are armed (jailer.fault_signals), else -1.
     fault_signals: int = -1
@@ -102,6 +103,7 @@ def confine(context: CellContext) -> None:
     """The last steps before the role runs, in a process that is confined otherwise. Raises CellError, OSError."""
     if context.has(walls.DEATH_SIGNAL):
         identity.die_with(context.seal.fileno())
+    bounds.apply(context.limits)
     # Readable for the supervisor until it has verified the walls (Seal.await_verified).
     identity.set_dumpable(True)
     identity.set_name(context.name)

@@ -7,8 +7,8 @@ import time
 
 from base.lean_std import signal, socket
 from base.lean_typing import Enum, NamedTuple
-from ipc.launch_plan import Assignment, LaunchPlan, cell_name
-from jailer import fault_signals, verify
+from ipc.launch_plan import ROLE_VCPU, Assignment, LaunchPlan, cell_name
+from jailer import bounds, fault_signals, verify
 from jailer.cell_output import CellOutput
 from jailer.landlock import Rulesets
 from jailer.log import Log
@@ -63,6 +63,10 @@ class Setup(NamedTuple):
     log: Log
     worker_cgroups: WorkerCgroups
     landlock: Rulesets
+
+    def worker_limits(self, assignment: Assignment) -> bounds.Limits:
+        """Return the limits of a worker that is forked for this."""
+        return bounds.wanted(self.plan, ROLE_VCPU, assignment, self.asked.inherited)
 
 
 class Cell:

@@ -10,7 +10,7 @@ from base.lean_std import socket
 from base.lean_typing import Callable
 from ipc.errors import IpcError
 from ipc.launch_plan import ROLE_VMM, SECCOMP_KILL, SECCOMP_OFF, LaunchPlan
-from jailer import cleanup, plan, template, verify, walls
+from jailer import bounds, cleanup, plan, template, verify, walls
 from jailer.cell_record import Cell, Setup
 from jailer.errors import ArgumentError, StepError
 from jailer.filters import JANITOR, Filters, load_filters, of_cell
@@ -101,15 +101,13 @@ def launch(
     template.warm()
     may = host.facts.may_make_namespaces
     own_network, own_pids = may and walls.NETWORK_NAMESPACE not in off, may and walls.PID_NAMESPACE not in off
-    asked = verify.Asked(host.facts, None, "", own_network, False, own_pids, None)
+    asked = verify.Asked(host.facts, None, "", own_network, False, own_pids, None, bounds.read_inherited())
     landlock = _enter_domain(off)
     if own_pids:
         detach.leave_pid_namespace()
     enter = _entering(launch_plan, host, janitor, own_network=own_network)
     mine, keep = of_cell(filters.by_role, ROLE_VMM), (*inherited, host.console)
-    controller, channel = fork_controller(
-        launch_plan, roles, mine, enter, keep, landlock=landlock, own_pid_namespace=own_pids
-    )
+    controller, channel = fork_controller(launch_plan, roles, mine, enter, keep, landlock=landlock, asked=asked)
     _leave_network(controller, own_network=own_network)
     timeline.mark("wait for controller")
     wait_entered(controller)

@@ -14,7 +14,7 @@ from base.lean_std import socket
 from base.lean_typing import Callable
 from ipc.errors import IpcError
 from ipc.launch_plan import ROLE_VMM, SECCOMP_OFF, LaunchPlan
-from jailer import cleanup, plan, start, syscalls, template, verify, walls
+from jailer import bounds, cleanup, plan, start, syscalls, template, verify, walls
 from jailer.cell_record import Cell, Setup
 from jailer.cli import Options
 from jailer.errors import ArgumentError, StepError
@@ -182,7 +182,7 @@ class JailedLaunch:
             lambda supervisor: self._enter_jail(host, trees, visible_pid, supervisor),
             (host.kernel_cache, host.console),
             landlock=landlock,
-            own_pid_namespace=self._has(walls.PID_NAMESPACE),
+            asked=asked,
         )
         timeline.mark("leave namespaces")
         self._leave_namespaces(controller)
@@ -273,6 +273,7 @@ class JailedLaunch:
             new_pid_namespace=settings.new_pid_ns,
             cells_own_pids=self._has(walls.PID_NAMESPACE),
             jail_root=(status.st_dev, status.st_ino),
+            inherited=bounds.read_inherited(),
             read_only_files=self._read_only_files(),
             closed_devices=self._closed_devices(),
         )

@@ -6,9 +6,9 @@ import errno
 import math
 import os
 
-from base import faults, threads
+from base import exit_codes, faults, threads
 from base.errno_text import errno_text, strerror
-from base.lean_std import socket
+from base.lean_std import signal, socket
 from base.lean_typing import Callable
 from ipc import descriptors
 from ipc.errors import IpcError
@@ -19,6 +19,11 @@ from jailer.filters import RUNNING, SETUP
 from jailer.seccomp import notification
 
 WALL_SECCOMP = "seccomp"
+WALL_MEMORY = "memory"
+#: What it means for the microVM that one of them has ended its controller.
+EXIT_CODES = {WALL_SECCOMP: exit_codes.BAD_SYSCALL, WALL_MEMORY: exit_codes.GENERIC_ERROR}
+#: What ZeroMQ says before it calls abort(3).
+_OUT_OF_MEMORY = "FATAL ERROR: OUT OF MEMORY"
 
 
 class Sealing:
@@ -174,6 +179,18 @@ class Sealing:
         record.kill()
         os.close(record.listener)
         record.listener = -1
+
+
+def met_memory_limit(record: Cell, number: int, code: int) -> bool:
+    """Note whether a cell that ended by this signal, or with this exit code, got no more memory (jailer.bounds).
+
+    Process 1 of a pid namespace aborts itself by SIGSEGV, and where the filter forbids abort(3) it ends by SIGSYS.
+    """
+    aborted = number in (signal.SIGABRT, signal.SIGSEGV, signal.SIGSYS) and not record.wall
+    met = code == exit_codes.CELL_OUT_OF_MEMORY or (aborted and record.last_words.startswith(_OUT_OF_MEMORY))
+    if met:
+        record.wall = WALL_MEMORY
+    return met
 
 
 def given_up(last_words: str) -> str:

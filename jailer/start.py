@@ -12,7 +12,7 @@ from base.lean_std import signal, socket
 from base.lean_typing import Callable, NamedTuple
 from ipc import descriptors
 from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VMM, LaunchPlan, TunDescriptors
-from jailer import cell, cell_output, ending, fault_signals, syscalls, template, verify, walls
+from jailer import bounds, cell, cell_output, ending, fault_signals, syscalls, template, verify, walls
 from jailer.cell_output import LogPipe
 from jailer.cell_record import BLOCKED_SIGNALS, Cell, Setup
 from jailer.errors import CellError
@@ -110,17 +110,17 @@ def fork_controller(
     keep: tuple[int, ...],
     *,
     landlock: Rulesets,
-    own_pid_namespace: bool,
+    asked: verify.Asked,
 ) -> tuple[Cell, socket.socket]:
     """Fork the controller; return its record and our end of its channel.
 
-    ``enter`` runs in it first, with its end of the seal channel. ``own_pid_namespace``: it is process 1 of a new pid
+    ``enter`` runs in it first, with its end of the seal channel. ``asked.cells_own_pids``: it is process 1 of a new pid
     namespace (:func:`jailer.steps.detach.leave_pid_namespace`).
     """
     ours, theirs = descriptors.channel_pair()
     seal, cell_seal = descriptors.channel_pair()
     output = LogPipe(plan)
-    fault_ends = fault_signals.pair() if plan.faults and own_pid_namespace else (-1, -1)
+    fault_ends = fault_signals.pair() if plan.faults and asked.cells_own_pids else (-1, -1)
     timeline.mark("fork controller")
     pid = os.fork()
     if pid == 0:
@@ -128,7 +128,8 @@ def fork_controller(
         output.become_standard_error()
         ours.close()
         seal.close()
-        context = cell.CellContext(plan, ROLE_VMM, 0, cell_seal, filters, landlock, fault_ends[1])
+        limits = bounds.wanted(plan, ROLE_VMM, None, asked.inherited)
+        context = cell.CellContext(plan, ROLE_VMM, 0, cell_seal, filters, limits, landlock, fault_ends[1])
         entered = Entered(TunDescriptors())
 
         def prepare() -> tuple[int, ...]:
@@ -196,6 +197,7 @@ def close_supervisor(setup: Setup, host: Host, name: str, *, dumpable_wall: bool
             os.close(descriptor)
     identity.set_name(name)
     TITLE.show_arguments(setup.plan.arguments)
+    bounds.apply(bounds.wanted(setup.plan, ROLE_SUPERVISOR, None, setup.asked.inherited))
     if dumpable_wall:
         identity.set_dumpable(False)
     chosen = setup.filters.get(ROLE_SUPERVISOR)

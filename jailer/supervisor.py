@@ -40,7 +40,7 @@ from jailer.errors import StepError
 from jailer.filters import of_cell
 from jailer.outputs import Outputs
 from jailer.plan import refuse_assignment
-from jailer.sealing import WALL_SECCOMP, Sealing, given_up
+from jailer.sealing import EXIT_CODES, WALL_SECCOMP, Sealing, given_up, met_memory_limit
 from jailer.steps import process
 
 #: A controller that floods its channel must not keep the supervisor from its signals.
@@ -245,6 +245,8 @@ class Supervisor:
         if number == signal.SIGABRT and record.progress is not Progress.SEALED:
             record.text = record.text or given_up(record.last_words)
             self._log.error(f"{name} cannot start: {record.text}")
+        elif met_memory_limit(record, number, code):
+            self._log.error(f"{name}: wall memory: it has met its limit of memory. {record.last_words}".rstrip())
         elif number == signal.SIGSYS and not record.wall:
             record.wall = WALL_SECCOMP
             self._log.error(f"{name}: wall seccomp: ended by the filter for a forbidden system call")
@@ -269,9 +271,7 @@ class Supervisor:
         self._ended = True
         self._end_deadline = 0.0
         if self._exit_code is None:
-            self._exit_code = exit_codes.of_signal(number) if number else code
-            if record.wall == WALL_SECCOMP:
-                self._exit_code = exit_codes.BAD_SYSCALL
+            self._exit_code = EXIT_CODES.get(record.wall) or (exit_codes.of_signal(number) if number else code)
         self._log_end = bool(number)  # an orderly end was logged by the controller itself
 
     def _await_workers_end(self) -> None:
@@ -473,8 +473,8 @@ class Supervisor:
         """In the child: let go of everything of the supervisor, then be the worker; does not return."""
         index = assignment.worker
         setup = self._setup
-        filters = of_cell(setup.filters, ROLE_VCPU)
-        context = cell.CellContext(self._plan, ROLE_VCPU, index, seal, filters, setup.landlock)
+        filters, limits = of_cell(setup.filters, ROLE_VCPU), setup.worker_limits(assignment)
+        context = cell.CellContext(self._plan, ROLE_VCPU, index, seal, filters, limits, setup.landlock)
 
         def prepare() -> tuple[int, ...]:
             setup.worker_cgroups.join(index)

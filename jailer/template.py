@@ -8,6 +8,7 @@ import time
 
 from base.lean_std import socket
 from base.lean_typing import Callable, NamedTuple
+from ipc import bounds
 from ipc.launch_plan import FORKED_AHEAD, Assignment, LaunchPlan, Seal
 from jailer import hot, pack
 from jailer.hot import heap
@@ -54,6 +55,7 @@ def warm() -> None:
     pack.remove()
     # Its entries hold names: each one that a cell replaces would cost it a page, for the count of the old name.
     sys._clear_type_cache()
+    heap.bound_threads(bounds.THREAD_STACK)
     heap.close_gaps()
     hot.gather_code()
     gc.freeze()

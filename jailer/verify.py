@@ -13,8 +13,8 @@ import os
 
 from base.errno_text import errno_text
 from base.lean_typing import Any, Callable, NamedTuple
-from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VMM, SECCOMP_OFF, LaunchPlan
-from jailer import walls
+from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VCPU, ROLE_VMM, SECCOMP_OFF, Assignment, LaunchPlan
+from jailer import bounds, walls
 from jailer.filters import RUNNING
 from jailer.settings import Limits
 from jailer.steps.identity import UNJAILED_CAPABILITIES
@@ -62,6 +62,8 @@ class Asked(NamedTuple):
     #: The cells have a pid namespace below the supervisor's, whose process 1 is the controller.
     cells_own_pids: bool
     jail_root: tuple[int, int] | None
+    #: The hard limits that this launch has inherited, or set for all: by resource (jailer.bounds).
+    inherited: dict[int, int]
     #: Files in the controller's root, under mounts that take something from them (jailer.steps.covers).
     read_only_files: tuple[str, ...] = ()
     closed_devices: tuple[str, ...] = ()
@@ -144,8 +146,13 @@ def open_proc() -> int:
     return os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
-def asked(plan: LaunchPlan, role: str, facts: Asked, stage: str = RUNNING) -> Walls:
-    """Return what the walls of a cell of this role have to be at this stage (jailer.filters)."""
+def asked(
+    plan: LaunchPlan, role: str, facts: Asked, stage: str = RUNNING, assignment: Assignment | None = None
+) -> Walls:
+    """Return what the walls of a cell of this role have to be at this stage (jailer.filters).
+
+    ``assignment`` is a worker's.
+    """
 
     def has(wall: str) -> bool:
         return wall not in plan.switched_off
@@ -177,7 +184,10 @@ def asked(plan: LaunchPlan, role: str, facts: Asked, stage: str = RUNNING) -> Wa
         walls_asked["namespaces"] = {"net": "own"}
     if facts.cells_own_pids and not _is_hidden(role, stage):
         walls_asked["pid_depth"] = 0 if role == ROLE_SUPERVISOR else 1
-    walls_asked["limits"] = _asked_limits(plan, role, facts, stage)
+    walls_asked["limits"] = {**_asked_limits(plan, role, facts, stage), **_asked_bounds(plan, role, facts, assignment)}
+    if role == ROLE_VCPU and stage == RUNNING:
+        # It has lowered that to what its guest needs, which it alone knows exactly.
+        walls_asked["limits"].pop(bounds.NAMES[bounds.ADDRESS_SPACE], None)
     return walls_asked
 
 
@@ -219,6 +229,12 @@ def _asked_limits(plan: LaunchPlan, role: str, facts: Asked, stage: str) -> dict
     if _is_hidden(role, stage) and walls.PROCESS_LIMIT not in plan.switched_off:
         limits["processes"] = ["0", "0"]
     return limits
+
+
+def _asked_bounds(plan: LaunchPlan, role: str, facts: Asked, assignment: Assignment | None) -> dict[str, list[str]]:
+    """What jailer.bounds sets, which is never more than --resource-limit allows."""
+    wanted = bounds.wanted(plan, role, assignment, facts.inherited)
+    return {bounds.NAMES[which]: [str(value) for value in pair] for which, pair in wanted.items()}
 
 
 def found(pid: int, proc: int, host: HostFacts, wanted: Walls) -> Walls:

@@ -33,7 +33,7 @@ def compare(setup: Setup, record: Cell, stage: str) -> list[str] | None:
     asked = setup.asked
     if record.role == ROLE_VCPU:
         asked = asked._replace(cgroup=setup.worker_cgroups.membership(record.index, asked.cgroup))
-    wanted = verify.asked(setup.plan, record.role, asked, stage)
+    wanted = verify.asked(setup.plan, record.role, asked, stage, record.assignment)
     if stage == SETUP:
         actual = verify.found(record.pid, setup.proc, setup.asked.host, wanted)
         wanted["landlock"] = setup.landlock.asked(record.role)

@@ -22,6 +22,8 @@ DEATH_SIGNAL = "death-signal"
 CORE_LIMIT = "core-limit"
 PROCESS_LIMIT = "process-limit"
 LANDLOCK = "landlock"
+MEMORY_LIMIT = "memory-limit"
+KERNEL_LIMITS = "kernel-limits"
 SECCOMP = "seccomp"
 DUMPABLE = "dumpable"
 VERIFY = "verify"
@@ -48,6 +50,8 @@ SWITCHES: dict[str, str] = {
     CORE_LIMIT: "a crash may write a core file",
     PROCESS_LIMIT: "a cell may create processes and threads (if the filter lets it)",
     LANDLOCK: "nothing but users and namespaces bounds files, abstract sockets and signals (filters aside)",
+    MEMORY_LIMIT: "a cell may take as much of the host's memory as the caller may",
+    KERNEL_LIMITS: "a cell may lock memory, make message queues, raise its priority; a worker may open more files",
     SECCOMP: "every system call is allowed",
     DUMPABLE: "processes of the same user may trace a cell and read its memory",
     VERIFY: "the walls are reported but a difference does not end the launch",

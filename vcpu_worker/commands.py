@@ -8,6 +8,7 @@ import time
 from base import faults
 from base.exit_codes import GENERIC_ERROR
 from base.lean_typing import Any, Callable
+from ipc import bounds
 from ipc.errors import IpcError
 from ipc.messages.ghosts import VCPU_STARTING
 from ipc.messages.records import MAX_TEXT
@@ -169,6 +170,7 @@ class Control:
         try:
             self._descriptors.receive()
             machine.configure(command, self._descriptors)
+            bounds.guest_runs(self._vm_changes.mapped_bytes)
             self._external_interrupt.attach(machine.external_interrupt, self._external_interrupt_risen)
             if not command.resumes_other:
                 self._external_interrupt.listen(ask=False)

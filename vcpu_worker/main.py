@@ -11,7 +11,7 @@ import zmq
 
 from base import faults
 from base.errors import CellblockError
-from base.exit_codes import GENERIC_ERROR
+from base.exit_codes import CELL_OUT_OF_MEMORY, GENERIC_ERROR
 from base.lean_std import socket
 from base.lean_typing import Any, Callable
 from base.threads import ZEROMQ_THREADS, MadeByLibrary
@@ -65,6 +65,11 @@ def run(
     starting = Starting(seal, plan)
     try:
         return _run(plan, assignment, channel, kvm_fd, starting)
+    except MemoryError:
+        if not starting.over:
+            raise
+        _complain(assignment.worker, "its limit of memory is reached")
+        return CELL_OUT_OF_MEMORY
     except Exception as error:
         if not starting.over:
             raise

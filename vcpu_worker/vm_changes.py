@@ -52,6 +52,11 @@ class VmChanges:
         """Is anything shown to the guest?"""
         return bool(self._slots)
 
+    @property
+    def mapped_bytes(self) -> int:
+        """Size of the mappings of what the guest is shown."""
+        return sum({id(mapping): mapping.size for mapping in self._slots.values()}.values())
+
     # ------------------------------------------------------------ memory
 
     def _map_memory(self, command: MapMemory, reply: Reply) -> None:

@@ -11,6 +11,7 @@ from base.errors import CellblockError
 from base.event_manager import EventManager
 from base.lean_std import socket
 from base.version import FIRECRACKER_VERSION
+from ipc import bounds
 from ipc.launch_plan import ROLE_VMM, LaunchPlan, Seal
 from vmm import file_limit
 from vmm.api.dispatch import Dispatcher
@@ -49,6 +50,8 @@ def run(plan: LaunchPlan, supervisor: socket.socket, seal: Seal) -> int:
         return _refuse(f"RunWithApiError error: {error}", exit_codes.GENERIC_ERROR)
     except CellblockError as error:
         return _refuse(str(error), exit_codes.GENERIC_ERROR)
+    except MemoryError:
+        return _refuse(f"The controller's limit of memory is reached ({bounds.describe()}).", exit_codes.GENERIC_ERROR)
     except Exception as error:  # a cell prints no traceback
         return _refuse(f"internal error: {type(error).__name__}: {error}", exit_codes.UNEXPECTED_ERROR)
 
@@ -123,7 +126,7 @@ class Program:
             self._clean_up(code := exit_codes.SIGXFSZ)
             return _log_end(code)
         except BaseException as error:
-            expected = isinstance(error, CellblockError)
+            expected = isinstance(error, CellblockError | MemoryError)
             METRICS["vmm"].store("panic_count", 0 if expected else 1)
             self._clean_up(exit_codes.GENERIC_ERROR if expected else exit_codes.UNEXPECTED_ERROR)
             raise

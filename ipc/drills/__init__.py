@@ -11,10 +11,22 @@ import os
 import time
 
 from base.lean_typing import Callable
-from ipc.drills import confinement, descriptors, files, kernel, memory, network, peers, privileges, processes, sockets
+from ipc.drills import (
+    confinement,
+    descriptors,
+    files,
+    floods,
+    kernel,
+    memory,
+    network,
+    peers,
+    privileges,
+    processes,
+    sockets,
+)
 from ipc.launch_plan import ROLE_RUNNING_VCPU, ROLE_SUPERVISOR, ROLE_VCPU, ROLE_VMM
 
-KINDS = (processes, peers, files, confinement, sockets, network, memory, kernel, privileges, descriptors)
+KINDS = (processes, peers, files, confinement, sockets, network, memory, kernel, privileges, descriptors, floods)
 ATTEMPTS: dict[str, Callable[[], str]] = {name: attempt for kind in KINDS for name, attempt in kind.ATTEMPTS.items()}
 AIMED: dict[str, Callable[[str], str]] = {name: attempt for kind in KINDS for name, attempt in kind.AIMED.items()}
 _ROLES = (ROLE_VCPU, ROLE_RUNNING_VCPU, ROLE_VMM, ROLE_SUPERVISOR)

@@ -21,6 +21,10 @@ _MAX_FREE = 10000
 #: What malloc keeps lists of: every 16 bytes up to 1 KiB, larger ones in ever wider steps.
 _CHUNKS = (65536, 32768, 16384, 8192, 4096, 2048, *range(1032, 8, -16))
 
+_M_ARENA_MAX = -8
+#: sizeof(pthread_attr_t) of x86-64 is 56.
+_PTHREAD_ATTR_SIZE = 64
+
 _fillers: list[object] = []
 
 
@@ -31,6 +35,22 @@ class _MallocInfo(ctypes.Structure):
             "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
         )
     )  # fmt: skip
+
+
+def bound_threads(stack_size: int) -> None:
+    """Let threads that are made from now on have stacks of this size, and allocate where the main thread does.
+
+    glibc gives each thread a stack as large as the caller's limit says (8 MiB), and 64 MiB of addresses for an arena of
+    its own, where the main thread has free places. Other C libraries have neither. mallopt(3), pthread_attr_init(3).
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "pthread_setattr_default_np"):
+        return
+    libc.mallopt(_M_ARENA_MAX, 1)
+    attributes = ctypes.create_string_buffer(_PTHREAD_ATTR_SIZE)
+    libc.pthread_attr_init(attributes)
+    libc.pthread_attr_setstacksize(attributes, ctypes.c_size_t(stack_size))
+    libc.pthread_setattr_default_np(attributes)
 
 
 def close_gaps() -> None:

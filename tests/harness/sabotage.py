@@ -14,7 +14,7 @@ sys.path[:0] = [sys.argv[1], os.path.join(sys.argv[1], ".venv/lib/python3.11/sit
 from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
 
-from jailer import syscalls  # noqa: E402
+from jailer import bounds, syscalls  # noqa: E402
 from jailer.steps import identity, process  # noqa: E402
 from tests.harness import stand_in  # noqa: E402  takes the other arguments
 
@@ -48,6 +48,7 @@ SABOTAGE: dict[str, Callable[[], None]] = {
     "uts": lambda: setattr(syscalls, "unshare", _without_flag(syscalls.CLONE_NEWUTS)),
     "core": lambda: setattr(identity, "forbid_core_files", _nothing),
     "processes": lambda: setattr(identity, "forbid_processes", _nothing),
+    "bounds": lambda: setattr(bounds, "apply", _nothing),
     "open-files": lambda: setattr(process.SetLimits, "do", _nothing),
 }
 

@@ -246,6 +246,11 @@ def fail_early() -> int:
     return 7
 
 
+def lower_limit() -> None:
+    """Have another limit than was asked for."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+
 def abort() -> int:
     with MadeByLibrary(0):
         os.write(2, b"Too many open files (src/signaler.cpp:345)\n")
@@ -267,7 +272,7 @@ BEFORE_SEAL: dict[str, Callable[[], int | None]] = {
     "fail-early": fail_early,
     "exit-unsealed": lambda: 0,
     "never-seal": lambda: time.sleep(60),
-    "lower-limit": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (100, 2048)),
+    "lower-limit": lower_limit,
     "extra-group": lambda: None,
     "abort": abort,
     "abort-without-a-thread": abort_without_a_thread,

@@ -326,5 +326,3 @@ def test_the_janitor_is_confined(base: Path) -> None:
         assert "pids:/firecracker" not in Path(f"/proc/{found[0]}/cgroup").read_text()
         jailed.stop()
         wait_for(lambda: not is_alive(found[0]), "the janitor's end")
-
-

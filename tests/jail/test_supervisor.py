@@ -89,7 +89,7 @@ def test_worker_whose_walls_differ_is_ended(base: Path) -> None:
     assert "worker 0 sealed" not in _lines(jailed)
     record = jailed.wall_records()["vcpu 0"]
     assert not record["verified"]
-    assert record["found"]["limits"]["open files"] == ["100", "2048"]
+    assert record["found"]["limits"]["open files"] == ["100", "264"]
     assert "vcpu 0 (pid " in jailed.log()
     assert "walls differ: limits:" in jailed.log()
 

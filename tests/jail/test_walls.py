@@ -146,8 +146,25 @@ def test_network_namespace(base: Path, cell: str) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 def test_limits(base: Path, cell: str) -> None:
     start = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (10000, 10000))}
-    assert _attack(base, f"{cell}:descriptor-bomb", ["limits"], start=start) == "open"
-    assert _attack(base, f"{cell}:descriptor-bomb", start=start) == "EMFILE"
+    own = ["kernel-limits"]  # a worker has a limit of its own beside that of the launch
+    assert _attack(base, f"{cell}:descriptor-bomb", ["limits", *own], start=start) == "open"
+    assert _attack(base, f"{cell}:descriptor-bomb", own, start=start) == "EMFILE"
+
+
+@pytest.mark.parametrize("drill", ["descriptor-bomb", "mlock"])
+def test_kernel_limits(base: Path, drill: str) -> None:
+    """Combination: without the filter and the limits of the launch."""
+    start = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (10000, 10000))}
+    off = ["seccomp", "limits"]
+    refused = {"descriptor-bomb": "EMFILE", "mlock": "EPERM"}[drill]
+    assert _attack(base, f"vcpu:{drill}", [*off, "kernel-limits"], start=start) == "open"
+    assert _attack(base, f"vcpu:{drill}", off, start=start) == refused
+
+
+@pytest.mark.parametrize("cell", ["vcpu", "vmm", "supervisor"])
+def test_memory_limit(base: Path, cell: str) -> None:
+    assert _attack(base, f"{cell}:memory-bomb=512", ["memory-limit"]) == "open"
+    assert _attack(base, f"{cell}:memory-bomb=512") == "ENOMEM"
 
 
 @pytest.mark.parametrize("cell", ["supervisor"])
@@ -246,6 +263,7 @@ SABOTAGED = {
     "uts": ("namespaces", ()),
     "core": ("limits", ()),
     "processes": ("limits", ()),
+    "bounds": ("limits", ()),
     "open-files": ("limits", ()),
 }
 

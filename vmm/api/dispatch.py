@@ -169,6 +169,8 @@ class Dispatcher:
         except RequestError as error:
             self._count(request.method, _counted(request), failed=True)
             return self._refused(str(error))
+        except MemoryError:
+            raise  # the limit of this process is met: whatever has led to it, nothing can be relied on any more
         except Exception as error:  # a fault of ours, which must not end the microVM
             self._count(request.method, _counted(request), failed=True)
             return self._refused(f"Internal VMM error: {_where(error)}")
@@ -185,6 +187,8 @@ class Dispatcher:
             result = self.execute(call)
         except OperationError as error:
             return self._refused(str(error), error.status, deprecation=deprecated)
+        except MemoryError:
+            raise
         except Exception as error:  # a fault of ours: say so, and keep the microVM
             return self._refused(f"Internal VMM error: {_where(error)}", deprecation=deprecated)
         return self._succeeded(call, result, start)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 from base.lean_typing import Any, Callable, Sequence
+from ipc.launch_plan import MAX_IPI_PATHS
 from ipc.messages import descriptors
 from ipc.messages.ghosts import (
     GHOST_INIT,
@@ -32,7 +33,7 @@ from vmm.errors import VmmError
 from vmm.placement import Placement
 
 #: A Linux guest uses four per vCPU. A guest that uses more has them forwarded by messages.
-MAX_PATHS = 512
+MAX_PATHS = MAX_IPI_PATHS
 
 
 class GhostForwarder:

@@ -7,6 +7,7 @@ import os
 from base import faults
 from base.errors import CellblockError
 from base.event_manager import EventManager
+from ipc import bounds
 from ipc.guest_memory import GuestMemory
 from ipc.launch_plan import LaunchPlan
 from ipc.messages.records import BootRegisters, CpuidEntry
@@ -37,6 +38,7 @@ class MicrovmBuilder:
         self._events = events
         self._supervisor = supervisor
         self._pool = WorkerPool(plan, events, supervisor)
+        self._limits_lowered = False
 
     def bind(self) -> None:
         """Make what has to exist when the filter goes on (:meth:`WorkerPool.bind`)."""
@@ -56,9 +58,13 @@ class MicrovmBuilder:
         descriptor = self._supervisor.create_memory(size)
         try:
             with file_limit.Tolerated():  # memory is no file: who cannot write it as one has other ways
-                return self._build(resources, size, descriptor, run=run)
+                vmm = self._build(resources, size, descriptor, run=run)
         finally:
             os.close(descriptor)  # the mappings keep it alive
+        if not self._limits_lowered:  # what the plan has bounded until now is bounded by this machine from here on
+            self._limits_lowered = True
+            bounds.guest_runs(size, unpacks_again=resources.machine_config.restarts)
+        return vmm
 
     def _build(self, resources: VmResources, size: int, descriptor: int, *, run: bool) -> Vmm:
         memory = GuestMemory(descriptor, size, ram_regions(size))
@@ -78,7 +84,8 @@ class MicrovmBuilder:
             _log_placement(placement, self._plan)
         try:
             assembly.attach_devices(resources.options, self._plan)
-            boot = load_boot_source(resources, memory, self._plan, assembly.devices.virtio_mmio_devices())
+            with bounds.Unpacking():
+                boot = load_boot_source(resources, memory, self._plan, assembly.devices.virtio_mmio_devices())
             faults.visit("vmm.kernel_loaded")
             self._start_workers(assembly, resources, boot)
             faults.visit("vmm.configured")

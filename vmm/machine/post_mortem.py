@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 TAIL_LENGTH = 1024
 
 
+#: The wall that ends a cell which gets no more memory; the supervisor names it.
+WALL_MEMORY = "memory"
+
+
 class Cause(Enum):
     """Why a microVM failed."""
 
@@ -52,6 +56,8 @@ def of_end(worker: Worker, notice: CellEnded) -> Failure:
         failure = Failure(Cause.SIGNAL, number, text, exit_codes.of_signal(notice.signal))
     if notice.wall:
         failure = failure._replace(cause=Cause.WALL, detail=notice.wall, text=f"{text}, by its {notice.wall} wall")
+    if notice.wall == WALL_MEMORY:
+        failure = failure._replace(exit_code=exit_codes.GENERIC_ERROR)
     if notice.text:
         failure = failure._replace(text=f"{name} could not start: {notice.text}")
     return failure._replace(text=f"{failure.text}.")

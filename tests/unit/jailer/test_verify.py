@@ -6,9 +6,11 @@ import os
 import resource
 from pathlib import Path
 
-from ipc.launch_plan import MAX_MEMORY_BYTES, MAX_WORKERS, LaunchPlan
-from jailer import verify, walls
+from ipc.launch_plan import MAX_MEMORY_BYTES, MAX_WORKERS, Assignment, LaunchPlan
+from jailer import bounds, verify, walls
 from jailer.filters import RUNNING, SETUP
+
+WORKER = Assignment(0, (0,), ())
 
 
 def _plan(**changed: object) -> LaunchPlan:
@@ -23,11 +25,13 @@ def _plan(**changed: object) -> LaunchPlan:
 
 def _facts(**changed: object) -> verify.Asked:
     host = verify.HostFacts(dict.fromkeys(verify.NAMESPACES, 1), 0, True)
-    return verify.Asked(host, None, "0::/\n", False, False, False, (1, 2))._replace(**changed)  # type: ignore[arg-type]
+    inherited = dict.fromkeys(bounds.NAMES, resource.RLIM_INFINITY)
+    facts = verify.Asked(host, None, "0::/\n", False, False, False, (1, 2), inherited)
+    return facts._replace(**changed)  # type: ignore[arg-type]
 
 
 def test_each_wall_is_asked_for_unless_it_is_switched_off() -> None:
-    full = verify.asked(_plan(), "vcpu", _facts(), SETUP)
+    full = verify.asked(_plan(), "vcpu", _facts(), SETUP, WORKER)
     for wall, key in (
         (walls.IDENTITY, "uid"),
         (walls.CAPABILITIES, "capabilities"),
@@ -36,8 +40,12 @@ def test_each_wall_is_asked_for_unless_it_is_switched_off() -> None:
     ):
         assert key in full
         assert key not in verify.asked(_plan(switched_off=(wall,)), "vcpu", _facts(), SETUP), wall
-    assert full["limits"] == {"core file size": ["0", "0"]}
-    off = (walls.CORE_LIMIT, walls.PROCESS_LIMIT)
+    others = {"data size", "address space", "stack size"}, {"open files", "locked memory", "msgqueue size"}
+    assert set(full["limits"]) > {"core file size"}.union(*others)
+    for wall, limits in zip((walls.MEMORY_LIMIT, walls.KERNEL_LIMITS), others, strict=True):
+        left = verify.asked(_plan(switched_off=(wall,)), "vcpu", _facts(), SETUP, WORKER)["limits"]
+        assert limits.isdisjoint(left), wall
+    off = (walls.CORE_LIMIT, walls.PROCESS_LIMIT, walls.MEMORY_LIMIT, walls.KERNEL_LIMITS)
     assert verify.asked(_plan(switched_off=off), "vcpu", _facts())["limits"] == {}
     assert "seccomp" not in verify.asked(_plan(seccomp="off"), "vcpu", _facts())
     assert full["namespaces"] == {"mnt": "own", "ipc": "own", "uts": "own", "net": "own", "pid": "host"}
@@ -82,8 +90,9 @@ def test_a_process_is_ending_when_it_is_a_zombie() -> None:
 
 def test_what_is_asked_of_a_hidden_cell_can_be_read_of_it() -> None:
     """The kernel shows neither namespaces nor root of a process that is not dumpable."""
+    bounded = (walls.MEMORY_LIMIT, walls.KERNEL_LIMITS)
     for role in ("vmm", "vcpu"):
-        running = verify.asked(_plan(), role, _facts(), RUNNING)
+        running = verify.asked(_plan(switched_off=bounded), role, _facts(), RUNNING)
         assert {"namespaces", "root", "cgroup"} & set(running) == set()
         assert running["limits"] == {"core file size": ["0", "0"], "processes": ["0", "0"]}
     assert "namespaces" in verify.asked(_plan(), "supervisor", _facts())  # it reads its own
