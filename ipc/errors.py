@@ -41,6 +41,12 @@ class RingError(IpcError):
     code = "ipc.ring"
 
 
+class BlockedEventError(IpcError):
+    """A write to an eventfd that another process shares had to wait: that process has made it so."""
+
+    code = "ipc.event"
+
+
 class GuestMemoryError(IpcError):
     """An access outside guest RAM, or guest memory that cannot be mapped. ``errno`` is 0 unless a call failed."""
 

@@ -19,6 +19,7 @@ from time import monotonic_ns
 
 from ipc.errors import RingError
 from ipc.launch_plan import MAX_WORKERS
+from ipc.shared_event import raise_event
 from ipc.shared_memory import PAGE_SIZE, fence
 
 MAGIC = 0x3130_474E_4952_4243  # "CBRING01" in little-endian byte order
@@ -379,7 +380,10 @@ class ExitRingConsumer:
             raise RingError(f"entry {entry.sequence}: count {entry.count}")
 
     def complete(self, answer: int = 0) -> None:
-        """Mark the taken entry as executed, with the value for a read, and wake a waiting producer."""
+        """Mark the taken entry as executed, with the value for a read, and wake a waiting producer.
+
+        Raises BlockedEventError (ipc.shared_event).
+        """
         assert self._pending, "no entry was taken"
         words = self._words
         done = self._done + 1
@@ -393,13 +397,7 @@ class ExitRingConsumer:
         # Once for each number: behind a full ring the producer's word stays until it gets to run.
         if waiting and waiting <= done and waiting != self._woken:
             self._woken = waiting
-            self._wake()
-
-    def _wake(self) -> None:
-        try:
-            os.eventfd_write(self._completion, 1)
-        except BlockingIOError:
-            pass  # the counter is at its maximum: it is signalled
+            raise_event(self._completion)
 
     def awake(self) -> None:
         """Say that the consumer looks at the ring by itself; no doorbell is needed until :meth:`sleep`."""

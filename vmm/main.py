@@ -13,7 +13,7 @@ from base.lean_std import socket
 from base.version import FIRECRACKER_VERSION
 from ipc import bounds
 from ipc.launch_plan import ROLE_VMM, LaunchPlan, Seal
-from vmm import file_limit
+from vmm import file_limit, stall_watch
 from vmm.api.dispatch import Dispatcher
 from vmm.api.server import ApiServer, ApiSocketError, bind
 from vmm.api.streams import EventStreams
@@ -88,6 +88,7 @@ class Program:
         self._events = EventManager()
         self._supervisor = SupervisorClient(supervisor, plan.epoch, self._events)
         file_limit.catch()
+        stall_watch.catch()
         LOG.instance_id = command_line.id
         LOG.configure(LoggerConfig.of(command_line))
         METRICS.instance_id = command_line.id

@@ -10,6 +10,7 @@ import time
 from base import exit_codes
 from base.lean_typing import TYPE_CHECKING
 from base.version import APP_NAME, FIRECRACKER_VERSION
+from ipc.errors import BlockedEventError
 from vmm.config import file as config_file
 from vmm.cpu_config import dump
 from vmm.errors import VmmError
@@ -132,7 +133,12 @@ class Session:
     def run(self) -> int:
         """Run the event loop until the program must end; return its exit code."""
         while (code := self.exit_code()) is None:
-            self._events.run()
+            try:
+                self._events.run()
+            except BlockedEventError as error:
+                if self.vmm is None:
+                    raise
+                self.vmm.ending.event_blocked(f"{error}: the machine is ended.")
             if self.vmm is not None and self.vmm.restart_wanted and self.exit_code() is None:
                 self._restart(self.vmm)
         return code

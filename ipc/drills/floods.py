@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import select
 import struct
 
 from base.lean_typing import Callable
+from ipc import exit_ring
 from ipc.drills.calls import Attempt, system_call
 
 _LIMIT = 1 << 30
 _SENDTO = 44
+_SERIAL_STATUS = 0x3FD
 _BLOCK = 1 << 20
 #: ZMTP 3 (RFC 23): flags of a frame.
 _MORE, _LONG = 1, 2
@@ -58,5 +61,30 @@ def _find_stream(block: bytes) -> tuple[int, int]:
     raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
 
 
+def _block(what: str) -> str:
+    """Fill eventfds that the controller writes to and make them blocking; ``ring``: and have it write to one."""
+    if what == "ring":
+        producers = [each for each in gc.get_objects() if type(each).__name__ == "ExitRingProducer"]
+        for producer in producers:
+            _fill(producer._completion)
+            producer.words[exit_ring.WORD_WAITING] = producer._sequence + 1
+            producer._publish(exit_ring.KIND_PIO_READ, _SERIAL_STATUS, 1, 0, exit_ring.FLAG_SYNCHRONOUS, 1, 0)
+        return f"{len(producers)} rings"
+    lines = next(each._interrupts for each in gc.get_objects() if type(each).__name__ == "Machine")
+    for eventfd in lines.values():
+        _fill(eventfd)
+    return f"{len(lines)} interrupts"
+
+
+def _fill(eventfd: int) -> None:
+    os.set_blocking(eventfd, False)
+    try:
+        os.eventfd_write(eventfd, (1 << 64) - 2)
+    except BlockingIOError:
+        os.eventfd_read(eventfd)
+        os.eventfd_write(eventfd, (1 << 64) - 2)
+    os.set_blocking(eventfd, True)
+
+
 ATTEMPTS: dict[str, Attempt] = {}
-AIMED: dict[str, Callable[[str], str]] = {"exhaust": _exhaust, "flood": _flood}
+AIMED: dict[str, Callable[[str], str]] = {"exhaust": _exhaust, "flood": _flood, "block-events": _block}

@@ -133,3 +133,30 @@ def test_without_the_limit_the_controller_takes_what_it_is_sent(base: Path) -> N
         jailed.start()
         pid = wait_for(lambda: jailed.cells().get("vmm") if jailed.pid_file.exists() else None, jailed.describe)
         wait_for(lambda: int(status(pid)["VmData"].split()[0]) << 10 > 4 * _CONTROLLER, jailed.describe)
+
+
+# ---------------------------------------------------------------- eventfds that a worker shares
+
+
+@pytest.mark.parametrize("what", ["ring", "interrupts"])
+def test_a_worker_without_its_filter_stops_the_controller_for_seconds_only(base: Path, what: str) -> None:
+    """It makes eventfds blocking and full: the controller's next write to one waits until it is interrupted."""
+    with microvm(base, "--drill", f"vcpu-running:block-events={what}", "--without", "seccomp") as jailed:
+        _prepared(jailed)
+        with suppress(OSError, ClientError):
+            jailed.api("PUT", "/actions", {"action_type": "InstanceStart"})
+            wait_for(lambda: f"drill block-events={what}: succeeded" in jailed.output(), jailed.describe)
+            if what == "interrupts":
+                assert jailed.api("GET", "/").status == 200
+                jailed.api("PUT", "/actions", {"action_type": "SendCtrlAltDel"})
+        wait_for(lambda: _ended(jailed), jailed.describe)
+        assert jailed.process.returncode == 1
+        assert "a worker made an eventfd blocking that it shares, and filled it" in jailed.output()
+
+
+@pytest.mark.parametrize("what", ["ring", "interrupts"])
+def test_the_filter_keeps_shared_eventfds_as_they_are(base: Path, what: str) -> None:
+    with microvm(base, "--drill", f"vcpu-running:block-events={what}") as jailed:
+        _prepared(jailed)
+        jailed.api("PUT", "/actions", {"action_type": "InstanceStart"})
+        wait_for(lambda: re.search(r"vcpu 0 .*: wall seccomp: ", jailed.log()), jailed.describe)

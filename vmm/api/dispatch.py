@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 
 from base.lean_typing import TYPE_CHECKING, Any
+from ipc.errors import BlockedEventError
 from vmm.api.endpoints import instance, machine, memory, mmds, network, observe, snapshot, storage, vcpus
 from vmm.api.endpoints.table import BAD_JSON, Endpoint, OperationError, RequestError, checked_id, unknown_path
 from vmm.api.http import TakeOver, render_response
@@ -187,8 +188,8 @@ class Dispatcher:
             result = self.execute(call)
         except OperationError as error:
             return self._refused(str(error), error.status, deprecation=deprecated)
-        except MemoryError:
-            raise
+        except (MemoryError, BlockedEventError):
+            raise  # it ends the machine, whatever was asked for
         except Exception as error:  # a fault of ours: say so, and keep the microVM
             return self._refused(f"Internal VMM error: {_where(error)}", deprecation=deprecated)
         return self._succeeded(call, result, start)

@@ -7,8 +7,6 @@ All of it is driven by callbacks: nothing here waits, so that exits go on being 
 
 from __future__ import annotations
 
-import os
-
 from base.lean_typing import Any, Callable, Sequence
 from ipc.launch_plan import MAX_IPI_PATHS
 from ipc.messages import descriptors
@@ -27,6 +25,7 @@ from ipc.messages.ghosts import (
     StartVcpu,
 )
 from ipc.messages.records import Failed
+from ipc.shared_event import raise_event
 from vmm.cells.vms import IpiPath, WorkerVms
 from vmm.cells.worker import Worker
 from vmm.errors import VmmError
@@ -93,10 +92,10 @@ class GhostForwarder:
         path = self._vms.paths.get((vcpu, vector))
         if path is None:
             path = self._vms.add_path(vcpu, vector, owner.index)
-            os.eventfd_write(path.eventfd, 1)
+            raise_event(path.eventfd)
             self._open_target(path, owner, vcpu, vector)
         else:
-            os.eventfd_write(path.eventfd, 1)  # raised at once or, if the owner is not ready yet, as soon as it is
+            raise_event(path.eventfd)  # raised at once or, if the owner is not ready yet, as soon as it is
 
         def open_source() -> None:
             if source.index in path.sources:

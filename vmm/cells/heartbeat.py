@@ -6,6 +6,7 @@ import time
 
 from base.event_manager import EventOps, Events
 from base.lean_typing import Callable
+from vmm import stall_watch
 from vmm.cells.lifecycle import SECOND_NS
 from vmm.cells.worker import Worker
 from vmm.errors import VmmError
@@ -56,6 +57,7 @@ class Heartbeat:
         """Subscriber: nothing is watched here but time."""
 
     def _beat(self, ops: EventOps) -> None:
+        stall_watch.alive()
         now = time.monotonic_ns()
         if now - self._last_beat >= 2 * INTERVAL_NS:
             for pulse in self._pulses.values():

@@ -12,6 +12,7 @@ import select
 
 from base.lean_typing import TYPE_CHECKING, Callable, NamedTuple
 from ipc.schema import Flag, RecordOf, Section
+from ipc.shared_event import raise_event
 from vmm.errors import DeviceError
 from vmm.layout import FIRST_DEVICE_GSI, IOAPIC_PIN_COUNT, LAST_DEVICE_GSI
 
@@ -96,10 +97,7 @@ class InterruptLine:
     def deliver(self) -> None:
         """Pass an edge on, at the end of the batch or at once."""
         self._due = False
-        try:
-            os.eventfd_write(self.eventfd, 1)
-        except BlockingIOError:
-            pass  # saturated: it is pending anyway
+        raise_event(self.eventfd)
         for receive in self._receivers:
             receive()
 

@@ -12,7 +12,7 @@ from ipc.guest_memory import GuestMemory
 from ipc.launch_plan import LaunchPlan
 from ipc.messages.records import BootRegisters, CpuidEntry
 from ipc.messages.worker import HostCpuRead, ReadHostCpu
-from vmm import file_limit
+from vmm import file_limit, stall_watch
 from vmm.cells.clocks import synchronise_clocks
 from vmm.cells.pool import WorkerPool
 from vmm.cells.supervisor import SupervisorClient
@@ -54,11 +54,15 @@ class MicrovmBuilder:
         Raises VmmError; then nothing of it is left.
         """
         faults.visit("vmm.instance_start")
+        stall_watch.alive()  # workers get descriptors of ours from here on; when it runs, the heartbeat goes on
         size = resources.machine_config.mem_size_mib * MIB
         descriptor = self._supervisor.create_memory(size)
         try:
             with file_limit.Tolerated():  # memory is no file: who cannot write it as one has other ways
                 vmm = self._build(resources, size, descriptor, run=run)
+        except BaseException:
+            stall_watch.off()
+            raise
         finally:
             os.close(descriptor)  # the mappings keep it alive
         if not self._limits_lowered:  # what the plan has bounded until now is bounded by this machine from here on

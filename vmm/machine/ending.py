@@ -77,6 +77,10 @@ class Ending:
         """An interrupt between vCPUs was lost: the guest cannot go on."""
         self._fail_once(Failure(Cause.INTERRUPT, "forwarding", text, exit_codes.GENERIC_ERROR), None)
 
+    def event_blocked(self, text: str) -> None:
+        """A worker has stopped the loop for a while. Which one it was cannot be told."""
+        self._fail_once(Failure(Cause.PROTOCOL, "", text, exit_codes.GENERIC_ERROR), None)
+
     def _ghost_recovered(self, worker: Worker, event: GhostRecovered) -> None:
         text = f"Worker vcpu {worker.index}: {event.text}."
         if event.fatal:

@@ -11,7 +11,7 @@ from tests.harness.source_tree import SourceTree, differences
 from tests.unit.house import exceptions
 
 ORDER = (
-    "errors", "files", "file_limit", "layout", "placement", "cli",
+    "errors", "files", "file_limit", "stall_watch", "layout", "placement", "cli",
     "json",
     "observe",
     "boot", "cpu_config", "mmds", "devices",

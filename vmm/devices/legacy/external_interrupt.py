@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 
 from ipc.exit_ring import ACKNOWLEDGED, ACKNOWLEDGED_MORE
+from ipc.shared_event import raise_event
 from vmm.devices.legacy.pic import Pic
 
 
@@ -33,10 +34,7 @@ class ExternalInterrupt:
         if self._told:
             return
         self._told = True
-        try:
-            os.eventfd_write(self.eventfd, 1)
-        except BlockingIOError:
-            pass  # the worker has filled the counter; it is signalled
+        raise_event(self.eventfd)
 
     def acknowledge(self) -> int:
         """Answer the worker: 0 if the line is low, else the vector with ACKNOWLEDGED, and _MORE if it stays high."""

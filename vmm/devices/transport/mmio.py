@@ -13,6 +13,7 @@ from base.lean_typing import Callable, NamedTuple
 from ipc.device_pages import REGISTER_PAGE_SIZE
 from ipc.guest_memory import GuestMemory
 from ipc.schema import U16, U32, U64, Int, RecordOf, Section, Text
+from ipc.shared_event import raise_event
 from virtio.device import VirtioDevice
 from vmm.devices.bus import Device
 from vmm.devices.interrupts import InterruptLine
@@ -148,10 +149,7 @@ class MmioTransport(Transport, Device):
     def _notify(self, queue: int) -> None:
         """A notification that KVM did not take."""
         if queue < len(self.kicks):
-            try:
-                os.eventfd_write(self.kicks[queue], 1)
-            except BlockingIOError:
-                pass  # saturated: it is pending anyway
+            raise_event(self.kicks[queue])
 
     def _write_config(self, offset: int, data: bytes) -> None:
         if self.registers.takes_config():
