@@ -90,7 +90,12 @@ _TOLD = re.compile(
 
 
 def _controller(jailed: JailedMicrovm) -> int:
-    return int(wait_for(lambda: jailed.pid_file.exists() and jailed.cells().get("vmm"), jailed.describe))
+    """Wait for it; the pid file is made first, and written then."""
+
+    def there() -> int | None:
+        return jailed.cells().get("vmm") if jailed.pid_file.exists() and jailed.pid_file.read_text() else None
+
+    return int(wait_for(there, jailed.describe))
 
 
 def _flood(jailed: JailedMicrovm, other: JailedMicrovm) -> int:
@@ -131,7 +136,7 @@ def test_parts_without_end(base: Path, scale: Scale, part: int, full: int) -> No
 def test_without_the_limit_the_controller_takes_what_it_is_sent(base: Path) -> None:
     with microvm(base, "--drill", "flood=1000", "--without", "memory-limit") as jailed:
         jailed.start()
-        pid = wait_for(lambda: jailed.cells().get("vmm") if jailed.pid_file.exists() else None, jailed.describe)
+        pid = _controller(jailed)
         wait_for(lambda: int(status(pid)["VmData"].split()[0]) << 10 > 4 * _CONTROLLER, jailed.describe)
 
 
