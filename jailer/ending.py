@@ -1,11 +1,32 @@
-"""How the visible process ends where an exit status does not say it: by the signal that it was sent."""
+"""How the microVM ends: what its exit code will be, how long its controller has for it, and by what signal it dies."""
 
 from __future__ import annotations
 
 import os
+import time
 
 from base.lean_std import signal
 from jailer import cli
+
+
+class Ending:
+    """What is known of the microVM's end so far. Its parts are decided once, by whoever knows first."""
+
+    __slots__ = ("deadline", "dies_by", "ended", "exit_code")
+
+    def __init__(self) -> None:
+        self.exit_code: int | None = None
+        #: The signal that the visible process has to die by, 0 if its exit code says how the microVM ended.
+        self.dies_by = 0
+        #: Until when the controller has to have ended in order; 0 if it does not have to end.
+        self.deadline = 0.0
+        #: The controller has ended.
+        self.ended = False
+
+    def expect_within(self, seconds: float) -> None:
+        """The controller is to end in order within this time, unless it has less already."""
+        if not self.deadline:
+            self.deadline = time.monotonic() + seconds
 
 
 def die_by(number: int) -> None:

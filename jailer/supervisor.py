@@ -1,6 +1,7 @@
-"""The supervisor: forks workers, verifies every cell, tells the controller who ended, ends everything together.
+"""The supervisor: has cells forked and verified, tells the controller who ended, ends everything together.
 
-Single-threaded, driven by poll(2), forks only from here. What the controller may ask for is in the plan.
+Single-threaded, driven by poll(2). What the controller asks for is answered in jailer.requests, cells are forked in
+jailer.spawner, their walls verified in jailer.sealing.
 """
 
 from __future__ import annotations
@@ -12,43 +13,21 @@ import struct
 import sys
 import time
 
-from base import exit_codes, faults, threads, timeline
-from base.errno_text import errno_text
+from base import exit_codes, faults, timeline
 from base.lean_std import signal, signal_name, socket
-from base.lean_typing import Any, Callable
-from ipc import descriptors
-from ipc.channel import PairChannel
-from ipc.errors import IpcError
-from ipc.launch_plan import ENDPOINT_BOUND, ROLE_SUPERVISOR, ROLE_VCPU, Assignment
-from ipc.messages.records import Failed
-from ipc.messages.supervisor import (
-    SUPERVISOR,
-    CellEnded,
-    CreateMemory,
-    MemoryCreated,
-    Shutdown,
-    SignalCell,
-    Signalled,
-    SignalNoticed,
-    Spawn,
-    Spawned,
-)
-from jailer import cell, syscalls, verify
-from jailer.cell_output import LogPipe
+from ipc.launch_plan import ROLE_SUPERVISOR
+from ipc.messages.supervisor import CellEnded, Shutdown, SignalNoticed
+from jailer import syscalls, verify
 from jailer.cell_record import SEAL_TIMEOUT_S, Cell, Progress, Setup
+from jailer.ending import Ending
 from jailer.errors import StepError
-from jailer.filters import of_cell
 from jailer.outputs import Outputs
-from jailer.plan import refuse_assignment
+from jailer.requests import Requests
 from jailer.sealing import EXIT_CODES, WALL_SECCOMP, Sealing, given_up, met_memory_limit
-from jailer.steps import process
+from jailer.spawner import Spawner
 
-#: A controller that floods its channel must not keep the supervisor from its signals.
-MAX_MESSAGES_PER_TURN = 16
-_CELL_SIGNALS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT)
-#: How long the controller may take to end in order after it was asked to, and after it closed its channel itself.
+#: How long the controller may take to end in order after it was asked to.
 SHUTDOWN_GRACE_S = 0.6
-CLOSING_GRACE_S = 5.0
 #: How long killed cells may take to disappear.
 REAP_TIMEOUT_S = 5.0
 
@@ -61,28 +40,22 @@ class Supervisor:
         self._plan = setup.plan
         self._log = setup.log
         self._signals = signals
-        channel.setblocking(False)
-        self._channel: PairChannel | None = PairChannel(channel, SUPERVISOR, setup.plan.epoch)
         self._controller = controller
         self._cells: dict[int, Cell] = {controller.pid: controller}
         self._pid = os.getpid()
-        self._exit_code: int | None = None
-        #: The signal that the visible process has to die by, 0 if its exit code says how the microVM ended.
-        self.dies_by = 0
-        self._end_deadline = 0.0
-        self._ended = False
+        self._ending = Ending()
         self._sealing = Sealing(setup, controller, self._fail_cell)
         self._outputs = Outputs(self._cells, setup.log)
         self._log_end = False
         #: All our walls are closed: requests are served, workers forked.
         self._confined = False
-        #: The worker that was forked without being asked for, and the controller's end of its descriptor channel.
-        self._ahead: tuple[Assignment, Cell, socket.socket] | None = None
-        self._handlers: dict[type[Any], Callable[[Any, int], None]] = {
-            Spawn: self._spawn,
-            SignalCell: self._signal_cell,
-            CreateMemory: self._create_memory,
-        }
+        self._spawner = Spawner(setup, self._cells, channel)
+        self._requests = Requests(setup, controller, channel, self._spawner, self._ending)
+
+    @property
+    def dies_by(self) -> int:
+        """The signal that the visible process has to die by, 0 if its exit code says how the microVM ended."""
+        return self._ending.dies_by
 
     # ------------------------------------------------------------ loop
 
@@ -92,11 +65,11 @@ class Supervisor:
         self._let_go_of_files()
         if self._plan.drills:
             self._run_drills()
-        self._fork_ahead()
-        while not self._ended:
+        self._spawner.fork_ahead()
+        while not self._ending.ended:
             self._turn()
         self._await_workers_end()
-        code = exit_codes.GENERIC_ERROR if self._exit_code is None else self._exit_code
+        code = exit_codes.GENERIC_ERROR if self._ending.exit_code is None else self._ending.exit_code
         if marks := timeline.collected():
             self._log.record({"timeline": marks})
         if self._log_end:
@@ -115,7 +88,7 @@ class Supervisor:
 
     def _let_go_of_files(self) -> None:
         """Put our layer of Landlock in force: the first walls of the controller are read, no worker is there yet."""
-        while self._controller.progress is Progress.FORKED and not self._ended:
+        while self._controller.progress is Progress.FORKED and not self._ending.ended:
             self._turn()
         try:
             self._setup.landlock.enforce(ROLE_SUPERVISOR)
@@ -127,8 +100,8 @@ class Supervisor:
         ready = self._poll()
         if self._signals in ready:
             self._read_signals()
-        if self._confined and self._channel is not None and self._channel.fileno() in ready:
-            self._serve()  # first: a worker's way to its guest is the longest
+        if self._confined and self._requests.fileno() in ready:
+            self._requests.serve()  # first: a worker's way to its guest is the longest
         for record in list(self._cells.values()):
             if record.listener in ready:
                 self._sealing.notified(record)
@@ -144,8 +117,8 @@ class Supervisor:
     def _poll(self) -> set[int]:
         poll = select.poll()
         poll.register(self._signals, select.POLLIN)
-        if self._confined and self._channel is not None:
-            poll.register(self._channel.fileno(), select.POLLIN)
+        if self._confined and self._requests.fileno() >= 0:
+            poll.register(self._requests.fileno(), select.POLLIN)
         for record in self._cells.values():
             if record.seal is not None:
                 poll.register(record.seal.fileno(), select.POLLIN)
@@ -160,17 +133,17 @@ class Supervisor:
         if self._confined and not self._sealing.reported:
             return 0  # there is something to do when nobody wants anything
         deadlines = [record.deadline for record in self._cells.values() if record.seal is not None]
-        if self._end_deadline:
-            deadlines.append(self._end_deadline)
+        if self._ending.deadline:
+            deadlines.append(self._ending.deadline)
         deadlines += self._outputs.deadlines()
         soonest = min(deadlines, default=math.inf)
         return None if soonest == math.inf else max(0, int((soonest - time.monotonic()) * 1000) + 1)
 
     def _check_deadlines(self) -> None:
         now = time.monotonic()
-        if self._end_deadline and now >= self._end_deadline:
+        if self._ending.deadline and now >= self._ending.deadline:
             self._log.error(f"{self._controller.name} (pid {self._controller.pid}) did not end in order; killed")
-            self._end_deadline = 0.0
+            self._ending.deadline = 0.0
             self._controller.kill()
         for record in self._cells.values():
             if record.seal is not None and now >= record.deadline:
@@ -202,20 +175,20 @@ class Supervisor:
         """SIGPIPE ends nothing: whoever writes hears of the broken pipe from the call that failed."""
         text = f"Received signal {number}, code {code}."
         self._log.error(text)
-        if self._controller.seal is None and self._exit_code is None:
-            self._send(SignalNoticed(number, text))
+        if self._controller.seal is None and self._ending.exit_code is None:
+            self._requests.send(SignalNoticed(number, text))
 
     def _end_by_signal(self, number: int, code: int) -> None:
         """Somebody ends the microVM by a signal to the visible process."""
-        if self._exit_code is not None:
+        if self._ending.exit_code is not None:
             return
-        self._exit_code = exit_codes.of_intercepted(number)
+        self._ending.exit_code = exit_codes.of_intercepted(number)
         if number in exit_codes.DIE_BY:
-            self.dies_by = number
+            self._ending.dies_by = number
         text = f"Shutting down VM after intercepting signal {number}, code {code}."
         self._log.error(text)
-        if self._controller.seal is None and self._send(Shutdown(self._exit_code, text)):
-            self._end_deadline = time.monotonic() + SHUTDOWN_GRACE_S
+        if self._controller.seal is None and self._requests.send(Shutdown(self._ending.exit_code, text)):
+            self._ending.deadline = time.monotonic() + SHUTDOWN_GRACE_S
         else:
             self._controller.kill()
 
@@ -254,24 +227,21 @@ class Supervisor:
             self._log.error(f"{name} was ended by signal {number} ({signal_name(number)})")
         if record is self._controller:
             self._controller_ended(record, number, code)
-        elif self._ahead is not None and record is self._ahead[1]:
-            self._ahead[2].close()
-            self._ahead = None  # the controller does not know of it; when it asks, another one is forked
-        elif not self._ended_with_controller(record):
-            self._send(CellEnded(record.index, record.pid, code, number, record.wall, record.text))
+        elif not self._spawner.forget_ahead(record) and not self._ended_with_controller(record):
+            self._requests.send(CellEnded(record.index, record.pid, code, number, record.wall, record.text))
         record.close()
 
     def _ended_with_controller(self, record: Cell) -> bool:
         """Is the controller ending? As process 1 it takes the others along, and has ended when they were reaped."""
         if record is self._controller:
             return False
-        return self._ended or verify.is_ending(self._controller.pid, self._setup.proc)
+        return self._ending.ended or verify.is_ending(self._controller.pid, self._setup.proc)
 
     def _controller_ended(self, record: Cell, number: int, code: int) -> None:
-        self._ended = True
-        self._end_deadline = 0.0
-        if self._exit_code is None:
-            self._exit_code = EXIT_CODES.get(record.wall) or (exit_codes.of_signal(number) if number else code)
+        self._ending.ended = True
+        self._ending.deadline = 0.0
+        if self._ending.exit_code is None:
+            self._ending.exit_code = EXIT_CODES.get(record.wall) or (exit_codes.of_signal(number) if number else code)
         self._log_end = bool(number)  # an orderly end was logged by the controller itself
 
     def _await_workers_end(self) -> None:
@@ -294,207 +264,5 @@ class Supervisor:
         if record.seal is not None:
             record.seal.close()
             record.seal = None
-        if record is self._controller and self._exit_code is None:
-            self._exit_code = exit_codes.GENERIC_ERROR
-
-    # ------------------------------------------------------------ requests
-
-    def _serve(self) -> None:
-        assert self._channel is not None
-        try:
-            for _ in range(MAX_MESSAGES_PER_TURN):
-                envelope, owned = self._channel.receive()
-                owned.close()
-                if envelope is None:
-                    continue
-                handler = self._handlers.get(type(envelope.message))
-                if handler is None:
-                    self._send(Failed("supervisor.request", "not a request"), envelope.sequence)
-                else:
-                    handler(envelope.message, envelope.sequence)
-        except BlockingIOError:
-            return
-        except IpcError as error:
-            # The channel's end is the controller's: it is closing down, or it broke the protocol.
-            self._channel.close()
-            self._channel = None
-            if "closed" not in str(error):
-                self._log.error(f"{self._controller.name} (pid {self._controller.pid}): {error}; killed")
-                self._controller.wall = self._controller.wall or "protocol"
-                self._controller.kill()
-            elif not self._end_deadline:
-                self._end_deadline = time.monotonic() + CLOSING_GRACE_S
-
-    def _send(self, message: Any, reply_to: int = 0, fds: tuple[int, ...] = ()) -> bool:
-        """Send to the controller; a controller that does not read is ended. Returns whether it was sent."""
-        if self._channel is None:
-            return False
-        try:
-            self._channel.send(message, reply_to, fds)
-        except IpcError as error:
-            if not self._ended:
-                self._log.error(f"{self._controller.name} (pid {self._controller.pid}) does not read: {error}; killed")
-                self._controller.kill()
-            return False
-        return True
-
-    def _signal_cell(self, request: SignalCell, sequence: int) -> None:
-        record = self._cells.get(request.pid)
-        is_worker = record is not None and record.role == ROLE_VCPU and record.index == request.worker
-        if request.signal not in _CELL_SIGNALS or record is None or not is_worker:
-            self._send(Failed("supervisor.signal", "no such worker, or not a signal that may be sent"), sequence)
-            return
-        if request.signal == signal.SIGKILL:
-            record.killed = True
-        try:
-            signal.pidfd_send_signal(record.pidfd, request.signal)
-        except ProcessLookupError:
-            pass  # ended, its notice follows
-        self._send(Signalled(), sequence)
-
-    def _create_memory(self, request: CreateMemory, sequence: int) -> None:
-        if request.size > self._plan.max_memory_bytes:
-            text = f"the plan allows {self._plan.max_memory_bytes} bytes of guest memory, not {request.size}"
-            self._send(Failed("supervisor.plan", text), sequence)
-            return
-        try:
-            descriptor = self._setup.memory.make(request.size)
-        except OSError as error:
-            text = f"Invalid Memory Configuration: Cannot create mmap region: {errno_text(error)}"
-            self._send(Failed("supervisor.memory", text), sequence)
-            return
-        faults.visit("supervisor.memory")
-        self._send(MemoryCreated(request.size), sequence, (descriptor,))
-        os.close(descriptor)
-
-    def _workers(self, index: int) -> int:
-        """Count the workers with this number: there are two of it while one is being replaced."""
-        return sum(record.role == ROLE_VCPU and record.index == index for record in self._cells.values())
-
-    # ------------------------------------------------------------ spawning
-
-    def _spawn(self, request: Spawn, sequence: int) -> None:
-        refusal = self._refuse_spawn(request)
-        if refusal is not None:
-            self._send(refusal, sequence)
-            return
-        faults.visit("supervisor.spawn.requested")
-        try:
-            record, ours = self._take_ahead(request) or self._fork_worker(Assignment(*request))
-        except OSError as error:
-            self._send(Failed("supervisor.fork", f"cannot fork a worker: {threads.explain(error)}"), sequence)
-            return
-        try:
-            descriptors.send(ours, ENDPOINT_BOUND)
-        except IpcError:
-            pass  # it has ended already, which is told as any other end
-        self._send(Spawned(request.worker, record.pid), sequence, (record.pidfd, ours.fileno()))
-        ours.close()
-        faults.visit("supervisor.spawn.answered")
-
-    def _fork_ahead(self) -> None:
-        """Fork the first worker before the controller can ask: its VM is made while the controller starts."""
-        assignment = self._setup.roles.ahead
-        if assignment is None or self._setup.kvm_fd < 0:
-            return
-        try:
-            self._ahead = (assignment, *self._fork_worker(assignment))
-        except OSError:
-            pass  # the controller's request will meet the same, and be told
-
-    def _is_ahead(self, request: Spawn) -> bool:
-        """Is the worker that was forked ahead the one that is asked for?"""
-        return self._ahead is not None and self._ahead[0] == Assignment(*request)
-
-    def _take_ahead(self, request: Spawn) -> tuple[Cell, socket.socket] | None:
-        if not self._is_ahead(request):
-            return None
-        assert self._ahead is not None
-        (_, record, ours), self._ahead = self._ahead, None
-        return record, ours
-
-    def _fork_worker(self, assignment: Assignment) -> tuple[Cell, socket.socket]:
-        """Fork a worker; return its record and the controller's end of its descriptor channel. Raises OSError."""
-        ours, theirs = descriptors.channel_pair()
-        theirs.setblocking(False)  # a worker cannot do it: FIONBIO is not for it
-        seal, cell_seal = descriptors.channel_pair()
-        output = LogPipe(self._plan)
-        faults.visit("supervisor.spawn.prepared")
-        try:
-            pid = os.fork()
-        except OSError:
-            for each in (ours, theirs, seal, cell_seal, output):
-                each.close()
-            raise
-        if pid == 0:
-            timeline.enter(2 + assignment.worker)
-            output.become_standard_error()
-            ours.close()
-            seal.close()
-            self._become_worker(assignment, theirs, cell_seal)
-        cell.count_faults()
-        faults.visit("supervisor.spawn.forked")
-        theirs.close()
-        cell_seal.close()
-        record = Cell(ROLE_VCPU, assignment.worker, pid, os.pidfd_open(pid), seal)
-        record.output = output.take(f"{record.name}: ")
-        record.assignment = assignment
-        self._cells[pid] = record
-        return record, ours
-
-    def _refuse_spawn(self, request: Spawn) -> Failed | None:
-        index = request.worker
-        if refusal := refuse_assignment(Assignment(*request)):
-            return Failed("supervisor.plan", refusal)
-        if index >= self._plan.max_workers:
-            return Failed("supervisor.plan", f"the plan allows {self._plan.max_workers} workers")
-        if self._workers(index) and not self._is_ahead(request) and (refusal := self._refuse_replacement(request)):
-            return Failed("supervisor.exists", refusal)
-        if self._exit_code is not None:
-            return Failed("supervisor.ending", "the microVM is ending")
-        if self._setup.kvm_fd < 0:
-            return Failed("supervisor.kvm", f"Error creating KVM object: {self._setup.kvm_error}")
-        return None
-
-    def _refuse_replacement(self, request: Spawn) -> str:
-        """Say why a second worker with this number may not be forked, or nothing.
-
-        It may while one is being replaced, for the same vCPUs, one at a time: so there is never more than one cell
-        beyond the plan, however often that happens.
-        """
-        workers = [record for record in self._cells.values() if record.role == ROLE_VCPU]
-        if len({record.index for record in workers}) < len(workers):
-            return "a worker is being replaced already"
-        if any(record.index == request.worker and record.assignment != Assignment(*request) for record in workers):
-            return f"worker {request.worker} exists already, for other vCPUs"
-        return ""
-
-    def _become_worker(self, assignment: Assignment, channel: socket.socket, seal: socket.socket) -> None:
-        """In the child: let go of everything of the supervisor, then be the worker; does not return."""
-        index = assignment.worker
-        setup = self._setup
-        filters, limits = of_cell(setup.filters, ROLE_VCPU), setup.worker_limits(assignment)
-        context = cell.CellContext(self._plan, ROLE_VCPU, index, seal, filters, limits, setup.landlock)
-
-        def prepare() -> tuple[int, ...]:
-            setup.worker_cgroups.join(index)
-            self._abandon()
-            process.keep_only((channel.fileno(), seal.fileno(), setup.kvm_fd, setup.landlock.descriptor(ROLE_VCPU)))
-            cell.reset_signals()
-            return ()
-
-        def role(sealed: cell.Seal) -> int:
-            return setup.roles.vcpu(setup.plan, assignment, channel, setup.kvm_fd, sealed)
-
-        cell.run(context, prepare, role)
-
-    def _abandon(self) -> None:
-        """In a child: make sure that no object of the supervisor closes a descriptor of the cell later."""
-        if self._channel is not None:
-            self._channel.socket.detach()
-        for record in self._cells.values():
-            if record.seal is not None:
-                record.seal.detach()
-        self._cells.clear()
-        if self._ahead is not None:
-            self._ahead[2].detach()
+        if record is self._controller and self._ending.exit_code is None:
+            self._ending.exit_code = exit_codes.GENERIC_ERROR
