@@ -41,8 +41,9 @@ def ioctl_pointer(descriptor: int, request: int, pointer: int) -> int:
 def ioctl_buffer(descriptor: int, request: int, buffer: bytearray) -> int:
     """ioctl that reads or writes ``buffer`` in place. Raises KvmError."""
     if len(buffer) > FCNTL_BUFFER_LIMIT:
-        view = (ctypes.c_char * len(buffer)).from_buffer(buffer)
-        return ioctl_pointer(descriptor, request, ctypes.addressof(view))
+        # An array would be a new type for each length, which is slow to make in a cell that was just forked.
+        first = ctypes.c_char.from_buffer(buffer)
+        return ioctl_pointer(descriptor, request, ctypes.addressof(first))
     try:
         result: int = fcntl.ioctl(descriptor, request, buffer, True)
     except OSError as error:

@@ -255,8 +255,8 @@ class KvmVcpu:
         self._tsc_attribute(abi.KVM_SET_DEVICE_ATTR, bytearray(offset.to_bytes(8, "little")))
 
     def _tsc_attribute(self, request: int, value: bytearray) -> None:
-        view = (ctypes.c_char * 8).from_buffer(value)
-        attribute = abi.DEVICE_ATTR.pack(0, abi.VCPU_TSC_CTRL, abi.VCPU_TSC_OFFSET, ctypes.addressof(view))
+        first = ctypes.c_char.from_buffer(value)
+        attribute = abi.DEVICE_ATTR.pack(0, abi.VCPU_TSC_CTRL, abi.VCPU_TSC_OFFSET, ctypes.addressof(first))
         ioctl_buffer(self.descriptor, request, bytearray(attribute))
 
     def kvmclock_ctrl(self) -> bool:
