@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from errno import EIO
 from time import monotonic_ns
 
 from base.counters import Counters
@@ -28,6 +29,7 @@ from virtio.abi import (
     VIRTIO_F_VERSION_1,
     VIRTIO_ID_BLOCK,
 )
+from virtio.block.backing_file import BackingFile
 from virtio.block.engine import Engine
 from virtio.block.file_engine import FileEngine
 from virtio.block.flat import flat_loop
@@ -99,6 +101,8 @@ class Block(VirtioDevice):
         self.engine = engine
         self.settings = settings
         self.read_only = settings.read_only
+        #: What the kernel had to write is lost, and it tells so once: no later flush may be acknowledged.
+        self._flush_failed = False
         self.limiter = RateLimiter(state=state.limiter) if state else limiter or RateLimiter()
         self.sectors = state.sectors if state else engine.file.sectors
         self._identity = engine.file.identity()
@@ -238,34 +242,41 @@ class Block(VirtioDevice):
 
     # -- changes at run time ------------------------------------------------------------------------------------------
 
-    def update_engine(self, engine: Engine) -> Deferral | None:
+    def update_file(self, file: BackingFile) -> Deferral | None:
         """Serve from another file, or from the same one whose size has changed; the driver is told of the new size.
 
-        What is in flight ends on the old file. The engine before is closed, unless it is the same one.
+        What is in flight ends on the old file, which is closed, unless it is the same one. An engine that does not take
+        the new one (``update_fails``) goes on with the old one, and the new one is closed.
         """
+        if not self.engine.in_flight:
+            self._change_file(file)
+            self._serve_all()
+            return None
         deferral = Deferral()
 
         def change() -> None:
-            if engine is not self.engine:
-                self._unwatch()
-                self.engine.close()
-                self.engine = engine
-                self._identity = engine.file.identity()
-                self._watch()
-            self.sectors = engine.file.sectors
-            self.counters.add("update_count")
-            activation = self.activation
-            if activation is not None:
-                self.begin(activation)
-                activation.notify.config_changed()
-                self._serve_all()
+            self._change_file(file)
             deferral.complete()
 
-        if self.engine.in_flight:
-            self._draining.append(change)
-            return deferral
-        change()
-        return None
+        self._draining.append(change)
+        return deferral
+
+    def _change_file(self, file: BackingFile) -> None:
+        if file is not self.engine.file:
+            try:
+                self.engine.replace_file(file)
+            except OSError:
+                self.counters.add("update_fails")
+                file.close()
+                return
+            self._identity = file.identity()
+            self._flush_failed = False
+        self.sectors = file.sectors
+        self.counters.add("update_count")
+        activation = self.activation
+        if activation is not None:
+            self._make_loops(activation)
+            activation.notify.config_changed()
 
     def update_limiter(self, bandwidth: Bucket | None, ops: Bucket | None) -> None:
         """Replace the limiter's buckets; None leaves one as it is. Another loop may fit then."""
@@ -330,6 +341,9 @@ class Block(VirtioDevice):
         """Answer a request, or hand it to the engine; False if that is full."""
         assert self.activation is not None
         view = self.activation.memory.view
+        if request.type == VIRTIO_BLK_T_FLUSH and self._flush_failed:
+            self._finish(request, -EIO)
+            return True
         if request.type == VIRTIO_BLK_T_GET_ID:
             answered = answer_identity(request, view, self._identity)
             self._answer(request, VIRTIO_BLK_S_OK if answered else VIRTIO_BLK_S_IOERR)
@@ -351,6 +365,7 @@ class Block(VirtioDevice):
         counters = self.counters
         if result < 0 or (request.transferred and result < request.size):
             counters.add("execute_fails")
+            self._flush_failed = self._flush_failed or request.type == VIRTIO_BLK_T_FLUSH
             self._answer(request, VIRTIO_BLK_S_IOERR)
             return
         if request.type == VIRTIO_BLK_T_IN:
@@ -394,17 +409,16 @@ class Block(VirtioDevice):
             waiting, self._draining = self._draining, []
             for each in waiting:
                 each()
+            self._serve_all()  # not before the last: it may have been a stop
 
     def _serve_all(self) -> None:
-        assert self.activation is not None
-        for number, queue in enumerate(self.activation.queues):
+        for number, queue in enumerate(self.activation.queues if self.activation is not None else ()):
             if queue is not None:
                 self.notified(number)
 
     def _room(self) -> None:
         self.counters.add("rate_limiter_event_count")
-        if self.activation is not None:
-            self._serve_all()
+        self._serve_all()
 
     def collect(self) -> Counters:
         """Return the counters, up to date."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 
 from base.lean_typing import Any, NamedTuple, Sequence
@@ -12,10 +13,11 @@ from virtio.block.backing_file import BackingFile
 READ = 0
 WRITE = 1
 FLUSH = 2
-#: Afterwards the range reads as zeros, and takes no space.
+#: The content of the range is not needed: it takes no space afterwards where the file can do that, or nothing is done.
 DISCARD = 3
-#: Afterwards the range reads as zeros, and keeps its space.
+#: Afterwards the range reads as zeros, and keeps its space; or need not keep it.
 WRITE_ZEROES = 4
+WRITE_ZEROES_UNMAP = 5
 
 #: Parts that one system call takes (IOV_MAX).
 _MAX_PARTS = 1024
@@ -24,8 +26,8 @@ _ZEROS = bytes(1 << 20)
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 _FALLOC_FL_ZERO_RANGE = 16
-_EIO = 5
-_EOPNOTSUPP = 95
+# What fallocate(2) says where it cannot do a mode: the file system or block device at all, or not at this alignment.
+_CANNOT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV, errno.ENOSYS)
 
 _fallocate = ctypes.CDLL(None, use_errno=True).fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
@@ -74,6 +76,15 @@ class Engine:
         """Return (token, bytes done or -errno) of what was completed since; each once."""
         raise NotImplementedError
 
+    def replace_file(self, file: BackingFile) -> None:
+        """Work with another file, which it takes; the one before is closed. While nothing is in flight.
+
+        It may be called behind the cell's seal. Raises OSError, and then works with the one before still.
+        """
+        before, self.file = self.file, file
+        if before is not file:
+            before.close()
+
     def close(self) -> None:
         """Give everything back, the file too. While nothing is in flight."""
         self.file.close()
@@ -94,7 +105,7 @@ def execute(fd: int, view: memoryview, request: IoRequest, *, write_through: boo
                 os.fdatasync(fd)
         return request.length
     except OSError as error:
-        return -(error.errno or _EIO)
+        return -(error.errno or errno.EIO)
 
 
 def _transfer(fd: int, view: memoryview, request: IoRequest, flags: int) -> int:
@@ -129,13 +140,18 @@ def _behind(buffers: list[memoryview], count: int) -> list[memoryview]:
 
 def _zero(fd: int, request: IoRequest) -> None:
     """Raises OSError."""
-    mode = _FALLOC_FL_KEEP_SIZE | (_FALLOC_FL_PUNCH_HOLE if request.kind == DISCARD else _FALLOC_FL_ZERO_RANGE)
-    if _fallocate(fd, mode, request.offset, request.length) == 0:
+    kind = request.kind
+    mode = _FALLOC_FL_KEEP_SIZE | (_FALLOC_FL_ZERO_RANGE if kind == WRITE_ZEROES else _FALLOC_FL_PUNCH_HOLE)
+    while _fallocate(fd, mode, request.offset, request.length) != 0:
+        error = ctypes.get_errno()
+        if error in _CANNOT:
+            break
+        if error != errno.EINTR:
+            raise OSError(error, os.strerror(error))
+    else:
         return
-    error = ctypes.get_errno()
-    if error != _EOPNOTSUPP:
-        raise OSError(error, os.strerror(error))
-    # tmpfs cannot zero a range, and some file systems make no holes: zeros are the same to who reads.
+    if kind == DISCARD:
+        return
     end = request.offset + request.length
     at = request.offset
     while at < end:

@@ -21,7 +21,7 @@ from virtio.abi import (
     VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES,
 )
-from virtio.block.engine import DISCARD, FLUSH, READ, WRITE, WRITE_ZEROES, IoRequest
+from virtio.block.engine import DISCARD, FLUSH, READ, WRITE, WRITE_ZEROES, WRITE_ZEROES_UNMAP, IoRequest
 from virtio.errors import RequestError
 from virtio.queue import Chain
 
@@ -130,8 +130,7 @@ def _plan_segment(request: BlockRequest, view: memoryview, limits: Limits) -> Io
         return VIRTIO_BLK_S_UNSUPP
     if count > (MAX_DISCARD_SECTORS if is_discard else MAX_WRITE_ZEROES_SECTORS) or sector + count > limits.sectors:
         return VIRTIO_BLK_S_IOERR
-    # A hole reads as zeros, so that it is an answer to WRITE_ZEROES as well, if the driver may lose the space.
-    kind = DISCARD if is_discard or flags & VIRTIO_BLK_SEGMENT_F_UNMAP else WRITE_ZEROES
+    kind = DISCARD if is_discard else WRITE_ZEROES_UNMAP if flags & VIRTIO_BLK_SEGMENT_F_UNMAP else WRITE_ZEROES
     return IoRequest(kind, sector << SECTOR_SHIFT, count << SECTOR_SHIFT, [], request)
 
 

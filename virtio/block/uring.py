@@ -1,8 +1,9 @@
 """io_uring(7) from plain Python: system calls through ctypes, the rings as views of 32 and 64-bit words.
 
-Only what a block engine needs: one ring, one registered file, and restricted to READ, WRITE and FSYNC on it before it
-is switched on; a process whose seccomp filter allows io_uring_enter can do no more with it. An entry takes a few
-stores, a batch one system call. Layouts: linux/io_uring.h.
+Only what a block engine needs: one ring, one registered file, and restricted to READ, WRITE and FSYNC on it, and to
+the registration of another file in its place, before it is switched on; a process whose seccomp filter allows
+io_uring_enter, and io_uring_register for that, can do no more with it. An entry takes a few stores, a batch one system
+call. Layouts: linux/io_uring.h.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import errno
 import mmap
 import os
+import select
 from struct import Struct
 
 SYS_IO_URING_SETUP = 425
@@ -25,14 +27,18 @@ IORING_ENTER_GETEVENTS = 1 << 0
 IORING_CQ_EVENTFD_DISABLED = 1 << 0
 IORING_REGISTER_FILES = 2
 IORING_REGISTER_EVENTFD = 4
+IORING_REGISTER_FILES_UPDATE = 6
 IORING_REGISTER_RESTRICTIONS = 11
 IORING_REGISTER_ENABLE_RINGS = 12
+IORING_RESTRICTION_REGISTER_OP = 0
 IORING_RESTRICTION_SQE_OP = 1
+IORING_RESTRICTION_SQE_FLAGS_ALLOWED = 2
 IORING_RESTRICTION_SQE_FLAGS_REQUIRED = 3
 IORING_OP_FSYNC = 3
 IORING_OP_READ = 22
 IORING_OP_WRITE = 23
 IOSQE_FIXED_FILE = 1 << 0
+IOSQE_ASYNC = 1 << 4
 IORING_FSYNC_DATASYNC = 1 << 0
 
 #: struct io_uring_params: sq_entries, cq_entries, flags, sq_thread_cpu, sq_thread_idle, features, wq_fd, resv[3]; then
@@ -51,6 +57,12 @@ _CQE_SIZE = 16
 _RESTRICTION = Struct("<HB13x")
 assert _RESTRICTION.size == 16
 _FILE = Struct("<i")
+#: struct io_uring_files_update: offset, resv, fds (a pointer).
+_FILES_UPDATE = Struct("<IIQ")
+assert _FILES_UPDATE.size == 16
+
+#: How long the kernel may take to make a thread.
+WORKER_TIMEOUT_MS = 5000
 
 #: It keeps the interpreter lock: the call does not wait, and a batch of reads from the page cache costs less than
 #: giving the lock up for it.
@@ -67,9 +79,10 @@ def _call(number: int, *arguments: object) -> int:
 
 
 class Ring:
-    """An io_uring whose only file is ``file``, and which signals ``event``.
+    """An io_uring whose only file is ``file``, and which signals ``event``, once that is switched on (:meth:`quiet`).
 
-    Raises OSError: EPERM, EACCES or ENOSYS where the host does not want it, EINVAL from a kernel before 5.10.
+    Raises OSError: EPERM, EACCES or ENOSYS where the host does not want it, EINVAL from a kernel before 5.10, EAGAIN
+    where no thread can be made: a request that has to wait would then never end.
     """
 
     def __init__(self, entries: int, file: int, event: int) -> None:
@@ -81,6 +94,7 @@ class Ring:
             self._register(IORING_REGISTER_EVENTFD, _FILE.pack(event), 1)
             self._restrict()
             self._register(IORING_REGISTER_ENABLE_RINGS, None, 0)
+            self._make_worker()
         except OSError:
             self.close()
             raise
@@ -124,16 +138,40 @@ class Ring:
     def _register(self, what: int, data: bytes | None, count: int) -> None:
         _call(SYS_IO_URING_REGISTER, ctypes.c_int(self.fd), ctypes.c_uint(what), data, ctypes.c_uint(count))
 
+    def replace_file(self, file: int) -> None:
+        """Have another file in the place of the one before. While nothing is in flight. Raises OSError."""
+        number = ctypes.c_int(file)
+        self._register(IORING_REGISTER_FILES_UPDATE, _FILES_UPDATE.pack(0, 0, ctypes.addressof(number)), 1)
+
+    def _make_worker(self) -> None:
+        """Have the kernel make the thread to which it gives what would wait (docs/adr/io-uring-in-a-cell.md).
+
+        The first one stays as long as the ring does; in a sealed cell there is no other, for it can make no thread.
+        """
+        self.quiet(True)
+        self.fill(IORING_OP_READ, 0, 0, 0, flags=0, user_data=0, how=IOSQE_ASYNC)
+        self.submit()
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        poll.poll(WORKER_TIMEOUT_MS)
+        if [result for _, result in self.reap()] in ([], [-errno.ECANCELED]):
+            raise OSError(errno.EAGAIN, "the kernel makes no thread for io_uring")
+
     def _restrict(self) -> None:
         rules = [(IORING_RESTRICTION_SQE_OP, op) for op in (IORING_OP_READ, IORING_OP_WRITE, IORING_OP_FSYNC)]
+        rules.append((IORING_RESTRICTION_REGISTER_OP, IORING_REGISTER_FILES_UPDATE))
         rules.append((IORING_RESTRICTION_SQE_FLAGS_REQUIRED, IOSQE_FIXED_FILE))
+        rules.append((IORING_RESTRICTION_SQE_FLAGS_ALLOWED, IOSQE_FIXED_FILE | IOSQE_ASYNC))
         packed = b"".join([_RESTRICTION.pack(what, value) for what, value in rules])
         self._register(IORING_REGISTER_RESTRICTIONS, packed, len(rules))
 
-    def fill(self, op: int, offset: int, address: int, length: int, *, flags: int, user_data: int) -> None:
-        """Fill the next entry. The caller has counted: there is one."""
+    def fill(
+        self, op: int, offset: int, address: int, length: int, *, flags: int, user_data: int, how: int = 0
+    ) -> None:
+        """Fill the next entry. The caller has counted: there is one. ``how``: IOSQE_ASYNC, or nothing."""
         place = (self._tail & self._mask) * _SQE_SIZE
-        _SQE.pack_into(self._sqes, place, op, IOSQE_FIXED_FILE, 0, 0, offset, address, length, flags, user_data)
+        how |= IOSQE_FIXED_FILE
+        _SQE.pack_into(self._sqes, place, op, how, 0, 0, offset, address, length, flags, user_data)
         self._tail = self._tail + 1 & 0xFFFF_FFFF
 
     def submit(self) -> None:

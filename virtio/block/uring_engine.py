@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from base.lean_typing import Any, Sequence
@@ -11,6 +12,8 @@ from virtio.block.engine import FLUSH, READ, WRITE, Engine, IoRequest, execute
 from virtio.block.uring import IORING_FSYNC_DATASYNC, IORING_OP_FSYNC, IORING_OP_READ, IORING_OP_WRITE, Ring
 
 ENTRIES = 128
+#: What the kernel says of an entry that it could not carry out: for want of a thread (ECANCELED), or interrupted.
+_NOT_DONE = (-errno.ECANCELED, -errno.EAGAIN, -errno.EINTR)
 
 
 class _Pending:
@@ -41,7 +44,6 @@ class UringEngine(Engine):
         except OSError:
             os.close(self.event)
             raise
-        self._ring.quiet(True)
         self._view = memoryview(b"")
         self._address = 0
         #: By user_data, which is how many parts were submitted before it, modulo the ring.
@@ -117,7 +119,7 @@ class UringEngine(Engine):
             self._parts -= 1
             pending.left -= 1
             if result < 0:
-                pending.result = pending.result or result
+                pending.result = result if pending.result in (0, *_NOT_DONE) else pending.result
             else:
                 pending.done += result
             if not pending.left:
@@ -125,13 +127,19 @@ class UringEngine(Engine):
                 self._done.append((pending.request.token, self._outcome(pending)))
 
     def _outcome(self, pending: _Pending) -> int:
-        request = pending.request
-        if pending.result < 0:
-            return pending.result
-        if request.kind != FLUSH and pending.done < request.length:
+        request, result = pending.request, pending.result
+        if result < 0 and result not in _NOT_DONE:
+            return result
+        if result < 0 or (request.kind != FLUSH and pending.done < request.length):
             # Cut short by a signal, or by the end of the file: once more, in place, which tells them apart.
             return execute(self.file.fd, self._view, request, write_through=self.write_through)
         return pending.done
+
+    def replace_file(self, file: BackingFile) -> None:
+        """Work with another file; the ring keeps its restrictions. Raises OSError."""
+        assert self._ring is not None
+        self._ring.replace_file(file.fd)
+        super().replace_file(file)
 
     def close(self) -> None:
         """Give the ring back. While nothing is in flight."""

@@ -318,29 +318,94 @@ def test_a_device_that_failed_stops_all_the_same(engine):
 @EVERY
 def test_another_file_another_size(engine):
     with drive(engine) as made:
-        before = made.device.engine
+        before = made.device.engine.file
         made.driver.add([Buffer(HEADER, 16), Buffer(BUFFER, 512, True), Buffer(STATUS, 1, True)])
         made.memory.write(HEADER, abi.VIRTIO_BLK_REQ.pack(abi.VIRTIO_BLK_T_IN, 0, 1))
         made.kick()
-        deferral = made.device.update_engine(ENGINES[engine](backing_file(b"n" * 2048)))
+        deferral = made.device.update_file(backing_file(b"n" * 2048))
+        assert (deferral is None) == (engine == "Sync" or not made.device.engine.in_flight)
         if deferral is not None:
             run_until(made.events, lambda: deferral.done)
         assert made.memory.read(BUFFER, 512) == pattern()[512:1024]
         made.driver.take_used()
-        assert before.file.fd == -1
+        assert before.fd == -1
         assert made.notify.config_count == 1
         assert abi.VIRTIO_BLK_CONFIG.unpack(made.device.config())[0] == 4
         assert made.read(3) == b"n" * 512
         assert made.ask(abi.VIRTIO_BLK_T_IN, 4, [Buffer(BUFFER, 512, True)]) == IOERR
         os.ftruncate(made.device.engine.file.fd, 8 << 9)
         made.device.engine.file.refresh()
-        made.device.update_engine(made.device.engine)
+        made.device.update_file(made.device.engine.file)
         assert made.read(7) == bytes(512)
         assert made.notify.config_count == 2
         made.stop()
-        assert made.device.update_engine(ENGINES[engine](backing_file())) is None
+        assert made.device.update_file(backing_file()) is None
         made.activate()
         assert made.read(SECTORS - 1) == pattern()[-512:]
+
+
+@pytest.mark.parametrize("engine", ["io_uring", "threads"])
+def test_a_stop_and_another_file_wait_for_what_is_in_flight(engine):
+    """What the new file lets go on must not be in flight when the device says that it has stopped."""
+    with drive(engine) as made:
+        made.memory.write(HEADER, abi.VIRTIO_BLK_REQ.pack(abi.VIRTIO_BLK_T_IN, 0, 1))
+
+        def offer() -> None:
+            for number in range(4):
+                made.driver.add([Buffer(HEADER, 16), Buffer(HIGH + 512 * number, 512, True), Buffer(STATUS, 1, True)])
+            made.kick()
+
+        made.device.engine.completions = list  # type: ignore[method-assign]  # nothing is done yet
+        offer()
+        changed = made.device.update_file(backing_file(b"n" * 2048))
+        stopped = made.device.stop()
+        offer()
+        assert changed is not None
+        assert stopped is not None
+        del made.device.engine.completions
+        made.device._completed(0)
+        run_until(made.events, lambda: stopped.done)
+        assert changed.done
+        assert made.device.engine.in_flight == 0
+        assert made.device.activation is None
+        made.activate()
+        assert sum(used.written == 513 for used in made.settle()) >= 4
+        assert made.memory.read(HIGH, 512) == b"n" * 512
+
+
+@EVERY
+def test_an_update_that_the_engine_does_not_take_changes_nothing(engine, monkeypatch):
+    with drive(engine) as made:
+        def refuse(_file):
+            raise OSError(12, "no memory")
+
+        monkeypatch.setattr(made.device.engine, "replace_file", refuse)
+        file = backing_file(b"n" * 2048)
+        assert made.device.update_file(file) is None
+        assert file.fd == -1
+        assert made.read(1) == pattern()[512:1024]
+        values = made.device.collect().values
+        assert (values["update_fails"], values["update_count"], made.notify.config_count) == (1, 0, 0)
+
+
+@EVERY
+def test_after_a_flush_that_failed_none_is_acknowledged(engine):
+    """The kernel reports what it could not write once; what the driver has believed is lost then."""
+    file = backing_file()
+    kept, event = os.dup(file.fd), os.eventfd(0)
+    os.dup2(event, file.fd)  # cannot be synchronised: EINVAL
+    with drive(ENGINES[engine](file), writeback=True) as made:
+        assert made.ask(abi.VIRTIO_BLK_T_FLUSH, 0) == IOERR
+        os.dup2(kept, file.fd)
+        if engine == "io_uring":
+            made.device.engine._ring.replace_file(file.fd)  # type: ignore[attr-defined]
+        assert made.read(0) == pattern()[:512]
+        assert made.ask(abi.VIRTIO_BLK_T_FLUSH, 0) == IOERR
+        assert made.device.collect().values["execute_fails"] == 2
+        made.device.update_file(backing_file())
+        assert made.ask(abi.VIRTIO_BLK_T_FLUSH, 0) == OK
+    os.close(kept)
+    os.close(event)
 
 
 def test_it_goes_on_from_its_state():

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import select
+import subprocess
+import sys
 
 import pytest
 
+from devtool.project import ROOT
 from tests.harness.drives import ENGINES, SIZE, backing_file, pattern
 from tests.harness.virtqueues import DATA, MIB, guest_memory
 from virtio.block.backing_file import BackingFile
-from virtio.block.engine import DISCARD, FLUSH, READ, WRITE, WRITE_ZEROES, IoRequest
+from virtio.block.engine import DISCARD, FLUSH, READ, WRITE, WRITE_ZEROES, WRITE_ZEROES_UNMAP, IoRequest
 from virtio.block.engines import ASYNC, SYNC, make_engine
 from virtio.block.file_engine import FileEngine
 from virtio.block.thread_engine import ThreadEngine
@@ -87,67 +91,99 @@ def test_holes_and_zeros(kind, memory, tmp_path):
         engine.submit(IoRequest(DISCARD, 0, 4096, [], 1))
         engine.submit(IoRequest(WRITE_ZEROES, 8192, 5 * 512, [], 2))
         engine.submit(IoRequest(DISCARD, 0, 0, [], 3))
-        assert finish(engine, 3) == {1: 4096, 2: 2560, 3: 0}
-        assert os.pread(file.fd, SIZE, 0) == bytes(4096) + pattern()[4096:8192] + bytes(2560) + pattern()[10752:]
+        engine.submit(IoRequest(WRITE_ZEROES_UNMAP, 20480, 4096, [], 4))
+        assert finish(engine, 4) == {1: 4096, 2: 2560, 3: 0, 4: 4096}
+        content = bytearray(pattern())
+        for start, length in ((0, 4096), (8192, 2560), (20480, 4096)):
+            content[start : start + length] = bytes(length)
+        assert os.pread(file.fd, SIZE, 0) == content
         engine.close()
 
 
 @EVERY
-def test_errors_are_numbers(kind, memory):
-    engine = ENGINES[kind](BackingFile(os.open("/proc/self/exe", os.O_RDONLY), read_only=True))
+def test_where_no_hole_can_be_made_zeros_are_written_and_a_discard_does_nothing(kind, memory, monkeypatch):
+    """A block device, for example, that knows no DISCARD, or only in larger units; and a signal in between."""
+    results = [errno.EINTR, errno.EOPNOTSUPP, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSPC]
+
+    def refuse(*_):
+        ctypes.set_errno(results.pop(0))
+        return -1
+
+    monkeypatch.setattr("virtio.block.engine._fallocate", refuse)
+    engine = ENGINES[kind](backing_file())
     engine.start(memory)
-    engine.submit(IoRequest(WRITE, 0, 512, [(AT, 512)], "w"))
-    assert finish(engine)["w"] == -errno.EBADF
-    engine.submit(IoRequest(WRITE, 0, 512, [(AT, 500), (AT, 12)], "two"))
-    engine.submit(IoRequest(DISCARD, 0, 512, [], "d"))
-    assert finish(engine, 2) == {"two": -errno.EBADF, "d": -errno.EBADF}
+    for token, what in enumerate((WRITE_ZEROES, WRITE_ZEROES_UNMAP, DISCARD, WRITE_ZEROES)):
+        engine.submit(IoRequest(what, 4096 * token, 512, [], token))
+        assert finish(engine) == {token: 512 if token < 3 else -errno.ENOSPC}
+    assert not results
+    expected = bytes(512) + pattern()[512:4096] + bytes(512) + pattern()[4608:]
+    assert os.pread(engine.file.fd, SIZE, 0) == expected
     engine.close()
 
 
 @EVERY
-def test_a_full_file_system_is_an_error(kind, memory, tmp_path):
-    """The limit on a file's size is the same to the caller: no write beyond."""
-    engine = ENGINES[kind](BackingFile(os.open(tmp_path / "disk", os.O_RDWR | os.O_CREAT), read_only=False))
+def test_another_file(kind, engine, memory):
+    before = engine.file
+    count = len(os.listdir("/proc/self/fd"))
+    engine.replace_file(backing_file(b"n" * 1024))
+    assert before.fd == -1
+    assert len(os.listdir("/proc/self/fd")) == count
+    engine.submit(IoRequest(READ, 512, 1024, [(AT, 1024)], "r"))
+    engine.submit(IoRequest(FLUSH, 0, 0, [], "f"))
+    assert finish(engine, 2) == {"r": 512, "f": 0}
+    assert bytes(memory.view[AT : AT + 512]) == b"n" * 512
+
+
+_WITHOUT_THREADS = """
+import os, resource, select, sys
+from tests.harness.virtqueues import guest_memory
+from virtio.block import uring
+from virtio.block.backing_file import BackingFile
+from virtio.block.engine import FLUSH, WRITE, IoRequest
+from virtio.block.uring_engine import UringEngine
+fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+os.ftruncate(fd, 1 << 20)
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)  # user 0 is exempt from the limit
+if sys.argv[2] == "before":
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    uring.WORKER_TIMEOUT_MS = 100
+    try:
+        UringEngine(BackingFile(fd, read_only=False))
+    except BlockingIOError:
+        sys.exit("refused")
+with guest_memory() as memory:
+    engine = UringEngine(BackingFile(fd, read_only=False))
     engine.start(memory)
-    engine.submit(IoRequest(WRITE, (1 << 63) - 1024, 512, [(AT, 512)], "w"))
-    assert finish(engine)["w"] in (-errno.EFBIG, -errno.EINVAL)
-    engine.close()
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    results = {}
+    for number in range(8):
+        memory.view[4096 * number : 4096 * (number + 1)] = bytes([number + 1]) * 4096
+        engine.submit(IoRequest(WRITE, 4096 * number, 4096, [(4096 * number, 4096)], number))
+    engine.submit(IoRequest(FLUSH, 0, 0, [], 8))
+    engine.kick()
+    while len(results) < 9:
+        results.update(engine.completions())
+        if len(results) < 9:
+            assert select.select([engine.event], [], [], 60)[0]
+    assert results == {**dict.fromkeys(range(8), 4096), 8: 0}, results
+    assert os.pread(fd, 32768, 0) == bytes(memory.view[:32768])
+    print(len(os.listdir("/proc/self/task")))
+"""
 
 
-@EVERY
-def test_write_through(kind, engine, memory, monkeypatch):
-    engine.write_through = True
-    memory.view[AT : AT + 512] = b"t" * 512
-    engine.submit(IoRequest(WRITE, 0, 512, [(AT, 512)], "w"))
-    assert finish(engine) == {"w": 512}
-    assert os.pread(engine.file.fd, 512, 0) == b"t" * 512
-
-
-@EVERY
-def test_many_at_once_and_what_has_no_room_is_refused(kind, engine, memory):
-    taken = 0
-    while engine.in_flight <= 1000 and taken < 1000 and engine.submit(IoRequest(READ, 0, 512, [(AT, 512)], taken)):
-        taken += 1
-    assert taken == 1000 if kind == "Sync" else taken == 128
-    assert finish(engine, taken) == dict.fromkeys(range(taken), 512)
-    for _ in range(20):
-        for token in range(100):
-            assert engine.submit(IoRequest(READ, 512 * (token % 64), 512, [(AT + 512 * token, 512)], token))
-        assert finish(engine, 100) == dict.fromkeys(range(100), 512)
-    for token in range(100):
-        assert bytes(memory.view[AT + 512 * token :][:512]) == pattern()[512 * (token % 64) :][:512]
-
-
-@EVERY
-def test_more_parts_than_a_ring_has_entries(kind, engine, memory):
-    parts = [(AT + 4 * number, 2) for number in range(256)]
-    engine.submit(IoRequest(READ, 512 * 3, 512, parts, 1))
-    assert finish(engine) == {1: 512}
-    assert b"".join(bytes(memory.view[offset : offset + 2]) for offset, _ in parts) == pattern()[1536:2048]
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_io_uring_where_no_thread_can_be_made(when, tmp_path):
+    """A sealed cell: what waits is done by the one thread that the kernel made in time, or else there is no ring."""
+    command = [sys.executable, "-c", _WITHOUT_THREADS, str(tmp_path / "disk"), when]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stdout, done.stderr) == (("", "refused\n") if when == "before" else ("2\n", ""))
 
 
 def test_the_kernel_holds_the_ring_to_its_restrictions(memory):
-    """Nothing but READ, WRITE and FSYNC, and only on the registered file."""
+    """Nothing but READ, WRITE and FSYNC, only on the registered file; and nothing is registered but another file."""
     engine = UringEngine(backing_file())
     engine.start(memory)
     ring = engine._ring
@@ -162,6 +198,16 @@ def test_the_kernel_holds_the_ring_to_its_restrictions(memory):
             deadline -= 1
         results.update(found)
     assert {op for op, result in results.items() if result != -errno.EACCES} == {3, 22, 23}
+    allowed = set()
+    for what in range(30):
+        try:
+            ring._register(what, bytes(64), 1)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EINVAL):
+                allowed.add(what)
+        else:
+            allowed.add(what)
+    assert allowed == {6}  # EFAULT
     engine.close()
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from virtio import abi
-from virtio.block.engine import DISCARD, FLUSH, READ, WRITE, WRITE_ZEROES, IoRequest
+from virtio.block.engine import DISCARD, FLUSH, READ, WRITE, WRITE_ZEROES, WRITE_ZEROES_UNMAP, IoRequest
 from virtio.block.request import (
     MAX_DISCARD_SECTORS,
     MAX_WRITE_ZEROES_SECTORS,
@@ -119,7 +119,7 @@ def test_what_an_engine_is_asked_for(type, sector, size, limits, outcome):
         (abi.VIRTIO_BLK_T_DISCARD, [], IOERR),
         (abi.VIRTIO_BLK_T_DISCARD, [(0, 1, 0), (1, 1, 0)], IOERR),
         (abi.VIRTIO_BLK_T_WRITE_ZEROES, [(0, 64, 0)], (WRITE_ZEROES, 0, 64 << 9)),
-        (abi.VIRTIO_BLK_T_WRITE_ZEROES, [(0, 64, 1)], (DISCARD, 0, 64 << 9)),
+        (abi.VIRTIO_BLK_T_WRITE_ZEROES, [(0, 64, 1)], (WRITE_ZEROES_UNMAP, 0, 64 << 9)),
         (abi.VIRTIO_BLK_T_WRITE_ZEROES, [(0, 0, 0)], (WRITE_ZEROES, 0, 0)),
         (abi.VIRTIO_BLK_T_WRITE_ZEROES, [(0, 64, 3)], UNSUPP),
         (abi.VIRTIO_BLK_T_WRITE_ZEROES, [(0, 64, 1 << 31)], UNSUPP),
