@@ -261,6 +261,11 @@ class Block(VirtioDevice):
         self._draining.append(change)
         return deferral
 
+    def update_files(self, files: Sequence[int]) -> Deferral | None:
+        """Do :meth:`update_file` with a descriptor, which it takes. Raises BackingFileError: nothing has changed."""
+        (fd,) = files
+        return self.update_file(BackingFile(fd, read_only=self.read_only))
+
     def _change_file(self, file: BackingFile) -> None:
         if file is not self.engine.file:
             try:

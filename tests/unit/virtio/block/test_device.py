@@ -17,6 +17,7 @@ from virtio.block.device import BUDGET, SEG_MAX, Block, BlockSettings
 from virtio.block.file_engine import FileEngine
 from virtio.block.thread_engine import ThreadEngine
 from virtio.driver import Buffer
+from virtio.errors import BackingFileError
 from virtio.rate_limiter import Bucket, RateLimiter
 
 OK, IOERR, UNSUPP = abi.VIRTIO_BLK_S_OK, abi.VIRTIO_BLK_S_IOERR, abi.VIRTIO_BLK_S_UNSUPP
@@ -371,6 +372,18 @@ def test_a_stop_and_another_file_wait_for_what_is_in_flight(engine):
         made.activate()
         assert sum(used.written == 513 for used in made.settle()) >= 4
         assert made.memory.read(HIGH, 512) == b"n" * 512
+
+
+@EVERY
+def test_a_file_that_comes_as_a_descriptor(engine):
+    with drive(engine) as made:
+        made.device.update_files([os.dup(backing_file(b"n" * 2048).fd)])
+        assert made.read(3) == b"n" * 512
+        before = os.listdir("/proc/self/fd")
+        with pytest.raises(BackingFileError, match="neither a regular file nor a block device"):
+            made.device.update_files([os.eventfd(0)])
+        assert os.listdir("/proc/self/fd") == before
+        assert made.read(3) == b"n" * 512
 
 
 @EVERY
