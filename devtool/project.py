@@ -13,7 +13,7 @@ LAUNCHERS = VENV / "bin"
 #: Exit status of ./dev lab when the emulated machine failed, not the command that ran in it.
 LAB_FAILED_STATUS = 125
 #: Packages that make up the product, in import order.
-PRODUCT = ("base", "ipc", "virtio", "vmm", "vcpu_worker", "jailer", "cellblock")
+PRODUCT = ("base", "ipc", "virtio", "vmm", "vcpu_worker", "device_cell", "jailer", "cellblock")
 #: Everything that is linted and type-checked.
 CHECKED = (*PRODUCT, "lab", "devtool", "bench", "tests")
 

@@ -13,7 +13,7 @@ import resource
 from itertools import pairwise
 
 from base.lean_typing import NamedTuple
-from ipc.launch_plan import MAX_IPI_PATHS, MAX_VCPUS, Assignment, LaunchPlan
+from ipc.launch_plan import MAX_DEVICES, MAX_IPI_PATHS, MAX_VCPUS, Assignment, LaunchPlan
 
 MIB = 1 << 20
 #: Of the C library's threads in a cell; jailer.hot.heap makes it so.
@@ -38,6 +38,14 @@ _SHARED = 64 * MIB
 #: has ghosts there are paths of interrupts.
 _WORKER_FILES = 256
 _VCPU_FILES = 8
+#: A device cell: channels, timers and loop; and for each device the kicks of its queues, an interrupt, what is behind
+#: it, what its engine has (a ring, an event).
+_DEVICE_CELL_FILES = 64
+_DEVICE_FILES = 16
+#: Requests under way in a device cell, and what is read and written in pieces.
+_DEVICE_CELL_DATA = 48 * MIB
+#: Threads of a device's engine, at the most.
+_DEVICE_THREADS = 4
 
 
 class Bounds(NamedTuple):
@@ -64,10 +72,19 @@ def of_worker(plan: LaunchPlan, assignment: Assignment) -> Bounds:
     return Bounds(data, data + plan.max_memory_bytes + _SHARED, files)
 
 
+def of_device_cell(plan: LaunchPlan) -> Bounds:
+    """What a device cell may have from its fork until it has guest memory: all devices of a machine may be in it."""
+    threads = _OTHER_THREADS + MAX_DEVICES * _DEVICE_THREADS
+    data = _DEVICE_CELL_DATA + threads * (THREAD_STACK + _PER_THREAD)
+    files = _DEVICE_CELL_FILES + MAX_DEVICES * _DEVICE_FILES
+    return Bounds(data, data + plan.max_memory_bytes + _SHARED, files)
+
+
 def of_supervisor(plan: LaunchPlan) -> Bounds:
-    """What the supervisor may have: what the largest worker may, for workers inherit its limits."""
-    largest = of_worker(plan, Assignment(0, (0,), tuple(range(1, MAX_VCPUS))))
-    return largest._replace(no_file=0)
+    """What the supervisor may have: what the largest of the cells that inherit its limits may."""
+    worker = of_worker(plan, Assignment(0, (0,), tuple(range(1, MAX_VCPUS))))
+    device_cell = of_device_cell(plan)
+    return Bounds(*map(max, worker, device_cell))._replace(no_file=0)
 
 
 def _controller_data(plan: LaunchPlan) -> int:

@@ -19,6 +19,8 @@ MAX_HOST_CPUS = 8192
 MAX_AFFINITY = 1024
 #: As many devices as a machine may have: the slots of a PCI bus but the host bridge's; virtio-mmio has room for 17.
 MAX_DEVICES = 31
+#: Each device cell has one device at least.
+MAX_DEVICE_CELLS = MAX_DEVICES
 #: Interrupts between vCPUs of different workers that the kernel forwards alone, each by an eventfd that both have.
 MAX_IPI_PATHS = 512
 #: Guest RAM ends below 1022 GiB in the guest physical map.
@@ -27,6 +29,9 @@ MAX_MEMORY_BYTES = 1022 << 30
 ROLE_SUPERVISOR = "supervisor"
 ROLE_VMM = "vmm"
 ROLE_VCPU = "vcpu"
+ROLE_DEVICE = "device"
+#: Cells of which there may be several, forked by the supervisor when the controller asks for them: role → how many.
+SPAWNED_ROLES = {ROLE_VCPU: MAX_WORKERS, ROLE_DEVICE: MAX_DEVICE_CELLS}
 #: For drills only: a worker that was configured, behind its second filter.
 ROLE_RUNNING_VCPU = "vcpu-running"
 
@@ -99,23 +104,25 @@ class LaunchPlan(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """What a worker is forked for, since its VM, vCPUs and threads are made before it is sealed.
+    """What a worker or a device cell is forked for, since VM, vCPUs and threads are made before it is sealed.
 
-    ``worker`` is its number, ``vcpus`` are the indices that it runs. ``ghosts`` are the indices of the guest's other
-    vCPUs: its VM has them, too, to receive what this worker's vCPUs send to them. ``affinity[n]`` are the host CPUs
-    that the thread of ``vcpus[n]`` may use; without entries all that the cell may use.
+    ``worker`` is its number among those of its ``role``, ``vcpus`` are the indices that it runs. ``ghosts`` are the
+    indices of the guest's other vCPUs: its VM has them, too, to receive what this worker's vCPUs send to them.
+    ``affinity[n]`` are the host CPUs that the thread of ``vcpus[n]`` may use; without entries all that the cell may
+    use. A device cell (``ROLE_DEVICE``) has none of the three.
     """
 
     worker: int
     vcpus: tuple[int, ...]
     ghosts: tuple[int, ...]
     affinity: tuple[tuple[int, ...], ...] = ()
+    role: str = ROLE_VCPU
 
 
 #: What the worker that is forked ahead is made for: nearly every microVM has one vCPU.
 FORKED_AHEAD = Assignment(0, (0,), ())
-#: The first frame on a worker's descriptor channel, from the supervisor: the controller has asked for this worker, and
-#: therefore bound its endpoint.
+#: The first frame on the descriptor channel of a worker or device cell, from the supervisor: the controller has asked
+#: for it, and therefore bound its endpoint.
 ENDPOINT_BOUND = b"bound"
 
 
@@ -125,7 +132,7 @@ class Seal(Protocol):
     def await_verified(self) -> None:
         """Wait until the walls of the setup stage are verified: before anything is read that another cell sent.
 
-        No thread can be made afterwards.
+        No thread can be made afterwards, but in a device cell, which makes its engines until it tightens.
         """
 
     def tighten(self) -> None:
@@ -136,10 +143,10 @@ class Seal(Protocol):
 
 
 def cell_name(role: str, index: int) -> str:
-    """Name a cell the way logs, walls and events do: ``vmm``, ``vcpu 0``."""
-    return role if role != ROLE_VCPU else f"{role} {index}"
+    """Name a cell the way logs, walls and events do: ``vmm``, ``vcpu 0``, ``device 0``."""
+    return f"{role} {index}" if role in SPAWNED_ROLES else role
 
 
-def endpoint(directory: str, worker: int) -> str:
-    """Return the path of the ZeroMQ endpoint of a worker inside an ipc directory."""
-    return f"{directory}/vcpu-{worker}"
+def endpoint(directory: str, role: str, number: int) -> str:
+    """Return the path of the ZeroMQ endpoint of a worker or device cell inside an ipc directory."""
+    return f"{directory}/{role}-{number}"

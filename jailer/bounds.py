@@ -10,7 +10,7 @@ from __future__ import annotations
 import resource
 
 from ipc import bounds
-from ipc.launch_plan import FORKED_AHEAD, ROLE_SUPERVISOR, ROLE_VCPU, Assignment, LaunchPlan
+from ipc.launch_plan import FORKED_AHEAD, ROLE_DEVICE, ROLE_SUPERVISOR, ROLE_VCPU, SPAWNED_ROLES, Assignment, LaunchPlan
 from jailer import walls
 
 #: Of the main thread: what glibc and the kernel give by default. Stacks do not count for RLIMIT_DATA.
@@ -50,7 +50,7 @@ def wanted(plan: LaunchPlan, role: str, assignment: Assignment | None, inherited
         data = cell.data_at_times
     if walls.KERNEL_LIMITS not in plan.switched_off:
         limits.update(dict.fromkeys(_ZERO, 0))
-        if role == ROLE_VCPU:
+        if role in SPAWNED_ROLES:
             limits[resource.RLIMIT_NOFILE] = _of(plan, role, assignment).no_file
     pairs = {which: (_lower(value, inherited[which]),) * 2 for which, value in limits.items()}
     if data:
@@ -61,6 +61,8 @@ def wanted(plan: LaunchPlan, role: str, assignment: Assignment | None, inherited
 def _of(plan: LaunchPlan, role: str, assignment: Assignment | None) -> bounds.Bounds:
     if role == ROLE_SUPERVISOR:
         return bounds.of_supervisor(plan)
+    if role == ROLE_DEVICE:
+        return bounds.of_device_cell(plan)
     return bounds.of_worker(plan, assignment or FORKED_AHEAD) if role == ROLE_VCPU else bounds.of_controller(plan)
 
 

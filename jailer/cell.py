@@ -20,7 +20,7 @@ from base.lean_typing import Callable, NamedTuple, NoReturn
 from base.threads import MadeByLibrary
 from ipc import descriptors
 from ipc.errors import IpcError
-from ipc.launch_plan import ROLE_VMM, SECCOMP_REPORT, LaunchPlan, cell_name
+from ipc.launch_plan import ROLE_DEVICE, ROLE_VMM, SECCOMP_REPORT, LaunchPlan, cell_name
 from jailer import bounds, fault_signals, walls
 from jailer.errors import CellError, JailerError, PolicyError
 from jailer.filters import RUNNING, SETUP
@@ -137,7 +137,7 @@ class Seal:
     def await_verified(self) -> None:
         """Wait until the walls are verified, and become non-dumpable: what other cells send may be read from here on.
 
-        Every thread exists. Raises CellError if a wall differs.
+        Every thread exists, but for those of a device cell's engines. Raises CellError if a wall differs.
         """
         if self._verified:
             return
@@ -145,8 +145,8 @@ class Seal:
         self._verified = True
         try:
             self._expect(channel, VERIFIED)
-            if self._context.has(walls.PROCESS_LIMIT):
-                identity.forbid_processes()
+            if not self._makes_threads_later:
+                self._forbid_processes()
             if self._context.has(walls.DUMPABLE):
                 identity.set_dumpable(False)
             descriptors.send(channel, HIDDEN)
@@ -163,6 +163,8 @@ class Seal:
         self._tightened = channel = self._open_channel()
         self._channel = None
         try:
+            if self._makes_threads_later:
+                self._forbid_processes()
             if self._context.plan.seccomp == SECCOMP_REPORT:
                 descriptors.send(channel, TIGHTENING)
                 self._expect(channel, GO)
@@ -182,6 +184,15 @@ class Seal:
         finally:
             channel.close()
         faults.visit("cell.sealed")
+
+    @property
+    def _makes_threads_later(self) -> bool:
+        """A device cell is told which engines it has to make; the kernel then makes workers of its own for some."""
+        return self._context.role == ROLE_DEVICE
+
+    def _forbid_processes(self) -> None:
+        if self._context.has(walls.PROCESS_LIMIT):
+            identity.forbid_processes()
 
     def _open_channel(self) -> socket.socket:
         if self._channel is None:

@@ -7,7 +7,7 @@ import time
 
 from base.lean_std import signal, socket
 from base.lean_typing import Enum, NamedTuple
-from ipc.launch_plan import ROLE_VCPU, Assignment, LaunchPlan, cell_name
+from ipc.launch_plan import Assignment, LaunchPlan, cell_name
 from jailer import bounds, fault_signals, verify
 from jailer.cell_output import CellOutput
 from jailer.landlock import Rulesets
@@ -64,13 +64,13 @@ class Setup(NamedTuple):
     worker_cgroups: WorkerCgroups
     landlock: Rulesets
 
-    def worker_limits(self, assignment: Assignment) -> bounds.Limits:
-        """Return the limits of a worker that is forked for this."""
-        return bounds.wanted(self.plan, ROLE_VCPU, assignment, self.asked.inherited)
+    def limits(self, assignment: Assignment) -> bounds.Limits:
+        """Return the limits of a worker or device cell that is forked for this."""
+        return bounds.wanted(self.plan, assignment.role, assignment, self.asked.inherited)
 
 
 class Cell:
-    """One child: the controller or a worker."""
+    """One child: the controller, a worker or a device cell."""
 
     __slots__ = (
         "assignment", "deadline", "fault_signals", "index", "killed", "landlocked", "last_words", "listener", "output",
@@ -88,7 +88,7 @@ class Cell:
         self.output: CellOutput | None = None
         #: Where process 1 asks for signals to itself, if faults are armed.
         self.fault_signals = -1
-        #: What a worker was forked for.
+        #: What a worker or device cell was forked for.
         self.assignment: Assignment | None = None
         self.deadline = time.monotonic() + SEAL_TIMEOUT_S
         self.wall = ""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from base.lean_typing import NamedTuple
-from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VCPU, ROLE_VMM, SECCOMP_OFF, SECCOMP_REPORT
+from ipc.launch_plan import ROLE_DEVICE, ROLE_SUPERVISOR, ROLE_VCPU, ROLE_VMM, SECCOMP_OFF, SECCOMP_REPORT
 from jailer.seccomp.install import Filter, load
 
 #: The stages of a cell's walls (jailer.cell): from its fork on, and when it needs no more than a running machine does.
 SETUP, RUNNING = "setup", "running"
 STAGES = (SETUP, RUNNING)
-#: Policies whose filters a launch needs: the supervisor has one, controller and workers one for each stage.
-ROLES = (ROLE_SUPERVISOR, *(policy for role in (ROLE_VMM, ROLE_VCPU) for policy in (f"{role}-{SETUP}", role)))
+_STAGED = (ROLE_VMM, ROLE_VCPU, ROLE_DEVICE)
+#: Policies whose filters a launch needs: the supervisor has one, all other cells one for each stage.
+ROLES = (ROLE_SUPERVISOR, *(policy for role in _STAGED for policy in (f"{role}-{SETUP}", role)))
 JANITOR = "janitor"
 
 
@@ -23,7 +24,7 @@ class Filters(NamedTuple):
 
 
 def of_cell(by_role: dict[str, Filter], role: str) -> dict[str, Filter]:
-    """Return the filters of a controller or worker by stage; none if seccomp is off."""
+    """Return the filters of a cell but the supervisor by stage; none if seccomp is off."""
     policies = {SETUP: f"{role}-{SETUP}", RUNNING: role}
     return {stage: by_role[policy] for stage, policy in policies.items() if policy in by_role}
 

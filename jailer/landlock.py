@@ -12,7 +12,7 @@ import struct
 
 from base.errno_text import errno_text
 from base.lean_typing import Any
-from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VCPU, ROLE_VMM
+from ipc.launch_plan import ROLE_DEVICE, ROLE_SUPERVISOR, ROLE_VCPU, ROLE_VMM
 from jailer import syscalls
 from jailer.errors import StepError
 
@@ -55,6 +55,8 @@ _ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ROLE_SUPERVISOR: (_READ_RIGHTS, (_ABSTRACT,)),
     ROLE_VCPU: ((), (_ABSTRACT, _SIGNAL)),
 }
+#: Roles that are in a layer of another one's, too: nothing of files, nothing that crosses the domain.
+_AS = {ROLE_DEVICE: ROLE_VCPU}
 #: The first ABI with scopes.
 SCOPE_ABI = 6
 
@@ -165,7 +167,11 @@ class Rulesets:
 
     def descriptor(self, role: str) -> int:
         """Return the descriptor of a role's ruleset, -1 if there is none."""
-        return self.by_role[role].descriptor if role in self.by_role else -1
+        made = self._of(role)
+        return made.descriptor if made is not None else -1
+
+    def _of(self, role: str) -> Ruleset | None:
+        return self.by_role.get(_AS.get(role, role))
 
     def allow(self, role: str, directory: int, rights: tuple[str, ...] | None = None) -> None:
         """Give a role its rights, or some of them, below an open directory. Raises StepError."""
@@ -188,13 +194,14 @@ class Rulesets:
 
     def enforce(self, role: str) -> bool:
         """Put the layer of a role in force in the calling process; False if there is none. Raises StepError."""
-        if role not in self.by_role:
+        made = self._of(role)
+        if made is None:
             return False
         try:
-            self.by_role[role].enforce()
+            made.enforce()
         except OSError as error:
             raise StepError(f"Failed to put Landlock in force: {errno_text(error)}") from None
-        self.by_role[role].close()
+        made.close()
         return True
 
     def drop(self, role: str) -> None:
@@ -204,4 +211,5 @@ class Rulesets:
 
     def asked(self, role: str) -> dict[str, Any]:
         """Return what the wall report asks of a role."""
-        return self.by_role[role].level() if role in self.by_role else describe(0)
+        made = self._of(role)
+        return made.level() if made is not None else describe(0)

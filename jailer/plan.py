@@ -6,7 +6,15 @@ import os
 import time
 
 from base.lean_typing import Iterable, NamedTuple
-from ipc.launch_plan import MAX_MEMORY_BYTES, MAX_WORKERS, SECCOMP_OFF, Assignment, LaunchPlan
+from ipc.launch_plan import (
+    MAX_MEMORY_BYTES,
+    MAX_WORKERS,
+    ROLE_VCPU,
+    SECCOMP_OFF,
+    SPAWNED_ROLES,
+    Assignment,
+    LaunchPlan,
+)
 from jailer import placement, walls
 from jailer.memory import host_gives_huge_pages
 
@@ -108,8 +116,15 @@ def _new_epoch() -> int:
     return int.from_bytes(os.urandom(8), "little") | 1
 
 
-def refuse_assignment(request: Assignment) -> str:
-    """Say what is wrong with the vCPUs that a worker is asked to run, or nothing."""
+def refuse_assignment(plan: LaunchPlan, request: Assignment) -> str:
+    """Say what is wrong with what a worker or a device cell is asked to be, or nothing."""
+    if request.role not in SPAWNED_ROLES:
+        return "there is no such role"
+    most = plan.max_workers if request.role == ROLE_VCPU else SPAWNED_ROLES[request.role]
+    if request.worker >= most:
+        return f"the plan allows {most} {'workers' if request.role == ROLE_VCPU else f'{request.role} cells'}"
+    if request.role != ROLE_VCPU:
+        return "only a worker runs vCPUs" if request.vcpus or request.ghosts or request.affinity else ""
     mine, others = set(request.vcpus), set(request.ghosts)
     if not mine or len(mine) + len(others) != len(request.vcpus) + len(request.ghosts) or mine & others:
         return "a worker runs at least one vCPU, and none twice"
@@ -118,3 +133,8 @@ def refuse_assignment(request: Assignment) -> str:
     if request.affinity and (len(request.affinity) != len(request.vcpus) or not all(request.affinity)):
         return "a worker's affinity names host CPUs for each of its vCPUs"
     return ""
+
+
+def cell_kind(role: str) -> str:
+    """Return what a cell of this role is called in a sentence."""
+    return "a worker" if role == ROLE_VCPU else f"a {role} cell"

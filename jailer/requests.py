@@ -14,7 +14,7 @@ from base.lean_typing import Any, Callable
 from ipc import descriptors
 from ipc.channel import PairChannel
 from ipc.errors import IpcError
-from ipc.launch_plan import ENDPOINT_BOUND, ROLE_VCPU, Assignment
+from ipc.launch_plan import ENDPOINT_BOUND, ROLE_DEVICE, ROLE_VCPU, Assignment
 from ipc.messages.records import Failed
 from ipc.messages.supervisor import (
     SUPERVISOR,
@@ -27,7 +27,7 @@ from ipc.messages.supervisor import (
 )
 from jailer.cell_record import Cell, Setup
 from jailer.ending import Ending
-from jailer.plan import refuse_assignment
+from jailer.plan import cell_kind, refuse_assignment
 from jailer.spawner import Spawner
 
 #: A controller that floods its channel must not keep the supervisor from its signals.
@@ -104,9 +104,9 @@ class Requests:
 
     def _signal_cell(self, request: SignalCell, sequence: int) -> None:
         record = self._cells.get(request.pid)
-        is_worker = record is not None and record.role == ROLE_VCPU and record.index == request.worker
-        if request.signal not in _CELL_SIGNALS or record is None or not is_worker:
-            self.send(Failed("supervisor.signal", "no such worker, or not a signal that may be sent"), sequence)
+        named = record is not None and (record.role, record.index) == (request.role, request.worker)
+        if request.signal not in _CELL_SIGNALS or record is None or not named or record is self._controller:
+            self.send(Failed("supervisor.signal", "no such cell, or not a signal that may be sent"), sequence)
             return
         if request.signal == signal.SIGKILL:
             record.killed = True
@@ -132,34 +132,35 @@ class Requests:
         os.close(descriptor)
 
     def _spawn(self, request: Spawn, sequence: int) -> None:
-        refusal = self._refuse_spawn(request)
+        assignment = Assignment(*request)
+        refusal = self._refuse_spawn(assignment)
         if refusal is not None:
             self.send(refusal, sequence)
             return
         faults.visit("supervisor.spawn.requested")
         try:
-            record, ours = self._spawner.take_ahead(Assignment(*request)) or self._spawner.fork(Assignment(*request))
+            record, ours = self._spawner.take_ahead(assignment) or self._spawner.fork(assignment)
         except OSError as error:
-            self.send(Failed("supervisor.fork", f"cannot fork a worker: {threads.explain(error)}"), sequence)
+            text = f"cannot fork {cell_kind(request.role)}: {threads.explain(error)}"
+            self.send(Failed("supervisor.fork", text), sequence)
             return
         try:
             descriptors.send(ours, ENDPOINT_BOUND)
         except IpcError:
             pass  # it has ended already, which is told as any other end
-        self.send(Spawned(request.worker, record.pid), sequence, (record.pidfd, ours.fileno()))
+        self.send(Spawned(request.worker, record.pid, request.role), sequence, (record.pidfd, ours.fileno()))
         ours.close()
         faults.visit("supervisor.spawn.answered")
 
-    def _refuse_spawn(self, request: Spawn) -> Failed | None:
-        index = request.worker
-        if refusal := refuse_assignment(Assignment(*request)):
+    def _refuse_spawn(self, request: Assignment) -> Failed | None:
+        if refusal := refuse_assignment(self._plan, request):
             return Failed("supervisor.plan", refusal)
-        if index >= self._plan.max_workers:
-            return Failed("supervisor.plan", f"the plan allows {self._plan.max_workers} workers")
-        if refusal := self._spawner.refuse(Assignment(*request)):
+        if refusal := self._spawner.refuse(request):
             return Failed("supervisor.exists", refusal)
         if self._ending.exit_code is not None:
             return Failed("supervisor.ending", "the microVM is ending")
-        if self._setup.kvm_fd < 0:
+        if request.role == ROLE_DEVICE and self._setup.roles.device is None:
+            return Failed("supervisor.role", "there are no device cells")
+        if request.role == ROLE_VCPU and self._setup.kvm_fd < 0:
             return Failed("supervisor.kvm", f"Error creating KVM object: {self._setup.kvm_error}")
         return None

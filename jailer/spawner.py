@@ -7,16 +7,20 @@ import os
 from base import faults, timeline
 from base.lean_std import socket
 from ipc import descriptors
-from ipc.launch_plan import ROLE_VCPU, Assignment
+from ipc.launch_plan import MAX_WORKERS, ROLE_DEVICE, ROLE_VCPU, Assignment, cell_name
 from jailer import cell
 from jailer.cell_output import LogPipe
 from jailer.cell_record import Cell, Setup
 from jailer.filters import of_cell
+from jailer.plan import cell_kind
 from jailer.steps import process
 
 
 class Spawner:
-    """Forks workers. ``cells`` are all cells by pid, shared with the supervisor; ``channel`` is the controller's."""
+    """Forks workers and device cells.
+
+    ``cells`` are all cells by pid, shared with the supervisor; ``channel`` is the controller's.
+    """
 
     def __init__(self, setup: Setup, cells: dict[int, Cell], channel: socket.socket) -> None:
         self._setup = setup
@@ -57,32 +61,25 @@ class Spawner:
         return True
 
     def refuse(self, request: Assignment) -> str:
-        """Say why this worker may not be forked although the plan allows it, or nothing."""
-        if not self._workers(request.worker) or self._is_ahead(request):
-            return ""
-        return self._refuse_replacement(request)
+        """Say why this cell may not be forked although the plan allows it, or nothing.
 
-    def _refuse_replacement(self, request: Assignment) -> str:
-        """Say why a second worker with this number may not be forked, or nothing.
-
-        It may while one is being replaced, for the same vCPUs, one at a time: so there is never more than one cell
-        beyond the plan, however often that happens.
+        A second one with its number may while one is being replaced, for the same vCPUs, one at a time: so there is
+        never more than one cell of each role beyond the plan, however often that happens.
         """
-        workers = [record for record in self.cells.values() if record.role == ROLE_VCPU]
-        if len({record.index for record in workers}) < len(workers):
-            return "a worker is being replaced already"
-        if any(record.index == request.worker and record.assignment != request for record in workers):
-            return f"worker {request.worker} exists already, for other vCPUs"
+        alike = [record for record in self.cells.values() if record.role == request.role]
+        numbers = [record.index for record in alike]
+        if request.worker not in numbers or self._is_ahead(request):
+            return ""
+        if len(set(numbers)) < len(numbers):
+            return f"{cell_kind(request.role)} is being replaced already"
+        if any(record.index == request.worker and record.assignment != request for record in alike):
+            return f"{cell_name(request.role, request.worker)} exists already, for other vCPUs"
         return ""
 
-    def _workers(self, index: int) -> int:
-        """Count the workers with this number: there are two of it while one is being replaced."""
-        return sum(record.role == ROLE_VCPU and record.index == index for record in self.cells.values())
-
     def fork(self, assignment: Assignment) -> tuple[Cell, socket.socket]:
-        """Fork a worker; return its record and the controller's end of its descriptor channel. Raises OSError."""
+        """Fork a cell; return its record and the controller's end of its descriptor channel. Raises OSError."""
         ours, theirs = descriptors.channel_pair()
-        theirs.setblocking(False)  # a worker cannot do it: FIONBIO is not for it
+        theirs.setblocking(False)  # the cell cannot do it: FIONBIO is not for it
         seal, cell_seal = descriptors.channel_pair()
         output = LogPipe(self._plan)
         faults.visit("supervisor.spawn.prepared")
@@ -93,39 +90,46 @@ class Spawner:
                 each.close()
             raise
         if pid == 0:
-            timeline.enter(2 + assignment.worker)
+            timeline.enter(2 + assignment.worker + (MAX_WORKERS if assignment.role == ROLE_DEVICE else 0))
             output.become_standard_error()
             ours.close()
             seal.close()
-            self._become_worker(assignment, theirs, cell_seal)
+            self._become(assignment, theirs, cell_seal)
         cell.count_faults()
         faults.visit("supervisor.spawn.forked")
         theirs.close()
         cell_seal.close()
-        record = Cell(ROLE_VCPU, assignment.worker, pid, os.pidfd_open(pid), seal)
+        record = Cell(assignment.role, assignment.worker, pid, os.pidfd_open(pid), seal)
         record.output = output.take(f"{record.name}: ")
         record.assignment = assignment
         self.cells[pid] = record
         return record, ours
 
-    def _become_worker(self, assignment: Assignment, channel: socket.socket, seal: socket.socket) -> None:
-        """In the child: let go of everything of the supervisor, then be the worker; does not return."""
-        index = assignment.worker
+    def _become(self, assignment: Assignment, channel: socket.socket, seal: socket.socket) -> None:
+        """In the child: let go of everything of the supervisor, then be the cell; does not return."""
+        index, role = assignment.worker, assignment.role
         setup = self._setup
-        filters, limits = of_cell(setup.filters, ROLE_VCPU), setup.worker_limits(assignment)
-        context = cell.CellContext(self._plan, ROLE_VCPU, index, seal, filters, limits, setup.landlock)
+        filters, limits = of_cell(setup.filters, role), setup.limits(assignment)
+        context = cell.CellContext(self._plan, role, index, seal, filters, limits, setup.landlock)
+        own = [channel.fileno(), seal.fileno(), setup.landlock.descriptor(role)]
+        if role == ROLE_VCPU:
+            own.append(setup.kvm_fd)
 
         def prepare() -> tuple[int, ...]:
-            setup.worker_cgroups.join(index)
+            if role == ROLE_VCPU:
+                setup.worker_cgroups.join(index)
             self._abandon()
-            process.keep_only((channel.fileno(), seal.fileno(), setup.kvm_fd, setup.landlock.descriptor(ROLE_VCPU)))
+            process.keep_only(own)
             cell.reset_signals()
             return ()
 
-        def role(sealed: cell.Seal) -> int:
-            return setup.roles.vcpu(setup.plan, assignment, channel, setup.kvm_fd, sealed)
+        def run(sealed: cell.Seal) -> int:
+            if role == ROLE_VCPU:
+                return setup.roles.vcpu(setup.plan, assignment, channel, setup.kvm_fd, sealed)
+            assert setup.roles.device is not None
+            return setup.roles.device(setup.plan, assignment, channel, sealed)
 
-        cell.run(context, prepare, role)
+        cell.run(context, prepare, run)
 
     def _abandon(self) -> None:
         """In a child: make sure that no object of the supervisor closes a descriptor of the cell later."""

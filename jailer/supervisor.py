@@ -228,7 +228,9 @@ class Supervisor:
         if record is self._controller:
             self._controller_ended(record, number, code)
         elif not self._spawner.forget_ahead(record) and not self._ended_with_controller(record):
-            self._requests.send(CellEnded(record.index, record.pid, code, number, record.wall, record.text))
+            self._requests.send(
+                CellEnded(record.index, record.pid, code, number, record.wall, record.text, record.role)
+            )
         record.close()
 
     def _ended_with_controller(self, record: Cell) -> bool:

@@ -17,21 +17,24 @@ from jailer.hot import heap
 class Roles(NamedTuple):
     """The entry points of the cells; tests pass stand-ins. They return the exit code of the cell.
 
-    ``ahead`` is the worker that the supervisor forks without being asked, if there is one.
+    ``ahead`` is the worker that the supervisor forks without being asked, if there is one. A device cell gets nothing
+    of KVM; without an entry point for them there are none.
     """
 
     vmm: Callable[[LaunchPlan, socket.socket, Seal], int]
     vcpu: Callable[[LaunchPlan, Assignment, socket.socket, int, Seal], int]
     ahead: Assignment | None = None
+    device: Callable[[LaunchPlan, Assignment, socket.socket, Seal], int] | None = None
 
 
 def load_roles(*, kernel_cache: bool = False) -> Roles:
     """Import the cells' code; ``kernel_cache`` says whether a directory of unpacked kernels will be used."""
+    import device_cell.main
     import vcpu_worker.main
     import vmm.main
 
     vmm.main.warm(kernel_cache=kernel_cache)
-    return Roles(vmm.main.run, vcpu_worker.main.run, FORKED_AHEAD)
+    return Roles(vmm.main.run, vcpu_worker.main.run, FORKED_AHEAD, device_cell.main.run)
 
 
 _warmed = False

@@ -13,7 +13,7 @@ import os
 
 from base.errno_text import errno_text
 from base.lean_typing import Any, Callable, NamedTuple
-from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VCPU, ROLE_VMM, SECCOMP_OFF, Assignment, LaunchPlan
+from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VMM, SECCOMP_OFF, SPAWNED_ROLES, Assignment, LaunchPlan
 from jailer import bounds, walls
 from jailer.filters import RUNNING
 from jailer.settings import Limits
@@ -151,7 +151,7 @@ def asked(
 ) -> Walls:
     """Return what the walls of a cell of this role have to be at this stage (jailer.filters).
 
-    ``assignment`` is a worker's.
+    ``assignment`` is that of a worker or device cell.
     """
 
     def has(wall: str) -> bool:
@@ -169,7 +169,7 @@ def asked(
     if has(walls.NO_NEW_PRIVILEGES):
         walls_asked["no_new_privs"] = 1
     if plan.seccomp != SECCOMP_OFF:
-        own = 1 if role in (ROLE_SUPERVISOR, ROLE_VMM) else 2  # a worker inherits the supervisor's
+        own = 1 if role in (ROLE_SUPERVISOR, ROLE_VMM) else 2  # the others inherit the supervisor's
         filters = facts.host.seccomp_filters + own + _is_hidden(role, stage)
         walls_asked["seccomp"] = [{"mode": 2, "filters": filters}]
     if plan.jailed and not _is_hidden(role, stage):
@@ -185,7 +185,7 @@ def asked(
     if facts.cells_own_pids and not _is_hidden(role, stage):
         walls_asked["pid_depth"] = 0 if role == ROLE_SUPERVISOR else 1
     walls_asked["limits"] = {**_asked_limits(plan, role, facts, stage), **_asked_bounds(plan, role, facts, assignment)}
-    if role == ROLE_VCPU and stage == RUNNING:
+    if role in SPAWNED_ROLES and stage == RUNNING:
         # It has lowered that to what its guest needs, which it alone knows exactly.
         walls_asked["limits"].pop(bounds.NAMES[bounds.ADDRESS_SPACE], None)
     return walls_asked

@@ -123,7 +123,7 @@ def _run(
         control_channel = Channel(context, WORKER, plan.epoch)
     starting.seal.await_verified()
     _await_endpoint(channel)
-    control_channel.connect(endpoint(plan.worker_ipc_directory, assignment.worker))
+    control_channel.connect(endpoint(plan.worker_ipc_directory, ROLE_VCPU, assignment.worker))
     faults.visit("vcpu.hello")
     control_channel.send(hello)
     _await_welcome(control_channel)

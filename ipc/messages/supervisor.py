@@ -1,22 +1,23 @@
-"""Controller ↔ supervisor, over an inherited socket pair."""
+"""Controller ↔ supervisor, over an inherited socket pair. ``role`` and ``worker`` together name a cell."""
 
 from __future__ import annotations
 
 from base.lean_typing import NamedTuple
-from ipc.launch_plan import MAX_AFFINITY, MAX_HOST_CPUS, MAX_MEMORY_BYTES, MAX_WORKERS
-from ipc.messages.records import CODE_FIELD, TEXT_FIELD, VCPU_FIELD, WORKER_FIELD, Failed
+from ipc.launch_plan import MAX_AFFINITY, MAX_HOST_CPUS, MAX_MEMORY_BYTES, MAX_WORKERS, ROLE_VCPU, SPAWNED_ROLES
+from ipc.messages.records import CODE_FIELD, TEXT_FIELD, VCPU_FIELD, Failed
 from ipc.schema import U8, U32, Int, ListOf, Schema, Text
 
 SUPERVISOR = Schema()
 
 
 class Spawn(NamedTuple):
-    """Fork a worker for these vCPUs and ghosts (``ipc.launch_plan.Assignment``); its endpoint is bound already."""
+    """Fork a worker or a device cell (``ipc.launch_plan.Assignment``); its endpoint is bound already."""
 
     worker: int
     vcpus: tuple[int, ...]
     ghosts: tuple[int, ...]
     affinity: tuple[tuple[int, ...], ...] = ()
+    role: str = ROLE_VCPU
 
 
 class Spawned(NamedTuple):
@@ -24,14 +25,16 @@ class Spawned(NamedTuple):
 
     worker: int
     pid: int
+    role: str = ROLE_VCPU
 
 
 class SignalCell(NamedTuple):
-    """Send SIGKILL, SIGSTOP or SIGCONT to a worker; ``pid`` tells it from the one that replaces it."""
+    """Send SIGKILL, SIGSTOP or SIGCONT to a cell; ``pid`` tells it from the one that replaces it."""
 
     worker: int
     pid: int
     signal: int
+    role: str = ROLE_VCPU
 
 
 class Signalled(NamedTuple):
@@ -62,6 +65,7 @@ class CellEnded(NamedTuple):
     signal: int
     wall: str
     text: str = ""
+    role: str = ROLE_VCPU
 
 
 class Shutdown(NamedTuple):
@@ -78,29 +82,36 @@ class SignalNoticed(NamedTuple):
     text: str
 
 
+#: The supervisor refuses a role that it does not know.
+_ROLE_FIELD = Text(max(map(len, SPAWNED_ROLES)))
+#: Of one of the cells of a role.
+_NUMBER_FIELD = Int(max(SPAWNED_ROLES.values()) - 1)
+
 SUPERVISOR.register(1, Failed, code=CODE_FIELD, text=TEXT_FIELD)
 SUPERVISOR.register(
     2,
     Spawn,
-    worker=WORKER_FIELD,
+    worker=_NUMBER_FIELD,
     vcpus=ListOf(VCPU_FIELD, MAX_WORKERS),
     ghosts=ListOf(VCPU_FIELD, MAX_WORKERS),
     affinity=ListOf(ListOf(Int(MAX_HOST_CPUS - 1), MAX_AFFINITY), MAX_WORKERS),
+    role=_ROLE_FIELD,
 )
-SUPERVISOR.register(3, Spawned, worker=WORKER_FIELD, pid=Int(U32, 1))
-SUPERVISOR.register(4, SignalCell, worker=WORKER_FIELD, pid=Int(U32, 1), signal=Int(64, 1))
+SUPERVISOR.register(3, Spawned, worker=_NUMBER_FIELD, pid=Int(U32, 1), role=_ROLE_FIELD)
+SUPERVISOR.register(4, SignalCell, worker=_NUMBER_FIELD, pid=Int(U32, 1), signal=Int(64, 1), role=_ROLE_FIELD)
 SUPERVISOR.register(5, Signalled)
 SUPERVISOR.register(6, CreateMemory, size=Int(MAX_MEMORY_BYTES, 1))
 SUPERVISOR.register(7, MemoryCreated, size=Int(MAX_MEMORY_BYTES, 1))
 SUPERVISOR.register(
     8,
     CellEnded,
-    worker=WORKER_FIELD,
+    worker=_NUMBER_FIELD,
     pid=Int(U32, 1),
     status=Int(U8),
     signal=Int(64),
     wall=Text(64),
     text=TEXT_FIELD,
+    role=_ROLE_FIELD,
 )
 SUPERVISOR.register(9, Shutdown, code=Int(U8), text=TEXT_FIELD)
 SUPERVISOR.register(10, SignalNoticed, signal=Int(64, 1), text=TEXT_FIELD)

@@ -22,8 +22,10 @@ from jailer.errors import PolicyError
 from jailer.seccomp.policy import ALLOWED, DIRECTORY, OWN_PROCESS, Policy, Rule, full_text, parse
 
 ROLES = (
-    "supervisor", "vmm-setup", "vmm", "vcpu-setup", "vcpu", "vcpu-report", "janitor",
+    "supervisor", "vmm-setup", "vmm", "vcpu-setup", "vcpu", "vcpu-report",
+    "device-setup", "device", "device-report", "janitor",
     "supervisor-faults", "vmm-setup-faults", "vmm-faults", "vcpu-setup-faults", "vcpu-faults",
+    "device-setup-faults", "device-faults",
 )  # fmt: skip
 BUILD_DIRECTORY = os.path.join(DIRECTORY, "build")
 MAGIC = b"CBSECC01"

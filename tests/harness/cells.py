@@ -22,7 +22,7 @@ from base.event_manager import EventManager
 from ipc import descriptors
 from ipc.channel import Channel, PairChannel
 from ipc.exit_ring import RING_SIZE, ExitRingProducer
-from ipc.launch_plan import PLACEMENT_SPLIT, SECCOMP_OFF, LaunchPlan, endpoint
+from ipc.launch_plan import PLACEMENT_SPLIT, ROLE_VCPU, SECCOMP_OFF, LaunchPlan, endpoint
 from ipc.messages.descriptors import DESCRIPTORS, ExitRing, GuestMemory, Interrupt, VcpuDescriptor
 from ipc.messages.ghosts import GhostsParked, ParkGhosts
 from ipc.messages.records import WORKER, BootRegisters
@@ -121,7 +121,7 @@ class StandInWorker:
         self.index = index
         self.context: zmq.Context[Any] = zmq.Context(io_threads=1)
         self.channel = Channel(self.context, WORKER, plan.epoch)
-        self.channel.connect(endpoint(plan.worker_ipc_directory, index))
+        self.channel.connect(endpoint(plan.worker_ipc_directory, ROLE_VCPU, index))
         self.descriptors = PairChannel(pair, DESCRIPTORS, plan.epoch)
         self.received: dict[str, list[int]] = {}
         self.changes: list[Any] = []

@@ -204,7 +204,7 @@ class JailedMicrovm:
 
     def output(self) -> str:
         """Return what was printed, without the names of the workers before their lines."""
-        return re.sub(r"^vcpu \d+: ", "", self.printed(), flags=re.MULTILINE)
+        return re.sub(r"^(vcpu|device) \d+: ", "", self.printed(), flags=re.MULTILINE)
 
     def log(self) -> str:
         """Return the supervisor's lines for people."""

@@ -24,7 +24,16 @@ from typing import Any  # noqa: E402
 from base.errors import ThreadError  # noqa: E402
 from base.threads import MadeByLibrary  # noqa: E402
 from ipc.channel import PairChannel  # noqa: E402
-from ipc.launch_plan import ENDPOINT_BOUND, FORKED_AHEAD, Assignment, LaunchPlan, Seal  # noqa: E402
+from ipc.launch_plan import (  # noqa: E402
+    ENDPOINT_BOUND,
+    FORKED_AHEAD,
+    MAX_DEVICE_CELLS,
+    ROLE_DEVICE,
+    ROLE_VCPU,
+    Assignment,
+    LaunchPlan,
+    Seal,
+)
 from ipc.messages.supervisor import SUPERVISOR, CellEnded, CreateMemory, Shutdown, SignalCell, Spawn  # noqa: E402
 from jailer import cell, cli, launch, main, plan, settings, template  # noqa: E402
 from jailer.errors import JailerError  # noqa: E402
@@ -159,6 +168,49 @@ def late(plan: LaunchPlan, client: Client) -> int:
     spawned = client.ask(Spawn(0, (0,), ()))
     say(f"spawned pid {spawned.pid}")
     return idle_on(client)
+
+
+DEVICE_CELL = Spawn(0, (), (), (), ROLE_DEVICE)
+
+
+def device_cells(plan: LaunchPlan, client: Client) -> int:
+    """Ask for device cells beside a worker, within and beyond the plan; end one, and ask again."""
+    worker = client.ask(Spawn(0, (0,), ()))
+    first = client.ask(DEVICE_CELL)
+    say(f"first -> {type(first).__name__} {first.role} {first.worker}")
+    for request in (
+        DEVICE_CELL._replace(worker=MAX_DEVICE_CELLS - 1),
+        DEVICE_CELL._replace(worker=MAX_DEVICE_CELLS),
+        DEVICE_CELL._replace(vcpus=(0,)),
+        DEVICE_CELL._replace(affinity=((0,),)),
+        DEVICE_CELL._replace(role="vmm"),
+        DEVICE_CELL,  # it is to replace the first one
+        DEVICE_CELL,
+        SignalCell(0, first.pid, signal.SIGKILL),
+        SignalCell(0, worker.pid, signal.SIGKILL, ROLE_DEVICE),
+        SignalCell(0, first.pid, signal.SIGKILL, ROLE_DEVICE),
+    ):
+        reply = client.ask(request)
+        answer = f"{type(reply).__name__} {getattr(reply, 'code', '')}".rstrip()
+        say(f"{type(request).__name__} {request.role} {request.worker} -> {answer}")
+    message = client.notice()
+    say(f"ended {message.role} {message.worker} signal={message.signal} first={message.pid == first.pid}")
+    return 0
+
+
+def one_device_cell(plan: LaunchPlan, client: Client) -> int:
+    """Ask for a device cell, report how it ends, end."""
+    client.ask(DEVICE_CELL)
+    message = client.notice()
+    say(f"ended {message.role} status={message.status} signal={message.signal} wall={message.wall!r}")
+    say(f"text {message.text}")
+    return 0
+
+
+def worker_and_device_cell(plan: LaunchPlan, client: Client) -> int:
+    """Ask for one of both, then wait for the end."""
+    client.ask(DEVICE_CELL)
+    return idle(plan, client)
 
 
 def choosy(plan: LaunchPlan, client: Client) -> int:
@@ -316,6 +368,11 @@ def vmm(plan: LaunchPlan, channel: socket.socket, seal: Seal) -> int:
 
 
 def vcpu(plan: LaunchPlan, assignment: Assignment, channel: socket.socket, kvm_fd: int, seal: Seal) -> int:
+    return worker(plan, assignment, channel, seal)
+
+
+def worker(plan: LaunchPlan, assignment: Assignment, channel: socket.socket, seal: Seal) -> int:
+    """Be a worker, or a device cell."""
     name = _behaviours(plan)[1]
     if name in BEFORE_SEAL:
         code = BEFORE_SEAL[name]()
@@ -326,12 +383,16 @@ def vcpu(plan: LaunchPlan, assignment: Assignment, channel: socket.socket, kvm_f
         WHILE_HIDDEN[name](seal)
     frame = receive(channel)
     if frame != ENDPOINT_BOUND:
-        say(f"worker {assignment.worker} was told {frame!r}")
+        say(f"{_kind(assignment)} {assignment.worker} was told {frame!r}")
         return 98
     seal.tighten()
     seal.await_tightened()
-    say(f"worker {assignment.worker} sealed")
+    say(f"{_kind(assignment)} {assignment.worker} sealed")
     return WORKERS.get(name, wait)(channel)
+
+
+def _kind(assignment: Assignment) -> str:
+    return "worker" if assignment.role == ROLE_VCPU else assignment.role
 
 
 def run() -> int:
@@ -341,7 +402,7 @@ def run() -> int:
         options = cli.parse(sys.argv[1:])
         resolved = settings.resolve(options)
         ahead = FORKED_AHEAD if "ahead" in options.arguments else None
-        roles = template.Roles(vmm, vcpu, ahead)
+        roles = template.Roles(vmm, vcpu, ahead, worker)
         return launch.JailedLaunch(options, resolved, plan.started_now()).run(lambda: roles)
     except JailerError as error:
         cli.print_error(str(error))

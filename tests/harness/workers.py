@@ -18,7 +18,7 @@ import zmq
 from ipc import descriptors, device_pages, exit_ring
 from ipc.channel import Channel, PairChannel
 from ipc.errors import ChannelError
-from ipc.launch_plan import ENDPOINT_BOUND, Assignment, LaunchPlan, endpoint
+from ipc.launch_plan import ENDPOINT_BOUND, ROLE_VCPU, Assignment, LaunchPlan, endpoint
 from ipc.messages.descriptors import DESCRIPTORS, DevicePages, ExitRing, GuestMemory, Interrupt, VcpuDescriptor
 from ipc.messages.records import WORKER, BootRegisters, Failed, Window
 from ipc.messages.vm import MAX_INTERRUPTS_AT_ONCE, AddInterrupts, MapMemory, SetWindows, VmChanged
@@ -194,7 +194,7 @@ class Controller:
         self.hello: Hello | None = None
         self.status: int | None = None
         self.plan = _plan(str(directory))
-        path = endpoint(str(directory), 0)
+        path = endpoint(str(directory), ROLE_VCPU, 0)
         self._upper, lower = descriptors.channel_pair()
         kvm_fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
         # Everything that the child must not inherit threads of is made after the fork.

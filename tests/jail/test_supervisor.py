@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ipc.launch_plan import MAX_MEMORY_BYTES, MAX_WORKERS
+from ipc.launch_plan import MAX_DEVICE_CELLS, MAX_MEMORY_BYTES, MAX_WORKERS
 from jailer import landlock
 from tests.harness.jail import JailedMicrovm, children, descriptors, id_of, stand_in, status, wait_for
 from tests.harness.run_options import NoLeftovers
@@ -79,6 +79,55 @@ def test_how_a_worker_ended_is_told(base: Path, worker: str, ended: str) -> None
     jailed = stand_in(base, "one-worker", arguments=("one-worker", worker))
     assert jailed.run() == 0, jailed.output()
     assert ended in _lines(jailed)
+
+
+def test_device_cells_within_and_beyond_the_plan(base: Path) -> None:
+    jailed = stand_in(base, "device-cells")
+    assert jailed.run() == 0, jailed.output()
+    last = MAX_DEVICE_CELLS - 1
+    assert [line for line in _lines(jailed) if "->" in line or "ended" in line] == [
+        "first -> Spawned device 0",
+        f"Spawn device {last} -> Spawned",
+        f"Spawn device {last + 1} -> Failed supervisor.plan",
+        "Spawn device 0 -> Failed supervisor.plan",
+        "Spawn device 0 -> Failed supervisor.plan",
+        "Spawn vmm 0 -> Failed supervisor.plan",
+        "Spawn device 0 -> Spawned",
+        "Spawn device 0 -> Failed supervisor.exists",
+        "SignalCell vcpu 0 -> Failed supervisor.signal",
+        "SignalCell device 0 -> Failed supervisor.signal",
+        "SignalCell device 0 -> Signalled",
+        "ended device 0 signal=9 first=True",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cell", "ended"),
+    [
+        ("exit-5", "ended device status=5 signal=0 wall=''"),
+        ("sigsys", "ended device status=0 signal=31 wall='seccomp'"),
+        ("fail-early", "ended device status=7 signal=0 wall=''"),
+        ("no-second-filter", "ended device status=0 signal=9 wall='verify'"),
+    ],
+)
+def test_how_a_device_cell_ended_is_told(base: Path, cell: str, ended: str) -> None:
+    jailed = stand_in(base, "one-device-cell", arguments=("one-device-cell", cell))
+    assert jailed.run() == 0, jailed.output()
+    assert ended in _lines(jailed)
+
+
+def test_walls_of_a_device_cell_are_those_of_a_worker(base: Path) -> None:
+    jailed = stand_in(base, "worker-and-device-cell").start()
+    for cell in ("worker 0", "device 0"):
+        _wait_line(jailed, f"{cell} sealed")
+    assert jailed.stop() == -signal.SIGTERM
+    records = jailed.wall_records()
+    worker, device_cell = records["vcpu 0"], records["device 0"]
+    assert device_cell["verified"], device_cell["differences"]
+    for each in ("uid", "gid", "groups", "capabilities", "no_new_privs", "seccomp", "namespaces", "root", "landlock"):
+        assert device_cell["found"].get(each) == worker["found"].get(each), each
+    assert device_cell["found"]["limits"]["processes"] == ["0", "0"]
+    assert device_cell["seccomp"]["sha256"] != worker["seccomp"]["sha256"]
 
 
 def test_worker_whose_walls_differ_is_ended(base: Path) -> None:

@@ -12,7 +12,7 @@ from base.lean_std import socket
 from base.lean_typing import Any, Callable, NamedTuple
 from ipc.channel import Channel, PairChannel
 from ipc.errors import IpcError
-from ipc.launch_plan import Assignment, LaunchPlan, endpoint
+from ipc.launch_plan import ROLE_VCPU, Assignment, LaunchPlan, endpoint
 from ipc.messages.descriptors import DESCRIPTORS
 from ipc.messages.records import WORKER
 from ipc.messages.worker import Hello, Welcome
@@ -67,7 +67,7 @@ class WorkerHandshake(WorkerProcess):
     def bind(self) -> None:
         """Make the endpoint that the worker will connect to. Raises WorkerError."""
         self._release()
-        path = endpoint(self._plan.controller_ipc_directory, self.index)
+        path = endpoint(self._plan.controller_ipc_directory, ROLE_VCPU, self.index)
         self._channel = Channel(self._context, WORKER, self._plan.epoch)
         try:
             self._channel.bind(path)

@@ -9,7 +9,7 @@ import zmq
 from base import threads
 from base.event_manager import EventManager
 from base.lean_typing import Any, Sequence
-from ipc.launch_plan import FORKED_AHEAD, LaunchPlan
+from ipc.launch_plan import FORKED_AHEAD, ROLE_VCPU, LaunchPlan
 from ipc.messages.supervisor import CellEnded
 from vmm.cells.descriptors import VmChange
 from vmm.cells.lifecycle import DEADLINES, WorkerState
@@ -41,7 +41,7 @@ class WorkerPool:
 
     def _cell_ended(self, notice: CellEnded) -> None:
         for worker in [*self._workers.values(), *self._successors]:
-            if worker.index == notice.worker:
+            if notice.role == ROLE_VCPU and worker.index == notice.worker:
                 worker.cell_ended(notice)
 
     def bind(self) -> None:

@@ -13,7 +13,7 @@ from base.lean_typing import Any, Callable, TypeVar
 from ipc.channel import PairChannel
 from ipc.descriptors import OwnedDescriptors
 from ipc.errors import IpcError, MessageError
-from ipc.launch_plan import MAX_MEMORY_BYTES, Assignment
+from ipc.launch_plan import MAX_MEMORY_BYTES, ROLE_VCPU, Assignment
 from ipc.messages.records import Failed
 from ipc.messages.supervisor import (
     SUPERVISOR,
@@ -115,7 +115,7 @@ class SupervisorClient:
         owned.close()
 
     def submit_spawn(self, assignment: Assignment) -> int:
-        """Ask for a worker; returns the number for :meth:`collect_spawn`."""
+        """Ask for a worker or a device cell; returns the number for :meth:`collect_spawn`."""
         return self.submit(Spawn(*assignment))
 
     def collect_spawn(self, sequence: int) -> tuple[Spawned, OwnedDescriptors]:
@@ -123,7 +123,7 @@ class SupervisorClient:
         spawned, owned = self.collect(sequence, Spawned)
         if len(owned) != MAX_REPLY_DESCRIPTORS:
             owned.close()
-            raise SupervisorError("The supervisor did not hand over the worker's descriptors.")
+            raise SupervisorError("The supervisor did not hand over the descriptors of the cell.")
         return spawned, owned
 
     def create_memory(self, size: int) -> int:
@@ -137,10 +137,10 @@ class SupervisorClient:
                 raise SupervisorError("The supervisor did not hand over the guest memory.")
             return owned.take()
 
-    def signal(self, worker: int, pid: int, number: int) -> bool:
-        """Have a signal sent to a worker; does not wait. False if the supervisor is gone."""
+    def signal(self, worker: int, pid: int, number: int, role: str = ROLE_VCPU) -> bool:
+        """Have a signal sent to a worker or device cell; does not wait. False if the supervisor is gone."""
         try:
-            self._channel.send(SignalCell(worker, pid, number))
+            self._channel.send(SignalCell(worker, pid, number, role))
         except IpcError:
             return False  # the end of the channel is noticed where it is read
         return True

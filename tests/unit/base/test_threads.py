@@ -69,7 +69,6 @@ def test_only_a_limit_gets_the_advice() -> None:
     assert threads.explain(FileNotFoundError(2, "")) == "No such file or directory (os error 2)"
 
 
-
 def test_a_library_says_its_last_words_to_who_reports_them(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = os.pipe()
     monkeypatch.setattr(threads.MadeByLibrary, "last_words", theirs)

@@ -15,7 +15,10 @@ import pytest
 
 from devtool.project import ROOT
 
-PACKAGES = ("base", "ipc", "virtio", "vmm", "vcpu_worker", "jailer", "cellblock", "lab", "devtool", "bench", "tests")
+PACKAGES = (
+    "base", "ipc", "virtio", "vmm", "vcpu_worker", "device_cell", "jailer", "cellblock",
+    "lab", "devtool", "bench", "tests",
+)  # fmt: skip
 _ANY_PACKAGE = "|".join(PACKAGES)
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "tests").rglob("*.md")])
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))

@@ -40,7 +40,7 @@ def test_a_received_value_is_named_too():
 
 
 def test_members_of_an_enum_become_integers():
-    assert SUPERVISOR.to_wire(SignalCell(1, 2, signal.SIGKILL)) == (4, (1, 2, 9))
+    assert SUPERVISOR.to_wire(SignalCell(1, 2, signal.SIGKILL)) == (4, (1, 2, 9, "vcpu"))
     schema = Schema()
     schema.register(1, MsrChange, register=Int(U32), mask=Int(U32), value=Int(U32))
     _, values = schema.to_wire(MsrChange(signal.SIGKILL, 0, 0))

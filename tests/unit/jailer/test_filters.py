@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VCPU, ROLE_VMM, SECCOMP_KILL, SECCOMP_OFF, SECCOMP_REPORT
+from ipc.launch_plan import ROLE_DEVICE, ROLE_SUPERVISOR, ROLE_VCPU, ROLE_VMM, SECCOMP_KILL, SECCOMP_OFF, SECCOMP_REPORT
 from jailer.filters import JANITOR, RUNNING, SETUP, Filters, load_filters, of_cell
 
-ROLES = {ROLE_SUPERVISOR, "vmm-setup", ROLE_VMM, "vcpu-setup", ROLE_VCPU}
+ROLES = {ROLE_SUPERVISOR, "vmm-setup", ROLE_VMM, "vcpu-setup", ROLE_VCPU, "device-setup", ROLE_DEVICE}
 
 
 def test_without_seccomp_there_is_none() -> None:
@@ -24,7 +24,7 @@ def test_every_role_has_one_and_the_janitor_if_there_is_one(mode: str, janitor: 
 
 def test_a_cell_has_one_for_each_stage() -> None:
     by_role = load_filters(SECCOMP_KILL, janitor=False).by_role
-    for role in (ROLE_VMM, ROLE_VCPU):
+    for role in (ROLE_VMM, ROLE_VCPU, ROLE_DEVICE):
         assert of_cell(by_role, role) == {SETUP: by_role[f"{role}-setup"], RUNNING: by_role[role]}
         assert of_cell({}, role) == {}
 

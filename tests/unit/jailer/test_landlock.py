@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VCPU, ROLE_VMM
+from ipc.launch_plan import ROLE_DEVICE, ROLE_SUPERVISOR, ROLE_VCPU, ROLE_VMM
 from jailer import landlock, syscalls
 from jailer.errors import StepError
 from jailer.steps import identity
@@ -52,6 +52,8 @@ def test_each_level_is_asked_for_what_it_has(
     assert dict(zip(rulesets.by_role, asked, strict=False)) == expected
     assert asked[3:] == ([(0, 0, 3)] if level >= 6 else [])  # no files: whoever has a domain of them cannot mount
     assert rulesets.asked(ROLE_VCPU)["files"] == []
+    assert rulesets.asked(ROLE_DEVICE) == rulesets.asked(ROLE_VCPU)
+    assert rulesets.descriptor(ROLE_DEVICE) == rulesets.descriptor(ROLE_VCPU)
     assert rulesets.asked(ROLE_VMM)["abi"] == level
 
 

@@ -71,8 +71,12 @@ def test_what_a_writer_has_locked_as_a_program_is_refused(tmp_path):
 
 def test_what_is_no_disk_says_what_it_is(tmp_path):
     os.mkfifo(tmp_path / "fifo")
-    for path, read_only, what in ((tmp_path, True, "a directory"), (tmp_path / "fifo", True, "a FIFO"),
-                                  (tmp_path / "fifo", False, "a FIFO"), ("/dev/null", False, "a character device")):
+    for path, read_only, what in (
+        (tmp_path, True, "a directory"),
+        (tmp_path / "fifo", True, "a FIFO"),
+        (tmp_path / "fifo", False, "a FIFO"),
+        ("/dev/null", False, "a character device"),
+    ):
         with pytest.raises(BackingFileError, match=what) as caught:
             open_backing_file(str(path), read_only=read_only)
         assert caught.value.errno == 0  # fmt: skip

@@ -22,9 +22,7 @@ from virtio.rate_limiter import Bucket, RateLimiter
 
 OK, IOERR, UNSUPP = abi.VIRTIO_BLK_S_OK, abi.VIRTIO_BLK_S_IOERR, abi.VIRTIO_BLK_S_UNSUPP
 EVERY = pytest.mark.parametrize("engine", ENGINES)
-BASE = (
-    abi.VIRTIO_F_VERSION_1 | abi.VIRTIO_F_EVENT_IDX | abi.VIRTIO_F_INDIRECT_DESC | abi.VIRTIO_BLK_F_SEG_MAX
-)
+BASE = abi.VIRTIO_F_VERSION_1 | abi.VIRTIO_F_EVENT_IDX | abi.VIRTIO_F_INDIRECT_DESC | abi.VIRTIO_BLK_F_SEG_MAX
 
 
 @pytest.mark.parametrize(

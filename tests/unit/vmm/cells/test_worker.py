@@ -10,7 +10,7 @@ from contextlib import suppress
 import pytest
 
 from ipc.exit_ring import RING_SIZE
-from ipc.launch_plan import endpoint
+from ipc.launch_plan import ROLE_VCPU, endpoint
 from ipc.messages.descriptors import Interrupt
 from ipc.messages.records import Route
 from ipc.messages.supervisor import CellEnded, Spawn, Spawned
@@ -196,10 +196,10 @@ def test_a_refused_spawn(make, tmp_path):
 
 def test_an_endpoint_that_cannot_be_bound(make, tmp_path):
     controller = make()
-    os.mkdir(endpoint(str(tmp_path), 0))
+    os.mkdir(endpoint(str(tmp_path), ROLE_VCPU, 0))
     with pytest.raises(WorkerError, match="cannot bind"):
         controller.worker().spawn()
-    os.rmdir(endpoint(str(tmp_path), 0))
+    os.rmdir(endpoint(str(tmp_path), ROLE_VCPU, 0))
     controller.greeted()
 
 
