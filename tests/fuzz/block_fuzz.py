@@ -23,7 +23,8 @@ from tests.harness.hostile_rings import scribble
 from tests.harness.virtio_devices import Notifications
 from tests.harness.virtqueues import DATA, HIGH, MIB, RINGS, TABLES, Pair, guest_memory, make_pair
 from virtio import abi
-from virtio.block.device import Block, BlockSettings
+from virtio.block.configuration import BlockSettings
+from virtio.block.device import Block
 from virtio.block.file_engine import FileEngine
 from virtio.device import Activation
 from virtio.driver import Buffer

@@ -11,7 +11,8 @@ from tests.harness.virtio_devices import Bench
 from tests.harness.virtqueues import DATA, HIGH, guest_memory
 from virtio import abi
 from virtio.block.backing_file import BackingFile
-from virtio.block.device import Block, BlockSettings
+from virtio.block.configuration import BlockSettings
+from virtio.block.device import Block
 from virtio.block.engine import Engine
 from virtio.block.file_engine import FileEngine
 from virtio.block.thread_engine import ThreadEngine

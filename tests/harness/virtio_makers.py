@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from tests.harness.drives import backing_file
-from virtio.block.device import Block, BlockSettings
+from virtio.block.configuration import BlockSettings
+from virtio.block.device import Block
 from virtio.block.file_engine import FileEngine
 from virtio.block.thread_engine import ThreadEngine
 from virtio.block.uring_engine import UringEngine

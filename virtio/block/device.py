@@ -8,15 +8,10 @@ from time import monotonic_ns
 from base.counters import Counters
 from base.deferral import Deferral
 from base.event_manager import EDGE_TRIGGERED, IN, EventOps
-from base.lean_typing import Callable, NamedTuple, Sequence
-from ipc.schema import U64, Int, RecordOf, Section
+from base.lean_typing import Callable, Sequence
 from virtio.abi import (
-    VIRTIO_BLK_CONFIG,
     VIRTIO_BLK_F_DISCARD,
     VIRTIO_BLK_F_FLUSH,
-    VIRTIO_BLK_F_MQ,
-    VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_SEG_MAX,
     VIRTIO_BLK_F_WRITE_ZEROES,
     VIRTIO_BLK_S_IOERR,
     VIRTIO_BLK_S_OK,
@@ -24,19 +19,22 @@ from virtio.abi import (
     VIRTIO_BLK_T_GET_ID,
     VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT,
-    VIRTIO_F_EVENT_IDX,
-    VIRTIO_F_INDIRECT_DESC,
-    VIRTIO_F_VERSION_1,
     VIRTIO_ID_BLOCK,
 )
 from virtio.block.backing_file import BackingFile
+from virtio.block.configuration import (
+    BLOCK_COUNTERS,
+    BLOCK_SECTION,
+    BlockSettings,
+    BlockState,
+    block_config,
+    block_features,
+    block_queue_sizes,
+)
 from virtio.block.engine import Engine
 from virtio.block.file_engine import FileEngine
 from virtio.block.flat import flat_loop
 from virtio.block.request import (
-    MAX_DISCARD_SECTORS,
-    MAX_SEGMENTS,
-    MAX_WRITE_ZEROES_SECTORS,
     BlockRequest,
     Limits,
     answer_identity,
@@ -45,48 +43,21 @@ from virtio.block.request import (
 )
 from virtio.block.tally import Tally
 from virtio.device import Activation, VirtioDevice
-from virtio.polling import DEFAULT_LOOK_NS, AdaptivePolling
+from virtio.polling import AdaptivePolling
 from virtio.queue import INDEX, Queue
-from virtio.rate_limiter import RATE_LIMITER_STATE, Bucket, RateLimiter, RateLimiterState
+from virtio.rate_limiter import Bucket, RateLimiter
 
-QUEUE_SIZE = 256
-#: Buffers of data in a request: with header and status they are within what a chain may have.
-SEG_MAX = QUEUE_SIZE - 2
-MAX_QUEUES = 16
 #: Chains served in a turn, of a queue.
 BUDGET = 256
 #: What a loop returns when it waits for tokens, or for room in the engine.
 BLOCKED = -1
-#: docs/formats/metrics.md
-COUNTERS = (
-    "activate_fails cfg_fails no_avail_buffer event_fails execute_fails invalid_reqs_count flush_count "
-    "queue_event_count rate_limiter_event_count update_count update_fails read_bytes write_bytes read_count "
-    "write_count rate_limiter_throttled_events io_engine_throttled_events remaining_reqs_count ~read_agg ~write_agg"
-)
-
-
-class BlockSettings(NamedTuple):
-    """How a drive is configured. ``writeback``: the cache type Writeback, else Unsafe; ``look_ns``: virtio.polling."""
-
-    read_only: bool = False
-    writeback: bool = False
-    discard: bool = False
-    queues: int = 1
-    look_ns: int = DEFAULT_LOOK_NS
-
-
-class BlockState(NamedTuple):
-    """What a block device has beside its queues: the size that the driver was told, and the limiter."""
-
-    sectors: int
-    limiter: RateLimiterState
 
 
 class Block(VirtioDevice):
     """A drive. It owns its engine, and the engine owns the file."""
 
     kind = VIRTIO_ID_BLOCK
-    SECTION = Section("virtio-block", 1, RecordOf(BlockState, sectors=Int(U64 >> 9), limiter=RATE_LIMITER_STATE))
+    SECTION = BLOCK_SECTION
 
     def __init__(
         self,
@@ -96,8 +67,7 @@ class Block(VirtioDevice):
         limiter: RateLimiter | None = None,
         state: BlockState | None = None,
     ) -> None:
-        assert 0 < settings.queues <= MAX_QUEUES
-        super().__init__(id, (QUEUE_SIZE,) * settings.queues, Counters(COUNTERS))
+        super().__init__(id, block_queue_sizes(settings), Counters(BLOCK_COUNTERS))
         self.engine = engine
         self.settings = settings
         self.read_only = settings.read_only
@@ -120,25 +90,11 @@ class Block(VirtioDevice):
 
     def features(self) -> int:
         """Return what is offered."""
-        settings = self.settings
-        offered = VIRTIO_F_VERSION_1 | VIRTIO_F_EVENT_IDX | VIRTIO_F_INDIRECT_DESC | VIRTIO_BLK_F_SEG_MAX
-        if settings.read_only:
-            offered |= VIRTIO_BLK_F_RO
-        if settings.writeback:
-            offered |= VIRTIO_BLK_F_FLUSH
-        if settings.discard and not settings.read_only:
-            offered |= VIRTIO_BLK_F_DISCARD | VIRTIO_BLK_F_WRITE_ZEROES
-        if settings.queues > 1:
-            offered |= VIRTIO_BLK_F_MQ
-        return offered
+        return block_features(self.settings)
 
     def config(self) -> bytes:
-        """Return struct virtio_blk_config; what belongs to features that are not offered is 0."""
-        queues = self.settings.queues
-        zeroes = [0] * 6
-        if self.settings.discard and not self.read_only:
-            zeroes = [MAX_DISCARD_SECTORS, MAX_SEGMENTS, 1, MAX_WRITE_ZEROES_SECTORS, MAX_SEGMENTS, 1]
-        return VIRTIO_BLK_CONFIG.pack(self.sectors, 0, SEG_MAX, *[0] * 10, queues if queues > 1 else 0, *zeroes)
+        """Return the configuration space as it is now."""
+        return block_config(self.settings, self.sectors)
 
     def init(self, ops: EventOps) -> None:
         """Use the loop's timers, and watch the engine."""
@@ -262,9 +218,17 @@ class Block(VirtioDevice):
         return deferral
 
     def update_files(self, files: Sequence[int]) -> Deferral | None:
-        """Do :meth:`update_file` with a descriptor, which it takes. Raises BackingFileError: nothing has changed."""
-        (fd,) = files
-        return self.update_file(BackingFile(fd, read_only=self.read_only))
+        """Serve from an open file, which is taken, or look at the size of the old one again, if there is none.
+
+        Raises BackingFileError.
+        """
+        file = self.engine.file
+        if files:
+            (descriptor,) = files
+            file = BackingFile(descriptor, read_only=self.read_only)
+        else:
+            file.refresh()
+        return self.update_file(file)
 
     def _change_file(self, file: BackingFile) -> None:
         if file is not self.engine.file:

@@ -21,16 +21,10 @@ from virtio.abi import (
     VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES,
 )
+from virtio.block.configuration import MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS
 from virtio.block.engine import DISCARD, FLUSH, READ, WRITE, WRITE_ZEROES, WRITE_ZEROES_UNMAP, IoRequest
 from virtio.errors import RequestError
 from virtio.queue import Chain
-
-#: What one DISCARD may name; the rest of a large one comes in further requests.
-MAX_DISCARD_SECTORS = (1 << 30) >> SECTOR_SHIFT
-#: What one WRITE_ZEROES may name: where the file system cannot do it, so much is written while the loop waits.
-MAX_WRITE_ZEROES_SECTORS = (4 << 20) >> SECTOR_SHIFT
-#: Segments in one of these requests.
-MAX_SEGMENTS = 1
 
 Parts = list[tuple[int, int]]
 

@@ -13,7 +13,8 @@ from tests.harness.event_loop import run_until
 from tests.harness.virtqueues import DATA, HIGH
 from tests.metrics_table import EXPECTED
 from virtio import abi
-from virtio.block.device import BUDGET, SEG_MAX, Block, BlockSettings
+from virtio.block.configuration import SEG_MAX, BlockSettings
+from virtio.block.device import BUDGET, Block
 from virtio.block.file_engine import FileEngine
 from virtio.block.thread_engine import ThreadEngine
 from virtio.driver import Buffer
@@ -417,6 +418,28 @@ def test_after_a_flush_that_failed_none_is_acknowledged(engine):
         assert made.ask(abi.VIRTIO_BLK_T_FLUSH, 0) == OK
     os.close(kept)
     os.close(event)
+
+
+@EVERY
+def test_an_open_file_is_taken_and_what_is_none_is_refused(engine):
+    with drive(engine) as made:
+        before = made.device.engine.file
+        reader, writer = os.pipe()
+        with pytest.raises(BackingFileError, match="a FIFO"):
+            made.device.update_files([reader])
+        with pytest.raises(OSError):
+            os.fstat(reader)
+        os.close(writer)
+        assert made.read(1) == pattern()[512:1024]
+        os.ftruncate(before.fd, 4 << 9)
+        assert made.device.update_files([]) is None
+        assert made.ask(abi.VIRTIO_BLK_T_IN, 4, [Buffer(BUFFER, 512, True)]) == IOERR
+        fd = os.memfd_create("other")
+        os.truncate(fd, 8 << 9)
+        assert made.device.update_files([fd]) is None
+        assert made.read(7) == bytes(512)
+        assert (before.fd, made.device.engine.file.fd) == (-1, fd)
+        assert made.notify.config_count == 2
 
 
 def test_it_goes_on_from_its_state():

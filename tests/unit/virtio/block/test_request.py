@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from virtio import abi
+from virtio.block.configuration import MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS
 from virtio.block.engine import DISCARD, FLUSH, READ, WRITE, WRITE_ZEROES, WRITE_ZEROES_UNMAP, IoRequest
 from virtio.block.request import (
-    MAX_DISCARD_SECTORS,
-    MAX_WRITE_ZEROES_SECTORS,
     Limits,
     answer_identity,
     parse,
