@@ -18,7 +18,9 @@ _SIGNAL_STATUS = 128
 def main(arguments: Sequence[str]) -> int:
     """Run one command; returns the exit status."""
     if arguments[:1] == ["lab"]:  # everything after it is the lab's, `--` included
-        return _lab(list(arguments[1:]))
+        return _tool("lab", list(arguments[1:]))
+    if arguments[:1] == ["image"]:
+        return _tool("lab.guest_disk", list(arguments[1:]))
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     command: Callable[[argparse.Namespace, list[str]], int] = options.run
@@ -52,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = add("bench", _bench, "Run a benchmark. Other arguments go to it.")
     bench.add_argument("name", metavar="NAME", help="a module of bench/, without the .py")
     commands.add_parser("lab", help="Run a command in the lab: an emulated machine with KVM and nested paging.")
+    commands.add_parser("image", help="Make the disk of Debian packages that guests of tests and the demo boot from.")
     add("where", _where, "Print the folder that holds the installed programs firecracker and jailer.")
     return parser
 
@@ -89,13 +92,14 @@ def _bench(options: argparse.Namespace, rest: list[str]) -> int:
     return _module(f"bench.{name}", rest)
 
 
-def _lab(arguments: list[str]) -> int:
+def _tool(module: str, arguments: list[str]) -> int:
+    """Run a tool that reads its own command line, in this process's place."""
     try:
         setup.set_up()
     except DevError as error:
         say(f"error: {error}")
         return 1
-    return _module("lab", arguments, replace=True)
+    return _module(module, arguments, replace=True)
 
 
 def _test(options: argparse.Namespace, rest: list[str]) -> int:

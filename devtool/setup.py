@@ -21,6 +21,7 @@ DEBIAN_PACKAGES = (
     "gcc", "libc6-dev", "libcap-dev", "libseccomp2",  # python-prctl is built from source
     "binutils", "acpica-tools", "strace", "curl",  # tests: assembled guests, oracles, clients
     "qemu-system-x86", "busybox-static", "cpio", "xz-utils", "zstd", "lz4", "kmod",  # lab, guest images
+    "mmdebstrap", "e2fsprogs",  # guests' disks
     "mount", "util-linux", "iproute2", "procps", "git", "ca-certificates",
 )  # fmt: skip
 #: Programs of which any version will do (tests: clients in Go and in JavaScript), and the package with each, which is

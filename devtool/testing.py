@@ -175,7 +175,7 @@ def _run_stage(stage: Stage, options: list[str], environment: dict[str, str], re
     pytest = [str(PYTHON), "-m", "pytest", *stage.options, *stage.paths, *options]
     if stage.in_lab:
         # Outside, where the cache is kept: what the lab writes is lost, and it has no network.
-        for module in ("lab.guest_image", "tests.guests.build"):
+        for module in ("lab.guest_image", "lab.guest_disk", "tests.guests.build"):
             subprocess.run([str(PYTHON), "-m", module], cwd=ROOT, check=False, stdout=subprocess.DEVNULL)
         inside = "/run/lab/exchange/report.xml"
         variables = [f"--env={name}={value}" for name, value in environment.items()]

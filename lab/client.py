@@ -107,16 +107,21 @@ class Microvm:
         self.console += part
         return bool(part)
 
-    def expect(self, text: str, timeout: float = 60.0) -> str:
-        """Wait until ``text`` appears in what was not looked at yet; return all up to and including its line."""
+    def expect(self, text: str, timeout: float = 60.0, *, to_line_end: bool = True) -> str:
+        """Wait until ``text`` appears in what was not looked at yet; return all up to and including its line.
+
+        ``to_line_end`` off, for a prompt: up to the text itself.
+        """
         wanted = _with_log_between(text)
         deadline = time.monotonic() + timeout
         while True:
             match = wanted.search(self.console, self._seen)
-            if match and (end := self.console.find(b"\n", match.end() - 1)) >= 0:
-                found = self.console[self._seen : end + 1]
-                self._seen = end + 1
-                return found.decode(errors="replace")
+            if match:
+                end = self.console.find(b"\n", match.end() - 1) + 1 if to_line_end else match.end()
+                if end > 0:
+                    found = self.console[self._seen : end]
+                    self._seen = end
+                    return found.decode(errors="replace")
             if not self.pump(0.1) and not wanted.search(self.console, self._seen):
                 raise ClientError(f"the microVM ended before {text!r} came:\n{self.tail()}")
             if time.monotonic() > deadline:

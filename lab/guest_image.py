@@ -34,7 +34,7 @@ DRIVERS = {
 }
 TRANSPORTS = ("virtio_mmio", "virtio_pci")
 #: Loaded only when cellblock.modules= names them.
-OTHER_MODULES = ("nd_pmem", "ptp_kvm", "button", "evdev", "overlay", "squashfs")
+OTHER_MODULES = ("nd_pmem", "ptp_kvm", "button", "evdev", "overlay", "squashfs", "ext4")
 _HERE = Path(__file__).resolve().parent
 
 

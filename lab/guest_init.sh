@@ -5,6 +5,7 @@
 #   cellblock.script=DEVICE  shell script on a block device (up to its NULs)
 #   cellblock.modules=A,B    modules to load besides those that devices ask for
 #   cellblock.end=reboot|poweroff|stay   afterwards; stay (the default without commands): take lines from the console
+#   root=DEVICE [rw]         hand over to /sbin/init on an ext4 file system, after cellblock.modules; all else is its own
 # /cellblock/script, from an archive appended to this one, runs too.
 export PATH=/bin
 mount -t proc proc /proc
@@ -31,16 +32,25 @@ for device in /sys/bus/virtio/devices/*/device; do
 done
 
 read -r cmdline </proc/cmdline
-run= script= modules= end=
+run= script= modules= end= root= mode=ro
 for word in $cmdline; do
     case $word in
     cellblock.run=*) run=$(printf %b "$(echo "${word#*=}" | sed 's/\\/\\\\/g; s/%/\\x/g')") ;;
     cellblock.script=*) script=${word#*=} ;;
     cellblock.modules=*) modules=$(echo "${word#*=}" | tr , ' ') ;;
     cellblock.end=*) end=${word#*=} ;;
+    root=*) root=${word#*=} ;;
+    ro | rw) mode=$word ;;
     esac
 done
 for module in $modules; do load "$module"; done
+
+if [ -n "$root" ]; then
+    load ext4
+    mkdir /root.new
+    mount -t ext4 -o "$mode" "$root" /root.new && mount --move /dev /root.new/dev && exec switch_root /root.new /sbin/init
+    echo "CELLBLOCK-NO-ROOT $root"
+fi
 
 report() {
     "$@"

@@ -15,21 +15,9 @@ from lab.cpio import CpioWriter
 from lab.debian import ensure_kernel, module_order
 from lab.tsc import host_tsc_khz
 from lab.vmlinux import unpack
+from tests.harness.qemu import qemu
 
 BOOT_SECONDS = 120
-
-
-def qemu(image, parameters, *, kernel=None, devices=(), initramfs=None):
-    """Return the command line that boots a guest under QEMU's own microvm, its console on standard output."""
-    append = f"console=ttyS0 reboot=t panic=-1 quiet tsc_early_khz={host_tsc_khz()} {parameters}"
-    # fmt: off
-    return [
-        "qemu-system-x86_64", "-machine", "microvm", "-accel", "tcg", "-cpu", "max", "-m", "256", "-nodefaults",
-        "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio",
-        "-kernel", str(kernel or image.vmlinux), "-initrd", str(initramfs or image.initramfs),
-        "-append", append, *devices,
-    ]
-    # fmt: on
 
 
 def boot(image, parameters, **options):
