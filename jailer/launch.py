@@ -24,7 +24,7 @@ from jailer.log import Log
 from jailer.memory import MemoryMaker, ReserveMemory
 from jailer.operations import Operation, Plan
 from jailer.settings import Settings
-from jailer.steps import cgroups, covers, detach, devices, directories, identity, network, process, roots
+from jailer.steps import cgroups, covers, detach, devices, directories, identity, network, process, rootless, roots
 from jailer.steps.title import TITLE
 
 _NO_SECCOMP = "--no-seccomp"
@@ -43,6 +43,7 @@ class JailedLaunch:
             mode = SECCOMP_OFF
             self._off.add(walls.SECCOMP)
         self._mode = mode
+        self._rootless = rootless.is_needed()
         self._uid = settings.uid if self._has(walls.IDENTITY) else os.getuid()
         self._gid = settings.gid if self._has(walls.IDENTITY) else os.getgid()
         self._log = Log(2, settings.microvm_id)
@@ -55,6 +56,9 @@ class JailedLaunch:
         settings = self._settings
         start.hold_signals()
         TITLE.find(settings.exec_name)
+        if self._rootless:
+            rootless.enter(self._uid, self._gid)
+        shortcomings = self._shortcomings()
         proc = verify.open_proc()
         self._open_wall_log()
         self._arm()
@@ -91,12 +95,19 @@ class JailedLaunch:
             detach.redirect_standard_descriptors(host.null, (2,))
         os.close(host.null)
         launcher.ready()
-        for warning in (filters.warning, self._switches_warning()):
+        for warning in (filters.warning, self._switches_warning(), shortcomings):
             if warning:
                 self._log.warning(warning)
         return start.supervise(setup, controller, channel, signals)
 
     # ------------------------------------------------------------ on the host
+
+    def _shortcomings(self) -> str:
+        settings = self._settings
+        if not self._rootless:
+            return ""
+        has_cgroup = settings.parent_cgroup_given or bool(settings.cgroups or settings.vcpu_cgroups)
+        return rootless.shortcomings(own_processes=settings.new_pid_ns, own_cgroup=has_cgroup)
 
     def _open_wall_log(self) -> None:
         path = self._options.value("wall-log")
@@ -163,6 +174,7 @@ class JailedLaunch:
         timeline.mark("own mounts")
         os.fchdir(self._root.descriptor)
         trees = self._make_trees()
+        self._nodes = self._clone_nodes()
         launch_plan = self._launch_plan(host)
         asked = self._asked(host)
         jailed_proc = self._mount_proc(proc)
@@ -224,8 +236,19 @@ class JailedLaunch:
         roots.isolate_mounts()
         return roots.IpcTrees(self._uid, self._gid)
 
+    def _clone_nodes(self) -> dict[str, int] | None:
+        """Return the host's device nodes where none can be made, as detached mounts."""
+        return rootless.clone_nodes(devices.paths()) if self._rootless and self._has(walls.DEVICES) else None
+
+    def _mount_device(self, directory: devices.MakeDirectory, path: str) -> Operation | None:
+        trees = self._nodes or {}
+        return rootless.MountDevice(directory, path, trees[path]) if path in trees else None
+
     def _mount_proc(self, proc: int) -> int:
         """Return a /proc of our process namespace that is mounted nowhere, hence has no way out."""
+        if self._rootless and not self._settings.new_pid_ns:
+            os.close(proc)
+            return rootless.clone_proc()
         quiet = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC
         detached = syscalls.mount_detached("proc", (("subset", "pid"),), quiet | syscalls.MOUNT_ATTR_RDONLY)
         os.close(proc)
@@ -239,7 +262,9 @@ class JailedLaunch:
     def _closed_devices(self) -> tuple[str, ...]:
         """Return the device nodes that the controller sees under a mount that lets none be opened."""
         has = self._has(walls.ROOT) and self._has(walls.DEVICES) and self._has(walls.UNUSED_DEVICES)
-        return devices.unused() if has else ()
+        if not has:
+            return ()
+        return tuple(path for path in devices.unused() if self._nodes is None or path in self._nodes)
 
     def _launch_plan(self, host: start.Host) -> LaunchPlan:
         options = self._options
@@ -274,6 +299,7 @@ class JailedLaunch:
             cells_own_pids=self._has(walls.PID_NAMESPACE),
             jail_root=(status.st_dev, status.st_ino),
             inherited=bounds.read_inherited(),
+            groups=tuple(os.getgroups()) if self._rootless else (),
             read_only_files=self._read_only_files(),
             closed_devices=self._closed_devices(),
         )
@@ -293,7 +319,8 @@ class JailedLaunch:
         if self._has(walls.UTS_NAMESPACE):
             flags |= syscalls.CLONE_NEWUTS
         syscalls.unshare(flags)
-        made, nodes = devices.operations(self._uid, self._gid, mounts=self._root.mounts_are_hosts)
+        make = self._mount_device if self._rootless else None
+        made, nodes = devices.operations(self._uid, self._gid, mounts=self._root.mounts_are_hosts, make=make)
         by_path = {each.path: each for each in made}
         tun = network.OpenTun(lambda: by_path["/dev/net"].descriptor)
         operations: list[Operation] = [roots.EnterJailRoot(), *made, *nodes, tun]
@@ -338,7 +365,7 @@ class JailedLaunch:
 
     def _drop_privileges(self) -> None:
         if self._has(walls.IDENTITY):
-            identity.become(self._uid, self._gid)
+            identity.become(self._uid, self._gid, keep_groups=self._rootless)
         if self._has(walls.CAPABILITIES):
             identity.clear_capabilities()
         if self._has(walls.NO_NEW_PRIVILEGES):

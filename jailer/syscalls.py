@@ -178,11 +178,11 @@ def move_mount(descriptor: int, target: str, directory: int = AT_FDCWD) -> None:
     _call(_SYS_MOVE_MOUNT, descriptor, b"", directory, _path(target), flags)
 
 
-def mount_setattr(descriptor: int, attributes: int) -> None:
-    """mount_setattr(2): add attributes to the mount that the descriptor stands for."""
+def mount_setattr(descriptor: int, attributes: int, *, recursive: bool = False) -> None:
+    """mount_setattr(2): add attributes to the mount that the descriptor stands for; to those below it as well."""
     attr = struct.pack("=QQQQ", attributes, 0, 0, 0)
     assert len(attr) == 32  # struct mount_attr
-    _call(_SYS_MOUNT_SETATTR, descriptor, b"", AT_EMPTY_PATH, attr, 32)
+    _call(_SYS_MOUNT_SETATTR, descriptor, b"", AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0), attr, 32)
 
 
 def mount_detached(filesystem: str, options: tuple[tuple[str, str], ...], attributes: int) -> int:

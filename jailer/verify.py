@@ -65,6 +65,8 @@ class Asked(NamedTuple):
     #: The hard limits that this launch has inherited, or set for all: by resource (jailer.bounds).
     inherited: dict[int, int]
     #: Files in the controller's root, under mounts that take something from them (jailer.steps.covers).
+    #: Supplementary groups that cannot be dropped (jailer.steps.rootless), as our user namespace names them.
+    groups: tuple[int, ...] = ()
     read_only_files: tuple[str, ...] = ()
     closed_devices: tuple[str, ...] = ()
 
@@ -159,7 +161,7 @@ def asked(
 
     walls_asked: Walls = {}
     if plan.jailed and has(walls.IDENTITY):
-        walls_asked.update(uid=[plan.uid] * 4, gid=[plan.gid] * 4, groups=[])
+        walls_asked.update(uid=[plan.uid] * 4, gid=[plan.gid] * 4, groups=sorted(facts.groups))
     if has(walls.CAPABILITIES):
         sets = _CAPABILITY_SETS if facts.host.privileged else tuple(s for s in _CAPABILITY_SETS if s != "CapBnd")
         walls_asked["capabilities"] = dict.fromkeys(sets, _NO_CAPABILITIES)

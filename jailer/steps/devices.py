@@ -10,7 +10,7 @@ import os
 import stat
 
 from base.errno_text import errno_text
-from base.lean_typing import Iterable
+from base.lean_typing import Callable, Iterable
 from jailer import walls
 from jailer.errors import StepError
 from jailer.operations import Operation
@@ -163,17 +163,28 @@ def unused() -> tuple[str, ...]:
     return tuple(path for path, _, _, optional in _nodes() if not optional)
 
 
-def operations(uid: int, gid: int, *, mounts: bool) -> tuple[list[MakeDirectory], list[MakeDevice]]:
+def paths() -> tuple[str, ...]:
+    """Return the paths of all nodes."""
+    return tuple(path for path, _, _, _ in _nodes())
+
+
+def operations(
+    uid: int, gid: int, *, mounts: bool, make: Callable[[MakeDirectory, str], Operation | None] | None = None
+) -> tuple[list[MakeDirectory], list[Operation]]:
     """Return what makes the directories, from the root down, and the device nodes.
 
-    ``mounts``: what is mounted at the first level of the jail root is the host's own choice.
+    ``mounts``: what is mounted at the first level of the jail root is the host's own choice. ``make``: how a node comes
+    into a directory, where mknod(2) is not the way; None if it does not.
     """
     made: dict[str, MakeDirectory] = {}
     for path in (*DIRECTORIES, CONTROLLER_IPC_DIRECTORY):
         parent = None if path == "/" else made[os.path.dirname(path)]
         made[path] = MakeDirectory(path, parent, mounts=mounts and path.count("/") == 1)
-    nodes = [
-        MakeDevice(made[os.path.dirname(path)], path, (major, number), (uid, gid), optional=optional)
-        for path, major, number, optional in _nodes()
-    ]
+    nodes: list[Operation] = []
+    for path, major, number, optional in _nodes():
+        directory = made[os.path.dirname(path)]
+        if make is None:
+            nodes.append(MakeDevice(directory, path, (major, number), (uid, gid), optional=optional))
+        elif (node := make(directory, path)) is not None:
+            nodes.append(node)
     return list(made.values()), nodes

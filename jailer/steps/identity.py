@@ -30,9 +30,10 @@ def clear_bounding_set() -> None:
             raise
 
 
-def become(uid: int, gid: int) -> None:
-    """Set every user and group id and drop the supplementary groups. Raises OSError."""
-    os.setgroups([])
+def become(uid: int, gid: int, *, keep_groups: bool = False) -> None:
+    """Set every user and group id and drop the supplementary groups, unless they cannot be. Raises OSError."""
+    if not keep_groups:
+        os.setgroups([])
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
 
