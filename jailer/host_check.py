@@ -18,7 +18,7 @@ from base.errno_text import errno_text
 from jailer import landlock, placement, syscalls
 from jailer.errors import JailerError
 from jailer.settings import DEFAULT_NO_FILE
-from jailer.steps import cgroups
+from jailer.steps import cgroups, rootless
 
 _KVM_GET_API_VERSION = 0xAE00
 _KVM_CREATE_VM = 0xAE01
@@ -104,10 +104,12 @@ def check_privileges() -> Finding:
         line = next(line for line in file if line.startswith("CapEff:"))
     effective = int(line.split()[1], 16)
     missing = [name for name, number in needed.items() if not effective >> number & 1]
-    if missing:
-        remedy = "run jailer as root; firecracker can be started without a jail by any user who may use /dev/kvm"
-        return Finding("privileges", BAD, f"lacks {', '.join(missing)}", remedy)
-    return Finding("privileges", GOOD, "can build a jail")
+    if not missing:
+        return Finding("privileges", GOOD, "can build a jail")
+    if rootless.is_needed() and _child_succeeds(partial(syscalls.unshare, syscalls.CLONE_NEWUSER)):
+        found = "no root: a jail is built in a user namespace, the cells stay who you are"
+        return Finding("privileges", WORSE, found, "docs/jailer.md says what a rootless jail goes without")
+    return Finding("privileges", BAD, f"lacks {', '.join(missing)}", f"{rootless.REMEDY}; or start firecracker unjailed")
 
 
 def check_namespaces() -> Finding:
@@ -119,7 +121,8 @@ def check_namespaces() -> Finding:
         "network": syscalls.CLONE_NEWNET,
         "process": syscalls.CLONE_NEWPID,
     }
-    missing = [name for name, flag in flags.items() if not _child_succeeds(partial(syscalls.unshare, flag))]
+    own = syscalls.CLONE_NEWUSER if rootless.is_needed() else 0  # what holds the others, without root
+    missing = [name for name, flag in flags.items() if not _child_succeeds(partial(syscalls.unshare, own | flag))]
     if missing:
         remedy = "a kernel with these namespaces; in a container, CAP_SYS_ADMIN and a permissive seccomp profile"
         return Finding("namespaces", BAD, f"cannot make: {', '.join(missing)}", remedy)

@@ -18,7 +18,7 @@ from jailer.steps.devices import MakeDirectory
 _CAP_SYS_ADMIN = 21
 _MAPS = "/proc/self"
 #: What may forbid user namespaces, and what allows them (sysctl).
-_REMEDY = (
+REMEDY = (
     "run jailer as root, or let ordinary users make user namespaces: user.max_user_namespaces above 0, and, where the "
     "host has them, kernel.unprivileged_userns_clone=1 and kernel.apparmor_restrict_unprivileged_userns=0"
 )
@@ -48,13 +48,13 @@ def enter(uid: int, gid: int) -> None:
     try:
         syscalls.unshare(syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWNS)
     except OSError as error:
-        raise StepError(f"Failed to unshare into new user namespace: {errno_text(error)}; {_REMEDY}") from None
+        raise StepError(f"Failed to unshare into new user namespace: {errno_text(error)}; {REMEDY}") from None
     # Without CAP_SETGID outside, a group may only be mapped by who gives setgroups(2) up.
     for name, text in (("setgroups", "deny"), ("uid_map", f"{own[0]} {own[0]} 1"), ("gid_map", f"{own[1]} {own[1]} 1")):
         try:
             _write(f"{_MAPS}/{name}", text)
         except OSError as error:
-            raise StepError(f"Failed to write {_MAPS}/{name}: {errno_text(error)}; {_REMEDY}") from None
+            raise StepError(f"Failed to write {_MAPS}/{name}: {errno_text(error)}; {REMEDY}") from None
 
 
 def _write(path: str, text: str) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.harness.jail import GID, UID, is_alive, microvm, namespace, status, wait_for
-from tests.harness.ordinary_user import start_rootless
+from tests.harness.jail import GID, JAILER, UID, is_alive, microvm, namespace, status, wait_for
+from tests.harness.ordinary_user import become_user, start_rootless
 
 ALL = ("supervisor", "vmm", "vcpu 0")
 NAMESPACES = ("user", "mnt", "net", "ipc", "uts")
@@ -56,6 +58,16 @@ def test_the_device_nodes_are_mounts_that_the_host_does_not_see(base: Path) -> N
         assert stat.S_ISREG((jailed.root / "dev" / "kvm").stat().st_mode)
 
 
+def test_a_janitor_removes_a_rootless_jail(base: Path) -> None:
+    with microvm(base, "--cleanup") as jailed:
+        jailed.add_guest("spin")
+        start_rootless(jailed)
+        jailed.boot()
+        jailed.wait_cells(*ALL)
+        os.kill(jailed.pid, signal.SIGKILL)
+        wait_for(lambda: not jailed.directory.exists(), "the janitor")
+
+
 @pytest.mark.parametrize(("flag", "other", "own"), [("uid", UID + 1, UID), ("gid", GID + 1, GID), ("uid", 0, UID)])
 def test_only_the_own_ids_can_be_had(base: Path, flag: str, other: int, own: int) -> None:
     with microvm(base, **{flag: other}) as jailed:
@@ -71,6 +83,13 @@ def test_what_a_user_may_not_do_ends_the_launch_and_leaves_nothing(base: Path) -
         start_rootless(jailed)
         assert jailed.process.wait(30) == 1
         assert os.listdir(base) == []
+
+
+def test_the_check_of_the_host_knows_what_an_ordinary_user_can_do(base: Path) -> None:
+    command = [str(JAILER), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=become_user(base))
+    assert re.search(r"privileges.*a jail is built in a user namespace", done.stdout), done.stdout
+    assert re.search(r"namespaces.*cannot make", done.stdout) is None, done.stdout
 
 
 def test_a_host_without_user_namespaces_says_what_to_do(base: Path) -> None:
