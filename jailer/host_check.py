@@ -109,7 +109,8 @@ def check_privileges() -> Finding:
     if rootless.is_needed() and _child_succeeds(partial(syscalls.unshare, syscalls.CLONE_NEWUSER)):
         found = "no root: a jail is built in a user namespace, the cells stay who you are"
         return Finding("privileges", WORSE, found, "docs/jailer.md says what a rootless jail goes without")
-    return Finding("privileges", BAD, f"lacks {', '.join(missing)}", f"{rootless.REMEDY}; or start firecracker unjailed")
+    remedy = f"{rootless.REMEDY}; or start firecracker without a jail"
+    return Finding("privileges", BAD, f"lacks {', '.join(missing)}", remedy)
 
 
 def check_namespaces() -> Finding:
