@@ -33,6 +33,12 @@ class BackingFileError(VirtioError):
         self.errno = errno
 
 
+class OverlayError(VirtioError):
+    """An overlay that cannot be used: it is none, it is damaged or in use, or its base is another one."""
+
+    code = "virtio.overlay"
+
+
 class DriverError(VirtioError):
     """The driver's side was used wrongly, or the device broke the rules of the used ring."""
 

@@ -33,10 +33,17 @@ _fallocate = ctypes.CDLL(None, use_errno=True).fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
 
 
+class Buffer(NamedTuple):
+    """Memory that is not the guest's: ``address`` is where ``view`` begins in this process."""
+
+    view: memoryview
+    address: int
+
+
 class IoRequest(NamedTuple):
     """``length`` bytes at ``offset`` of the file; ``parts`` are (offset into ``GuestMemory.view``, length), no copies.
 
-    ``token`` comes back with the completion.
+    ``token`` comes back with the completion. With a ``buffer`` the parts lie in that.
     """
 
     kind: int
@@ -44,6 +51,7 @@ class IoRequest(NamedTuple):
     length: int
     parts: Sequence[tuple[int, int]]
     token: Any
+    buffer: Buffer | None = None
 
 
 class Engine:
@@ -90,6 +98,11 @@ class Engine:
         self.file.close()
 
 
+def make_event(shared: int = -1) -> int:
+    """Return an eventfd for an engine: a new one, or its own descriptor of one that it shares with another engine."""
+    return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) if shared < 0 else os.dup(shared)
+
+
 def execute(fd: int, view: memoryview, request: IoRequest, *, write_through: bool) -> int:
     """Do a request now, and wait for it; return the bytes done (fewer at the end of the file), or -errno."""
     kind = request.kind
@@ -110,6 +123,8 @@ def execute(fd: int, view: memoryview, request: IoRequest, *, write_through: boo
 
 def _transfer(fd: int, view: memoryview, request: IoRequest, flags: int) -> int:
     parts = request.parts
+    if request.buffer is not None:
+        view = request.buffer.view
     if len(parts) == 1:
         ((start, length),) = parts
         buffers = [view[start : start + length]]
@@ -136,6 +151,11 @@ def _behind(buffers: list[memoryview], count: int) -> list[memoryview]:
         count -= len(buffers[index])
         index += 1
     return [buffers[index][count:], *buffers[index + 1 :]]
+
+
+def punch(fd: int, offset: int, length: int) -> None:
+    """A range reads as zeros afterwards, and takes no space where the file system can do that. Raises OSError."""
+    _zero(fd, IoRequest(WRITE_ZEROES_UNMAP, offset, length, (), None))
 
 
 def _zero(fd: int, request: IoRequest) -> None:

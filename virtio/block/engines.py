@@ -20,7 +20,12 @@ def make_engine(io_engine: str, file: BackingFile) -> Engine:
     if io_engine == SYNC:
         return FileEngine(file)
     assert io_engine == ASYNC
+    return make_async_engine(file)
+
+
+def make_async_engine(file: BackingFile, event: int = -1) -> Engine:
+    """Return an engine that holds nobody up; ``event``: of another engine, to be shared. Raises ThreadError."""
     try:
-        return UringEngine(file)
+        return UringEngine(file, event)
     except OSError:
-        return ThreadEngine(file)
+        return ThreadEngine(file, event)

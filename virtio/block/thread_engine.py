@@ -10,7 +10,7 @@ from base.errors import ThreadError
 from base.lean_typing import Any, Sequence
 from ipc.guest_memory import GuestMemory
 from virtio.block.backing_file import BackingFile
-from virtio.block.engine import Engine, IoRequest, execute
+from virtio.block.engine import Engine, IoRequest, execute, make_event
 
 #: A disk that is not in the page cache gains little from more.
 THREADS = 4
@@ -21,9 +21,9 @@ ENTRIES = 128
 class ThreadEngine(Engine):
     """Made before the cell's seal: threads cannot be made afterwards. Raises ThreadError."""
 
-    def __init__(self, file: BackingFile, count: int = THREADS) -> None:
+    def __init__(self, file: BackingFile, event: int = -1, count: int = THREADS) -> None:
         super().__init__(file)
-        self.event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.event = make_event(event)
         self._view = memoryview(b"")
         self._submitted: list[IoRequest] = []
         self._requests: SimpleQueue[IoRequest | None] = SimpleQueue()

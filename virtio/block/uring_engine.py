@@ -8,7 +8,7 @@ import os
 from base.lean_typing import Any, Sequence
 from ipc.guest_memory import GuestMemory
 from virtio.block.backing_file import BackingFile
-from virtio.block.engine import FLUSH, READ, WRITE, Engine, IoRequest, execute
+from virtio.block.engine import FLUSH, READ, WRITE, Engine, IoRequest, execute, make_event
 from virtio.block.uring import IORING_FSYNC_DATASYNC, IORING_OP_FSYNC, IORING_OP_READ, IORING_OP_WRITE, Ring
 
 ENTRIES = 128
@@ -35,10 +35,10 @@ class UringEngine(Engine):
     when ``kick`` returns, without an event.
     """
 
-    def __init__(self, file: BackingFile) -> None:
+    def __init__(self, file: BackingFile, event: int = -1) -> None:
         super().__init__(file)
         self._ring: Ring | None = None
-        self.event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.event = make_event(event)
         try:
             self._ring = Ring(ENTRIES, file.fd, self.event)
         except OSError:
@@ -75,9 +75,10 @@ class UringEngine(Engine):
         else:
             op, flags = (IORING_OP_READ, 0) if kind == READ else (IORING_OP_WRITE, self._write_flags())
             offset = request.offset
+            address = self._address if request.buffer is None else request.buffer.address
             for start, length in parts:
                 number = self._number(pending)
-                ring.fill(op, offset, self._address + start, length, flags=flags, user_data=number)
+                ring.fill(op, offset, address + start, length, flags=flags, user_data=number)
                 offset += length
         self._parts += count
         self.in_flight += 1

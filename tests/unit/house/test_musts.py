@@ -68,6 +68,23 @@ MUSTS: dict[tuple[str, str], tuple[str, ...]] = {
     ("messages.md", "(RLIMIT_DATA or its cgroup) must end it"): (
         "tests/unit/ipc/test_channel_hostile.py::test_an_endless_message_is_stopped_by_the_memory_limit_only",
     ),
+    ("overlay.md", "bit must not be in the durable map before"): (
+        "tests/unit/virtio/block/overlay/test_engine_crashes.py::test_the_power_may_go_before_every_single_write",
+        "tests/unit/virtio/block/overlay/test_engine_crashes.py::test_a_flush_does_not_speak_of_what_was_written_after_it",
+    ),
+    ("overlay.md", "The volatile map must be believed only if the"): (
+        "tests/unit/virtio/block/overlay/test_file.py::test_the_volatile_map_counts_under_the_kernel_that_it_was_written_under",
+    ),
+    ("overlay.md", "A header must be written after everything else"): (
+        "tests/unit/virtio/block/overlay/test_file.py::test_an_overlay_is_there_as_a_whole_or_can_be_made_again",
+    ),
+    ("overlay.md", "A base must have the size and the 48 checksums"): (
+        "tests/unit/virtio/block/overlay/test_file.py::test_a_base_of_another_size_is_refused",
+        "tests/unit/virtio/block/overlay/test_file.py::test_a_base_that_was_written_to_is_refused",
+    ),
+    ("overlay.md", "the overlay must not serve a machine"): (
+        "tests/unit/virtio/block/overlay/test_file.py::test_an_overlay_that_is_being_committed_serves_nobody",
+    ),
     ("vcpu-state.md", "What must come before what, and why"): (
         "tests/kvm/test_worker_replacement.py::test_the_whole_state_arrives",
         "tests/unit/vcpu_worker/test_state.py::test_a_one_shot_timer_that_has_fired_does_not_start_again",

@@ -388,6 +388,7 @@ def test_a_file_that_comes_as_a_descriptor(engine):
 @EVERY
 def test_an_update_that_the_engine_does_not_take_changes_nothing(engine, monkeypatch):
     with drive(engine) as made:
+
         def refuse(_file):
             raise OSError(12, "no memory")
 
