@@ -74,7 +74,8 @@ class LaunchPlan(NamedTuple):
     microseconds as in Firecracker's ``--start-time-us`` flags. The two ``*_ipc_directory`` paths name the same
     directory as the controller and as the workers see it. ``kernel_cache_fd`` (a directory) and ``console_fd`` (the
     master side of a pseudo-terminal, for ``--console pty``) are -1 when there is none. ``huge_pages``: this host gives
-    huge pages to memory that did not ask for them. ``tun`` is filled in by the controller's process for itself, while
+    huge pages to memory that did not ask for them. ``boot_id`` are the 16 bytes that name this run of the
+    host's kernel, empty if nobody knows them. ``tun`` is filled in by the controller's process for itself, while
     it is still in the caller's network namespace.
     """
 
@@ -101,6 +102,7 @@ class LaunchPlan(NamedTuple):
     console_fd: int
     huge_pages: bool = False
     tun: TunDescriptors = TunDescriptors()
+    boot_id: bytes = b""
 
 
 class Assignment(NamedTuple):

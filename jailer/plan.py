@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 
+from base.boot_id import read_boot_id
 from base.lean_typing import Iterable, NamedTuple
 from ipc.launch_plan import (
     MAX_MEMORY_BYTES,
@@ -104,6 +105,7 @@ def _make(
         kernel_cache_fd=launch.kernel_cache,
         console_fd=launch.console,
         huge_pages=host_gives_huge_pages(),
+        boot_id=read_boot_id(),
     )
 
 

@@ -17,7 +17,8 @@ from tests.harness.overlays import BOOT, SECTOR, SimulatedDisk, SimulatedDrive
 from tests.harness.virtqueues import DATA, MIB, guest_memory
 from virtio import abi
 from virtio.block.backing_file import BackingFile
-from virtio.block.device import Block, BlockSettings
+from virtio.block.configuration import BlockSettings
+from virtio.block.device import Block
 from virtio.block.engine import DISCARD, FLUSH, READ, WRITE, WRITE_ZEROES, IoRequest
 from virtio.block.engines import ASYNC, SYNC
 from virtio.block.overlay.backing import open_overlay_backing
