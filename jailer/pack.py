@@ -49,20 +49,36 @@ class PackFinder:
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
         """Return how a module is loaded; None: not from here."""
-        entry = self._index.get(name)
-        if entry is None:
+        if not self._has(name):
             return None
-        source, is_package, changed, size, _, _ = entry
-        try:
-            status = stat(source)
-        except OSError:
-            return None
-        if status.st_mtime_ns != changed or status.st_size != size:
-            return None
+        source, is_package = self._index[name][:2]
         spec = ModuleSpec(name, self, origin=source, is_package=is_package)  # type: ignore[arg-type]
         if spec.submodule_search_locations is not None:
             spec.submodule_search_locations.append(source.rpartition("/")[0])
         return spec
+
+    def _has(self, name: str) -> bool:
+        """Is the module in the pack as its source is now?"""
+        entry = self._index.get(name)
+        if entry is None:
+            return False
+        try:
+            status = stat(entry[0])
+        except OSError:
+            return False
+        return status.st_mtime_ns == entry[2] and status.st_size == entry[3]
+
+    def below(self, names: tuple[str, ...]) -> list[tuple[str, str]]:
+        """Return what the pack has of these packages and modules, with the sources."""
+        prefixes = tuple([f"{name}." for name in names])
+        return [(each, entry[0]) for each, entry in self._index.items() if each in names or each.startswith(prefixes)]
+
+    def code_of(self, name: str) -> bytes | None:
+        """Return the marshalled code of a module; None: it is not to be had from here."""
+        if not self._has(name):
+            return None
+        offset, length = self._index[name][4:]
+        return bytes(self._code[offset : offset + length])
 
     def forget(self) -> None:
         """Let go of everything: the modules that were loaded keep their finder."""
@@ -100,6 +116,20 @@ def install(path: str = PATH) -> None:
     finder = PackFinder(index, content[start:])
     _installed.append(finder)
     sys.meta_path.insert(0, finder)
+
+
+def below(names: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Return the modules of some packages that are in the pack, and their sources; none if there is no pack."""
+    return [each for finder in _installed for each in finder.below(names)]
+
+
+def code_of(name: str) -> bytes | None:
+    """Return the marshalled code of a module out of the pack, before it is removed; None if it is not in it."""
+    for finder in _installed:
+        code = finder.code_of(name)
+        if code is not None:
+            return code
+    return None
 
 
 def remove() -> None:

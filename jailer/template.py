@@ -10,7 +10,7 @@ from base.lean_std import socket
 from base.lean_typing import Callable, NamedTuple
 from ipc import bounds
 from ipc.launch_plan import FORKED_AHEAD, Assignment, LaunchPlan, Seal
-from jailer import hot, pack
+from jailer import carried, hot, pack
 from jailer.hot import heap
 
 
@@ -27,14 +27,21 @@ class Roles(NamedTuple):
     device: Callable[[LaunchPlan, Assignment, socket.socket, Seal], int] | None = None
 
 
+def run_device_cell(plan: LaunchPlan, assignment: Assignment, channel: socket.socket, seal: Seal) -> int:
+    """Run a device cell, whose code is carried: it is loaded now, behind the walls of the setup stage."""
+    import device_cell.main
+
+    return device_cell.main.run(plan, assignment, channel, seal)
+
+
 def load_roles(*, kernel_cache: bool = False) -> Roles:
     """Import the cells' code; ``kernel_cache`` says whether a directory of unpacked kernels will be used."""
-    import device_cell.main
     import vcpu_worker.main
     import vmm.main
 
     vmm.main.warm(kernel_cache=kernel_cache)
-    return Roles(vmm.main.run, vcpu_worker.main.run, FORKED_AHEAD, device_cell.main.run)
+    carried.carry()
+    return Roles(vmm.main.run, vcpu_worker.main.run, FORKED_AHEAD, run_device_cell)
 
 
 _warmed = False

@@ -10,17 +10,6 @@ from ipc.device_pages import DEVICE_PAGE_SIZE, DevicePage, RegisterPages
 from ipc.guest_memory import GuestMemory
 from ipc.schema import Saveable
 from ipc.shared_memory import create_published
-from virtio.abi import (
-    VIRTIO_ID_BALLOON,
-    VIRTIO_ID_BLOCK,
-    VIRTIO_ID_ENTROPY,
-    VIRTIO_ID_MEM,
-    VIRTIO_ID_NET,
-    VIRTIO_ID_PMEM,
-    VIRTIO_ID_VSOCK,
-)
-from virtio.device import VirtioDevice
-from virtio.errors import VirtioError
 from vmm.boot.acpi import VirtioMmioDevice
 from vmm.devices.bus import Device, mmio_bus, port_bus
 from vmm.devices.interrupts import DueInterrupts, InterruptAllocator, InterruptLine
@@ -35,8 +24,6 @@ from vmm.devices.legacy.ioapic import IOAPIC_LENGTH, IOWIN, IoApic, SetRoutes
 from vmm.devices.legacy.pic import CASCADE, ELCR, INPUT_COUNT, SLAVE, Pic
 from vmm.devices.legacy.pit import LISTENING, MASKED, SPEAKER, WAITING, Pit
 from vmm.devices.legacy.serial import Serial
-from vmm.devices.transport.mmio import MmioResources, MmioTransport
-from vmm.devices.transport.registers import RegistersState
 from vmm.devices.vms import Doorbell, MemorySlot
 from vmm.errors import DeviceError
 from vmm.layout import (
@@ -62,20 +49,35 @@ from vmm.layout import (
 )
 
 if TYPE_CHECKING:
+    from virtio.device import VirtioDevice
     from vmm.devices.legacy.console import ConsoleOutput
+    from vmm.devices.transport.mmio import MmioTransport
+    from vmm.devices.transport.registers import RegistersState
     from vmm.observe.metrics import Metrics
 
 
-#: In this order devices get their windows and interrupt lines, and with them the guest's names; as with Firecracker.
-ATTACH_ORDER = (
-    VIRTIO_ID_BALLOON, VIRTIO_ID_BLOCK, VIRTIO_ID_NET, VIRTIO_ID_PMEM, VIRTIO_ID_VSOCK, VIRTIO_ID_ENTROPY,
-    VIRTIO_ID_MEM,
-)  # fmt: skip
-
-
 def in_attach_order(devices: Sequence[VirtioDevice]) -> list[VirtioDevice]:
-    """Return devices in attach order; those of one kind stay in theirs (the root drive first)."""
-    return sorted(devices, key=lambda device: ATTACH_ORDER.index(device.kind))
+    """Return devices in the order in which they get their windows and interrupt lines, and with them the guest's names.
+
+    It is Firecracker's. Those of one kind stay in theirs (the root drive first).
+    """
+    if not devices:
+        return []
+    from virtio.abi import (  # what a machine without devices does not load is carried (jailer.carried)
+        VIRTIO_ID_BALLOON,
+        VIRTIO_ID_BLOCK,
+        VIRTIO_ID_ENTROPY,
+        VIRTIO_ID_MEM,
+        VIRTIO_ID_NET,
+        VIRTIO_ID_PMEM,
+        VIRTIO_ID_VSOCK,
+    )
+
+    order = (
+        VIRTIO_ID_BALLOON, VIRTIO_ID_BLOCK, VIRTIO_ID_NET, VIRTIO_ID_PMEM, VIRTIO_ID_VSOCK, VIRTIO_ID_ENTROPY,
+        VIRTIO_ID_MEM,
+    )  # fmt: skip
+    return sorted(devices, key=lambda device: order.index(device.kind))
 
 
 class DeviceManager:
@@ -191,6 +193,8 @@ class DeviceManager:
 
         Raises DeviceError if there are none left.
         """
+        from vmm.devices.transport.mmio import MmioResources, MmioTransport
+
         number = len(self.virtio)
         if number >= MAX_VIRTIO_MMIO_DEVICES:
             raise DeviceError(f"all {MAX_VIRTIO_MMIO_DEVICES} virtio-mmio windows are in use")
@@ -216,6 +220,8 @@ class DeviceManager:
         Returns whether it succeeded, and what it returned. An error that is not the driver's fault is logged with its
         type and place.
         """
+        from virtio.errors import VirtioError
+
         try:
             return True, call()
         except VirtioError as error:

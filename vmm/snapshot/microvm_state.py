@@ -10,14 +10,12 @@ from ipc.launch_plan import MAX_MEMORY_BYTES, MAX_VCPUS
 from ipc.messages.records import MemoryRegion
 from ipc.messages.worker import SavedState
 from ipc.schema import U32, U64, Bytes, Int, ListOf, RecordOf, Saveable, Section, Text
-from virtio.entropy import Entropy
 from vmm.devices.interrupts import InterruptLine
 from vmm.devices.legacy.i8042 import I8042
 from vmm.devices.legacy.ioapic import IoApic
 from vmm.devices.legacy.pic import Pic
 from vmm.devices.legacy.pit import Pit
 from vmm.devices.legacy.serial import Serial
-from vmm.devices.transport.mmio import MmioTransport
 from vmm.operations import quiescence
 from vmm.operations.quiescence import QuiescentWorker
 from vmm.snapshot.section import Key, Saved, collect, parse
@@ -59,10 +57,19 @@ MACHINE = Section(
 #: One a vCPU: the record of docs/formats/vcpu-state.md, with LAPIC and clock.
 VCPU = Section("vcpu", 1, RecordOf(SavedState, vcpu=_VCPU, version=Int(U32, 1), state=Bytes(MAX_VCPU_STATE)))
 _STANDARD = (IoApic.SECTION, Serial.SECTION, I8042.SECTION, Pic.SECTION, Pit.SECTION)
-#: Of these there may be any number.
-_VIRTIO = (MmioTransport.SECTION, Entropy.SECTION)
-DEVICES = (*_STANDARD, InterruptLine.SECTION, *_VIRTIO)
-SECTIONS = (MACHINE, quiescence.SECTION, VCPU, *DEVICES)
+
+
+def device_sections() -> tuple[Section, ...]:
+    """Return the sections of devices; of those that are virtio's there may be any number."""
+    from virtio.entropy import Entropy  # what a machine without devices does not load is carried (jailer.carried)
+    from vmm.devices.transport.mmio import MmioTransport
+
+    return (*_STANDARD, InterruptLine.SECTION, MmioTransport.SECTION, Entropy.SECTION)
+
+
+def sections() -> tuple[Section, ...]:
+    """Return the sections of a whole state."""
+    return (MACHINE, quiescence.SECTION, VCPU, *device_sections())
 
 
 class MicrovmState(NamedTuple):
@@ -81,12 +88,12 @@ def of_devices(units: Sequence[Saveable]) -> dict[Key, Any]:
 
 def encode(state: MicrovmState) -> bytes:
     """Return the state as bytes. Raises MicrovmStateError if a value is out of its bounds."""
-    sections = {section.name: section for section in DEVICES}
+    known = {section.name: section for section in device_sections()}
     return collect(
         [
             Saved(MACHINE, "", state.machine),
             *[Saved(quiescence.SECTION, str(each.worker), each) for each in state.quiescence],
-            *[Saved(sections[name], instance, record) for (name, instance), record in state.devices.items()],
+            *[Saved(known[name], instance, record) for (name, instance), record in state.devices.items()],
             *[Saved(VCPU, str(each.vcpu), each) for each in state.vcpus],
         ]
     )
@@ -94,7 +101,7 @@ def encode(state: MicrovmState) -> bytes:
 
 def decode(data: bytes) -> MicrovmState:
     """Return the state that was encoded. Raises MicrovmStateError for anything else."""
-    records = parse(data, SECTIONS)
+    records = parse(data, sections())
     machine = records.pop((MACHINE.name, ""), None)
     if machine is None:
         raise MicrovmStateError("The section machine is missing.")
