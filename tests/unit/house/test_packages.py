@@ -31,6 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "vmm.json",
         "vmm.config.file",
         "jailer.host_check",
+        "virtio.block.overlay",
+        "virtio.errors",
     },
 }
 #: What is in the repository beside the product. No package of the product may import it.

@@ -65,6 +65,9 @@ class Disk(Protocol):
     def allocate(self, offset: int, length: int) -> None:
         """Have room for a range."""
 
+    def punch(self, offset: int, length: int) -> None:
+        """A range reads as zeros afterwards."""
+
 
 class OverlayFile:
     """An overlay that can be used. ``boot_id`` names this run of the host's kernel; empty if nobody knows it."""
