@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from devtool import native
 from devtool.process import run_step
 from devtool.project import LAUNCHERS, PYTHON, ROOT, VENV, DevError, say
 
@@ -50,6 +51,7 @@ def set_up() -> None:
         install_debian_packages(needed_debian_packages())
         make_virtual_environment()
         write_launchers()
+        native.build()
         precompile()
     finally:
         os.close(checkout)

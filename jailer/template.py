@@ -6,6 +6,7 @@ import gc
 import sys
 import time
 
+from base import native_loops
 from base.lean_std import socket
 from base.lean_typing import Callable, NamedTuple
 from ipc import bounds
@@ -39,6 +40,7 @@ def load_roles(*, kernel_cache: bool = False) -> Roles:
     import vcpu_worker.main
     import vmm.main
 
+    native_loops.load()
     vmm.main.warm(kernel_cache=kernel_cache)
     carried.carry()
     return Roles(vmm.main.run, vcpu_worker.main.run, FORKED_AHEAD, run_device_cell)

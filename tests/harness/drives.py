@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from base import native_loops
 from tests.harness.virtio_devices import Bench
 from tests.harness.virtqueues import DATA, HIGH, guest_memory
 from virtio import abi
@@ -22,6 +23,8 @@ from virtio.driver import Buffer
 SECTORS = 64
 SIZE = SECTORS << 9
 ENGINES: dict[str, type[Engine]] = {"Sync": FileEngine, "io_uring": UringEngine, "threads": ThreadEngine}
+#: Every way in which a drive is served.
+WAYS: dict[str, type[Engine]] = {**ENGINES, "extension": FileEngine}
 HEADER = DATA
 STATUS = DATA + 0x100
 BUFFER = HIGH
@@ -76,14 +79,28 @@ class Drive(Bench):
 
 
 @contextmanager
+def extension(on: bool) -> Iterator[None]:
+    """The C extension as a template has loaded it, or has not."""
+    before = native_loops.loops()
+    loaded = native_loops.load() if on else None
+    assert bool(loaded) == on, "./dev setup has built no extension"
+    native_loops._loaded = loaded
+    try:
+        yield
+    finally:
+        native_loops._loaded = before
+
+
+@contextmanager
 def drive(
     engine: Engine | str = "Sync", *, features: int | None = None, limiter: Any = None, **settings: Any
 ) -> Iterator[Drive]:
     """A drive that is active; with every feature that it offers, if nothing else is said."""
+    native = engine == "extension"
     if isinstance(engine, str):
-        engine = ENGINES[engine](backing_file(read_only=settings.get("read_only", False)))
+        engine = WAYS[engine](backing_file(read_only=settings.get("read_only", False)))
     device = Block("drive", engine, BlockSettings(**settings), limiter)
-    with guest_memory() as memory:
+    with extension(native), guest_memory() as memory:
         made = Drive(device, memory, device.features() if features is None else features, 64)
         made.activate()
         try:

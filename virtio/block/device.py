@@ -5,6 +5,7 @@ from __future__ import annotations
 from errno import EIO
 from time import monotonic_ns
 
+from base import native_loops
 from base.counters import Counters
 from base.deferral import Deferral
 from base.event_manager import EDGE_TRIGGERED, IN, EventOps
@@ -34,6 +35,7 @@ from virtio.block.configuration import (
 from virtio.block.engine import Engine
 from virtio.block.file_engine import FileEngine
 from virtio.block.flat import flat_loop
+from virtio.block.native import native_loop
 from virtio.block.request import (
     BlockRequest,
     Limits,
@@ -41,8 +43,9 @@ from virtio.block.request import (
     parse,
     plan,
 )
-from virtio.block.tally import Tally
+from virtio.block.tally import Sums, Tally
 from virtio.device import Activation, VirtioDevice
+from virtio.errors import VirtioError
 from virtio.polling import AdaptivePolling
 from virtio.queue import INDEX, Queue
 from virtio.rate_limiter import Bucket, RateLimiter
@@ -83,6 +86,8 @@ class Block(VirtioDevice):
         self._polling = tuple(AdaptivePolling(settings.look_ns) for _ in self.queue_sizes)
         self._turns: list[Callable[[], None]] = []
         self._spans: Sequence[tuple[int, int, int]] = ()
+        #: What the loops that count by themselves hand over.
+        self._takes: list[Callable[[], tuple[Sums, Sums]]] = []
         #: While a stop, or a change of the file, waits for what is in flight: what is done then.
         self._draining: list[Callable[[], None]] = []
 
@@ -123,14 +128,18 @@ class Block(VirtioDevice):
             bool(features & VIRTIO_BLK_F_WRITE_ZEROES),
         )
         self._spans = activation.memory.spans
+        self._take_counts()
+        self._takes.clear()
         self._turns = [
-            self._turn(queue, number, self._loop_for(queue, number)) if queue is not None else _nothing
+            self._turn(queue, number, *self._loop_for(queue, number)) if queue is not None else _nothing
             for number, queue in enumerate(activation.queues)
         ]
 
-    def _turn(self, queue: Queue, number: int, loop: Callable[[int], int]) -> Callable[[], None]:
+    def _turn(
+        self, queue: Queue, number: int, loop: Callable[[int], int], arm: Callable[[], bool]
+    ) -> Callable[[], None]:
         """Return what a notification leads to: serve, look a little longer, ask for the next notification."""
-        engine, polling, available, arm = self.engine, self._polling[number], queue.available, queue.arm
+        engine, polling, available = self.engine, self._polling[number], queue.available
         looks = bool(self.settings.look_ns)
 
         def go_on() -> None:
@@ -149,8 +158,8 @@ class Block(VirtioDevice):
                     assert self.loop is not None
                     self.loop.soon(go_on)
                     return
-                if available[INDEX] != queue.next_available:
-                    continue
+                if count > 1 and available[INDEX] != queue.next_available:
+                    continue  # without asking for a notification: a request alone is seldom followed so soon
                 if looks and polling.window_ns and not engine.in_flight and polling.look(queue):
                     continue
                 if not arm():
@@ -160,11 +169,16 @@ class Block(VirtioDevice):
 
         return turn
 
-    def _loop_for(self, queue: Queue, number: int) -> Callable[[int], int]:
-        """Return the fastest loop that can serve this queue as it is to be served."""
-        if type(self.engine) is FileEngine and not self.engine.write_through and not self.limiter.limits:
-            return flat_loop(self, queue, number)
-        return self._structured_loop(queue, number)
+    def _loop_for(self, queue: Queue, number: int) -> tuple[Callable[[int], int], Callable[[], bool]]:
+        """Return the fastest loop that can serve this queue as it is to be served, and its Queue.arm()."""
+        if type(self.engine) is not FileEngine or self.engine.write_through or self.limiter.limits:
+            return self._structured_loop(queue, number), queue.arm
+        loops = native_loops.loops()
+        if loops is None or len(self._spans) > loops.MAX_SPANS:
+            return flat_loop(self, queue, number), queue.arm
+        native = native_loop(loops, self, queue, number)
+        self._takes.append(native.take)
+        return native.serve, native.arm
 
     def stop(self) -> Deferral | None:
         """Begin nothing; done when the engine has nothing in flight, and the driver has been told of all of it."""
@@ -256,16 +270,21 @@ class Block(VirtioDevice):
 
     # -- serving ------------------------------------------------------------------------------------------------------
 
-    def serve(self, queue: int) -> None:
-        """Serve what waits, at most :data:`BUDGET` chains in a turn. Raises VirtioError."""
+    def notified(self, queue: int) -> None:
+        """The driver has made chains available in a queue: serve them, at most :data:`BUDGET` in a turn.
+
+        The same as the base's, in one call: a request alone would feel the others.
+        """
         activation = self.activation
-        assert activation is not None
-        if self._draining:
+        if activation is None or self._needs_reset or self._draining:
             return
-        if activation.memory.spans is not self._spans:
-            self._make_loops(activation)
         self._kicks += 1
-        self._turns[queue]()
+        try:
+            if activation.memory.spans is not self._spans:
+                self._make_loops(activation)
+            self._turns[queue]()
+        except VirtioError as error:
+            self.fail(error)
 
     def _structured_loop(self, queue: Queue, number: int) -> Callable[[int], int]:
         """Return the loop that serves any request, with any engine."""
@@ -279,22 +298,24 @@ class Block(VirtioDevice):
                 return BLOCKED
             count = 0
             blocked = False
-            while count < budget and (chain := queue.pop()) is not None:
-                request = parse(chain, view, number)
-                if limiter.limits and not limiter.take(1, request.transferred):
-                    counters.add("rate_limiter_throttled_events")
-                    blocked = True
-                elif not self._begin(request):
-                    counters.add("io_engine_throttled_events")
-                    self._engine_was_full = blocked = True
-                if blocked:
-                    queue.undo_pop()
-                    break
-                count += 1
-                if at_once:  # buffers that overlap those of another request are then written in order
-                    self._finish_all()
-            self.engine.kick()
-            self._complete()
+            try:
+                while count < budget and (chain := queue.pop()) is not None:
+                    request = parse(chain, view, number)
+                    if limiter.limits and not limiter.take(1, request.transferred):
+                        counters.add("rate_limiter_throttled_events")
+                        blocked = True
+                    elif not self._begin(request):
+                        counters.add("io_engine_throttled_events")
+                        self._engine_was_full = blocked = True
+                    if blocked:
+                        queue.undo_pop()
+                        break
+                    count += 1
+                    if at_once:  # buffers that overlap those of another request are then written in order
+                        self._finish_all()
+            finally:  # what was begun before a chain that is wrong is brought to its end, too: a stop waits for it
+                self.engine.kick()
+                self._complete()
             return BLOCKED if blocked else count
 
         return serve
@@ -392,6 +413,7 @@ class Block(VirtioDevice):
     def collect(self) -> Counters:
         """Return the counters, up to date."""
         counters = self.counters
+        self._take_counts()
         for name, tally in (("read", self.reads), ("write", self.writes)):
             count, size, latencies = tally.take()
             counters.add(f"{name}_count", count)
@@ -400,6 +422,13 @@ class Block(VirtioDevice):
         counters.add("queue_event_count", self._kicks)
         self._kicks = 0
         return counters
+
+
+    def _take_counts(self) -> None:
+        for take in self._takes:
+            reads, writes = take()
+            self.reads.merge(reads)
+            self.writes.merge(writes)
 
 
 def _nothing() -> None:

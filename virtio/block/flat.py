@@ -23,14 +23,12 @@ from virtio.abi import (
     VIRTIO_BLK_S_OK,
     VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT,
+    VIRTQ_DESC_F_INDIRECT,
     VIRTQ_DESC_F_NEXT,
     VIRTQ_DESC_F_WRITE,
     VIRTQ_DESC_SIZE,
-    WORD_INDIRECT,
-    WORD_LENGTH,
     WORD_NEXT,
     WORD_NEXT_SHIFT,
-    WORD_WRITE,
 )
 from virtio.block.engine import Engine
 from virtio.block.tally import Tally
@@ -38,17 +36,17 @@ from virtio.device import Activation
 from virtio.errors import QueueError
 from virtio.queue import INDEX, RING, Queue
 
+#: addr, len, flags of a descriptor.
+_read_descriptor = Struct("<QIH2x").unpack_from
 _TABLE_SIZE = 3 * VIRTQ_DESC_SIZE
-_read_table = Struct("<6Q").unpack_from
-#: The type, with what is reserved above it; the sector.
-_read_header = Struct("<QQ").unpack_from
+#: Of a table of three: the header's descriptor as two words; addr, len, and flags with next, of the data's; addr, len,
+#: flags of the status'.
+_read_table = Struct("<QQ QII QIH2x").unpack_from
+#: type, sector.
+_read_header = Struct("<I4xQ").unpack_from
 
-#: All of a descriptor's second word but the field next.
-_NO_NEXT = (1 << WORD_NEXT_SHIFT) - 1
-_TABLE = _TABLE_SIZE | WORD_INDIRECT
 _HEADER = VIRTIO_BLK_REQ_SIZE | WORD_NEXT | 1 << WORD_NEXT_SHIFT
-_STATUS = 1 | WORD_WRITE
-# The upper half of the data's word: flags, and next.
+# The data's flags and next.
 _DATA_IN = VIRTQ_DESC_F_NEXT | VIRTQ_DESC_F_WRITE | 2 << 16
 _DATA_OUT = VIRTQ_DESC_F_NEXT | 2 << 16
 _PART_OF_SECTOR = SECTOR_SIZE - 1
@@ -118,10 +116,12 @@ def _batch(device: Drive, queue: Queue, number: int) -> Callable[[int, int, int]
     memory = device.activation.memory
     view, translate, mark_dirty, serve_head = memory.view, memory.translate, memory.mark_dirty, device.serve_head
     preadv, pwritev, fd, sectors = os.preadv, os.pwritev, device.engine.file.fd, device.sectors
-    descriptors, available, used_elements, mask = queue.descriptors, queue.available, queue.used_elements, queue.mask
-    table_word = _TABLE if queue.indirect else _NEVER
+    available, used_elements, mask, size = queue.available, queue.used_elements, queue.mask, queue.size
+    descriptors = translate(queue.state().descriptor_table, VIRTQ_DESC_SIZE * size)
+    table_size = _TABLE_SIZE if queue.indirect else _NEVER
     data_out = _NEVER if device.read_only else _DATA_OUT
     low_end = _low_end(memory)
+    last_table, last_header = low_end - _TABLE_SIZE, low_end - VIRTIO_BLK_REQ_SIZE
 
     def batch(first: int, count: int, to_used: int) -> tuple[int, int, int, int]:
         tracks_dirty = memory.tracks_dirty
@@ -129,31 +129,30 @@ def _batch(device: Drive, queue: Queue, number: int) -> Callable[[int, int, int]
         for position in range(first, first + count):
             head = available[RING + (position & mask)]
             try:
-                if descriptors[2 * head + 1] & _NO_NEXT == table_word:
-                    table = descriptors[2 * head]
-                    if table + _TABLE_SIZE > low_end:
+                table, length, flags = _read_descriptor(view, descriptors + VIRTQ_DESC_SIZE * (head & mask))
+                if length == table_size and flags == VIRTQ_DESC_F_INDIRECT and head < size:
+                    if table > last_table:
                         table = translate(table, _TABLE_SIZE)
-                    header, header_word, data, data_word, status, status_word = _read_table(view, table)
-                    length = data_word & WORD_LENGTH
-                    if header_word == _HEADER and status_word & _NO_NEXT == _STATUS and length:
-                        if header + VIRTIO_BLK_REQ_SIZE > low_end:
+                    header, header_word, data, length, shape, status, one, flags = _read_table(view, table)
+                    if header_word == _HEADER and one == 1 and flags == VIRTQ_DESC_F_WRITE and length:
+                        if header > last_header:
                             header = translate(header, VIRTIO_BLK_REQ_SIZE)
                         kind, sector = _read_header(view, header)
                         if not length & _PART_OF_SECTOR and sector + (length >> SECTOR_SHIFT) <= sectors:
-                            if data + length > low_end:
+                            end = data + length
+                            if end > low_end:
                                 data = translate(data, length)
+                                end = data + length
                             if status >= low_end:
                                 status = translate(status, 1)
-                            kind &= WORD_LENGTH
-                            shape = data_word >> 32
                             element = 0
                             if kind == VIRTIO_BLK_T_IN and shape == _DATA_IN:
-                                if preadv(fd, (view[data : data + length],), sector << SECTOR_SHIFT) == length:
+                                if preadv(fd, (view[data:end],), sector << SECTOR_SHIFT) == length:
                                     element = head | length + 1 << 32
                                     reads += 1
                                     read_bytes += length
                             elif kind == VIRTIO_BLK_T_OUT and shape == data_out:  # noqa: SIM102  (two questions)
-                                if pwritev(fd, (view[data : data + length],), sector << SECTOR_SHIFT) == length:
+                                if pwritev(fd, (view[data:end],), sector << SECTOR_SHIFT) == length:
                                     element = head | 1 << 32
                                     writes += 1
                                     written_bytes += length
