@@ -1,8 +1,9 @@
 """Hostile block requests: every form of the device against the structured one, and every form against any ring.
 
-``python -m tests.fuzz.block_fuzz SEED COUNT``; an example is a ring, ``chains`` counts heads. The same ring, memory and
-file for each form: afterwards all three are the same, and so is whether the device needs a reset. (Of a ring that does,
-what was done before may be shown or not: nothing of it counts after a reset.)
+``python -m tests.fuzz.block_fuzz SEED COUNT [EXTENSION]``; an example is a ring, ``chains`` counts heads. The same
+ring, memory and file for each form: afterwards all three are the same, and so is whether the device needs a reset. (Of
+a ring that does, what was done before may be shown or not: nothing of it counts after a reset.) EXTENSION is another
+build of the C one, for a process with sanitizers, which reserves more addresses than a limit allows.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from base import native_loops
 from base.event_manager import EventManager
 from ipc.guest_memory import GuestMemory
 from tests.harness import fuzzing
@@ -26,6 +28,7 @@ from virtio import abi
 from virtio.block.configuration import BlockSettings
 from virtio.block.device import Block
 from virtio.block.file_engine import FileEngine
+from virtio.block.flat import flat_loop
 from virtio.device import Activation
 from virtio.driver import Buffer
 from virtio.errors import DriverError
@@ -35,7 +38,12 @@ SECTORS_TRIED = (0, 1, 5, 60, SECTORS - 1, SECTORS, 1 << 55, (1 << 64) - 1)
 LENGTHS = (512, 512, 4096, 1024, 100, 0, SIZE, SIZE + 512)
 ROUNDS = 3
 #: What is compared of guest memory: rings, tables, headers, data.
-WINDOWS = ((RINGS, 0x2000), (TABLES, 0x1_0000), (DATA, 0x1_2000), (MIB, 0x1_2000))
+WINDOWS = (
+    *((RINGS, 0x2000), (TABLES, 0x1_0000), (DATA, 0x1_2000), (MIB, 0x1_2000)),
+    *((MIB - 512, 512), (2 * MIB - 512, 512)),
+)
+#: Where a region ends: a buffer that begins here may be in it, or not all of it.
+ENDS = (MIB - 512, MIB - 16, MIB - 1, MIB, HIGH + MIB - 512, HIGH + MIB - 16, HIGH + MIB - 1, HIGH + MIB)
 _CONTENT = random.Random(1).randbytes(SIZE)
 
 
@@ -43,10 +51,26 @@ class Structured(Block):
     """The reference."""
 
     def _loop_for(self, queue, number):
-        return self._structured_loop(queue, number)
+        return self._structured_loop(queue, number), queue.arm
 
 
-FORMS: dict[str, type[Block]] = {"structured": Structured, "flat": Block}
+class Flat(Block):
+    """The fastest in plain Python."""
+
+    def _loop_for(self, queue, number):
+        return flat_loop(self, queue, number), queue.arm
+
+
+class Native(Block):
+    """The extension; it is what serves, and not what serves without it."""
+
+    def _loop_for(self, queue, number):
+        made = super()._loop_for(queue, number)
+        assert self._takes
+        return made
+
+
+FORMS: dict[str, type[Block]] = {"structured": Structured, "flat": Flat}
 
 
 def offer(pair: Pair, chooser: random.Random) -> None:
@@ -59,6 +83,8 @@ def offer(pair: Pair, chooser: random.Random) -> None:
         place = chooser.choice((DATA, HIGH)) + 0x2000 + chooser.randrange(64)
         status = Buffer(place, chooser.choice((1, 1, 1, 5)), True)
         count = chooser.choice((1, 1, 1, 1, 0, 2, 3))
+        if chooser.random() < 0.02:
+            count = chooser.choice((64, 65, 13))
         data = [
             Buffer(start + 0x3000 + 0x1000 * chooser.randrange(8), chooser.choice(LENGTHS), type != 1)
             for start in chooser.choices((DATA, HIGH), k=count)
@@ -67,6 +93,12 @@ def offer(pair: Pair, chooser: random.Random) -> None:
             data = [Buffer(base + 0x40, 16)]
             segment = (chooser.choice(SECTORS_TRIED), chooser.choice((0, 1, 8, 65)), chooser.choice((0, 0, 1, 2)))
             pair.memory.write(base + 0x40, abi.VIRTIO_BLK_SEGMENT.pack(*segment))
+        if data and chooser.random() < 0.05:
+            data[-1] = data[-1]._replace(address=chooser.choice(ENDS))
+        if chooser.random() < 0.02:
+            status = status._replace(address=chooser.choice(ENDS))
+        if chooser.random() < 0.02:
+            base = chooser.choice(ENDS)
         front = [Buffer(base, 16)] if chooser.random() < 0.95 else [Buffer(base, 7), Buffer(base + 7, 9)]
         try:
             head = pair.driver.add([*front, *data, status], indirect=chooser.random() < 0.8)
@@ -101,7 +133,7 @@ class Form:
         features = device.features()
         if chooser.random() < 0.1:
             features &= ~chooser.choice((abi.VIRTIO_F_EVENT_IDX, abi.VIRTIO_F_INDIRECT_DESC))
-        pair = make_pair(self.memory, 16, features)
+        pair = make_pair(self.memory, chooser.choice((16, 16, 16, 128)), features)
         notify = Notifications()
         number = self.events.add_subscriber(device)
         device.activate(Activation(self.memory, (pair.queue,), features, notify))
@@ -112,6 +144,8 @@ class Form:
             pair.driver.publish()
             device.notified(0)
             chains += pair.driver.next_available - chains
+            if notify.resets:  # what the driver sees of such a batch may differ, and what it offers next
+                break
             try:
                 for used in pair.driver.take_used():
                     pair.driver.free(used.head)
@@ -128,8 +162,10 @@ class Form:
 
 def main() -> None:
     """Run examples."""
-    seed, count = int(sys.argv[1]), int(sys.argv[2])
-    fuzzing.limit()
+    seed, count, extension = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    if native_loops.load(*extension) is not None:
+        FORMS["native"] = Native
+    fuzzing.limit(address_space=not extension)
     outcomes: Counter[str] = Counter(examples=0, chains=0, refused=0)
     memories: list[Callable[..., Any]] = []
     forms = {}
@@ -148,7 +184,7 @@ def main() -> None:
                 assert one == other, (name, example, part)
         outcomes["chains"] += expected[1]
         outcomes["refused"] += expected[0]
-    print(json.dumps(outcomes))
+    print(json.dumps({**outcomes, "forms": list(FORMS)}))
 
 
 if __name__ == "__main__":

@@ -27,9 +27,10 @@ def _too_long(number: int, frame: FrameType | None) -> None:
     raise TookTooLongError
 
 
-def limit() -> None:
+def limit(*, address_space: bool = True) -> None:
     """Limit this process: its address space, and the time of what is under :func:`example`."""
-    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+    if address_space:
+        resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     signal.signal(signal.SIGPROF, _too_long)
 
 
@@ -44,11 +45,13 @@ def example(outcomes: Counter[str]) -> Iterator[None]:
         outcomes["examples"] += 1
 
 
-def run(fuzzer: str, target: str, seed: int, count: int, *arguments: str) -> dict[str, int]:
+def run(
+    fuzzer: str, target: str, seed: int, count: int, *arguments: str, counted: str = "examples"
+) -> dict[str, int]:
     """Run examples of a target of one of the fuzzers in tests/fuzz; return what became of them."""
     command = [str(PYTHON), "-m", f"tests.fuzz.{fuzzer}", target, str(seed), str(count), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{target}, seed {seed}, count {count}:\n{done.stdout}\n{done.stderr}"
     outcomes: dict[str, int] = json.loads(done.stdout)
-    assert outcomes["examples"] >= count
+    assert outcomes[counted] >= count
     return outcomes
