@@ -188,12 +188,13 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
-def spread(values: Sequence[float]) -> str:
-    """Describe measured values: median and, in brackets, the quartiles."""
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Describe measured values: median and, in brackets, the quartiles (of three and fewer: all that there is)."""
     if len(values) < 4:
-        return f"{median(values):.1f} ({min(values):.1f}–{max(values):.1f})"
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:.1f} ({low:.1f}–{high:.1f})"
+        low, middle, high = min(values), median(values), max(values)
+    else:
+        low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], write: Callable[[str], object] | None = None) -> None:
