@@ -93,10 +93,15 @@ def extension(on: bool) -> Iterator[None]:
 
 @contextmanager
 def drive(
-    engine: Engine | str = "Sync", *, features: int | None = None, limiter: Any = None, **settings: Any
+    engine: Engine | str = "Sync",
+    *,
+    features: int | None = None,
+    limiter: Any = None,
+    native: bool = False,
+    **settings: Any,
 ) -> Iterator[Drive]:
     """A drive that is active; with every feature that it offers, if nothing else is said."""
-    native = engine == "extension"
+    native = native or engine == "extension"
     if isinstance(engine, str):
         engine = WAYS[engine](backing_file(read_only=settings.get("read_only", False)))
     device = Block("drive", engine, BlockSettings(**settings), limiter)

@@ -114,7 +114,7 @@ static int serve_one(Loop *s, uint16_t head)
     if (total % SECTOR || total > MAX_TRANSFER || first > s->sectors || sectors > s->sectors - first) return 0;
     off_t offset = (off_t)(first * SECTOR);
     int count = (int)last - 1;
-    ssize_t done = type == IN ? preadv(s->file, parts, count, offset) : pwritev(s->file, parts, count, offset);
+    ssize_t done = type == IN ? preadv2(s->file, parts, count, offset, 0) : pwritev2(s->file, parts, count, offset, 0);
     if (done < 0 || (uint64_t)done != total) return 0; /* Python tries again, and says what it was */
     __atomic_store_n(status, 0, __ATOMIC_RELAXED);
     uint32_t *element = (uint32_t *)(s->used + RING) + 2 * (s->counters[USED]++ & (s->size - 1));

@@ -131,12 +131,10 @@ def _batch(device: Drive, queue: Queue, number: int) -> Callable[[int, int, int]
             try:
                 table, length, flags = _read_descriptor(view, descriptors + VIRTQ_DESC_SIZE * (head & mask))
                 if length == table_size and flags == VIRTQ_DESC_F_INDIRECT and head < size:
-                    if table > last_table:
-                        table = translate(table, _TABLE_SIZE)
+                    table = table if table <= last_table else translate(table, _TABLE_SIZE)
                     header, header_word, data, length, shape, status, one, flags = _read_table(view, table)
                     if header_word == _HEADER and one == 1 and flags == VIRTQ_DESC_F_WRITE and length:
-                        if header > last_header:
-                            header = translate(header, VIRTIO_BLK_REQ_SIZE)
+                        header = header if header <= last_header else translate(header, VIRTIO_BLK_REQ_SIZE)
                         kind, sector = _read_header(view, header)
                         if not length & _PART_OF_SECTOR and sector + (length >> SECTOR_SHIFT) <= sectors:
                             end = data + length

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
+import sys
 
 import pytest
 
 from base.event_manager import EventManager
+from devtool.project import ROOT
 from tests.harness.drives import BUFFER, HEADER, SECTORS, STATUS, WAYS, Drive, backing_file, drive, pattern
 from tests.harness.event_loop import run_until
 from tests.harness.virtqueues import DATA, HIGH
@@ -175,6 +178,41 @@ def test_a_full_file_system_gives_errors(engine, tmp_path):
         made.device.begin(made.device.activation)
         assert made.write((1 << 54) - 1, bytes(512)) == IOERR
         assert made.device.collect().values["execute_fails"] == 1
+
+
+_FULL_FILE_SYSTEM = """
+import os, subprocess, sys
+from tests.harness.drives import WAYS, drive
+from virtio.block.backing_file import open_backing_file
+folder, way = sys.argv[1:]
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", folder], check=True)
+with open(f"{folder}/disk", "wb") as made:
+    made.truncate(1 << 20)  # all hole
+with open(f"{folder}/other", "wb") as made:
+    made.write(bytes(128 << 10))
+with drive(WAYS[way](open_backing_file(f"{folder}/disk", read_only=False)), native=way == "extension") as made:
+    def write(number):
+        return made.write(number * 32, bytes([number + 1]) * 16384)
+    first = [write(number) for number in range(16)]
+    room = first.index(1)
+    assert 4 <= room <= 8, first
+    assert set(first[room + 1 :]) == {1}, first
+    assert made.device.collect().values["execute_fails"] == 16 - room
+    os.unlink(f"{folder}/other")
+    assert write(room) == write(15) == 0
+    for number in (*range(room + 1), 15):
+        assert made.read(number * 32, 32) == bytes([number + 1]) * 16384
+    assert not made.notify.resets
+print("done")
+"""
+
+
+@EVERY
+def test_a_file_system_without_room_gives_errors_until_there_is_some(engine, tmp_path):
+    """A namespace of mounts of its own: what was acknowledged stays, what found no room is an error."""
+    command = ["unshare", "--map-root-user", "--mount", sys.executable, "-c", _FULL_FILE_SYSTEM, str(tmp_path), engine]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout == "done\n", done.stderr
 
 
 def test_what_is_no_whole_sector_is_cut_off():
