@@ -27,6 +27,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "check": Command("cellblock.check.main", "tell whether this host can run jailed microVMs, and what is missing"),
+    "seccompiler": Command("cellblock.seccompiler.main", "compile custom seccomp filters for --seccomp-filter"),
     "cpu-template": Command("cellblock.cpu_template.main", "make, compare and check CPU templates"),
     "overlay": Command("cellblock.overlay.main", "make overlays of drives, look into them, commit and rebase them"),
 }

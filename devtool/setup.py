@@ -30,13 +30,14 @@ DEBIAN_PACKAGES = (
 DEBIAN_PROGRAMS = {"go": "golang-go", "node": "nodejs"}
 LOCKS = (ROOT / "requirements-build.lock", ROOT / "requirements.lock")
 #: Launcher → module with its `main(argv)`. `cpu-template` is `cellblock cpu-template` under the name that it had;
-#: clients know the last one by Firecracker's name for it.
+#: clients know the last two by Firecracker's names for them.
 PROGRAMS = {
     "firecracker": "jailer.firecracker",
     "jailer": "jailer.main",
     "cellblock": "cellblock.main",
     "cpu-template": "cellblock.cpu_template.main",
     "cpu-template-helper": "cellblock.cpu_template.main",
+    "seccompiler-bin": "cellblock.seccompiler.main",
 }
 #: The jailer recognises our programs by this text within the first KiB (docs/jailer.md).
 LAUNCHER_MARKER = "cellblock-launcher"

@@ -55,3 +55,9 @@ class GuestMemoryError(IpcError):
     def __init__(self, text: str, errno: int = 0) -> None:
         super().__init__(text)
         self.errno = errno
+
+
+class FilterFileError(IpcError):
+    """A file of custom system call filters is damaged, or too large."""
+
+    code = "ipc.filter_file"

@@ -56,7 +56,7 @@ _OURS = (
     _Flag("drill", "NAME", "let a cell attack its walls, for tests", repeatable=True),
 )
 _FLAGS = {flag.name: flag for flag in (*_COMPATIBLE, *_OURS)}
-_FIRECRACKER_OWNED = ("--seccomp-filter", "--enable-pci")
+_FIRECRACKER_OWNED = ("--enable-pci",)
 
 
 class Options(NamedTuple):

@@ -13,7 +13,7 @@ from ipc.launch_plan import ROLE_VMM, SECCOMP_KILL, SECCOMP_OFF, LaunchPlan
 from jailer import bounds, cleanup, plan, template, verify, walls
 from jailer.cell_record import Cell, Setup
 from jailer.errors import ArgumentError, StepError
-from jailer.filters import JANITOR, Filters, load_filters, of_cell
+from jailer.filters import JANITOR, Filters, custom_filter, load_filters, of_cell, with_custom
 from jailer.landlock import Rulesets
 from jailer.log import Log
 from jailer.memory import MemoryMaker
@@ -88,6 +88,8 @@ def launch(
     mode = SECCOMP_OFF if "--no-seccomp" in arguments or walls.SECCOMP in off else SECCOMP_KILL
     timeline.mark("load filters")
     filters = load_filters(mode, janitor=True)
+    if path := custom_filter(arguments):
+        filters = with_custom(filters, path)
     timeline.mark("fork janitor")
     janitor, directory = _watched_ipc_directory(filters)
     timeline.mark("import roles")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from base.lean_typing import NamedTuple
 from ipc.launch_plan import ROLE_DEVICE, ROLE_SUPERVISOR, ROLE_VCPU, ROLE_VMM, SECCOMP_OFF, SECCOMP_REPORT
+from jailer.errors import PolicyError
 from jailer.seccomp.install import Filter, load
 
 #: The stages of a cell's walls (jailer.cell): from its fork on, and when it needs no more than a running machine does.
@@ -38,3 +41,25 @@ def load_filters(mode: str, *, janitor: bool, with_faults: bool = False) -> Filt
 
     by_role, warning = load((*ROLES, JANITOR) if janitor else ROLES, mode, "-faults" if with_faults else "")
     return Filters(mode, by_role, warning)
+
+
+def custom_filter(arguments: tuple[str, ...]) -> str:
+    """Return the path of the custom filter that a controller's command line names, or an empty string."""
+    return dict(pairwise(arguments)).get("--seccomp-filter", "")
+
+
+def with_custom(filters: Filters, path: str, directory: int | None = None) -> Filters:
+    """Add a custom filter to what running cells may do. ``directory``, if there is one, is the root for ``path``.
+
+    Raises PolicyError.
+    """
+    if filters.mode == SECCOMP_OFF:
+        raise PolicyError("a custom seccomp filter cannot be used while seccomp is switched off")
+    from jailer.seccomp import custom
+
+    programs = custom.read(path, directory)
+    added = {
+        role: custom.add(filters.by_role[role], [(name, programs[name]) for name in names])
+        for role, names in custom.OF_ROLE.items()
+    }
+    return filters._replace(by_role={**filters.by_role, **added})

@@ -18,7 +18,7 @@ from jailer import bounds, cleanup, plan, start, syscalls, template, verify, wal
 from jailer.cell_record import Cell, Setup
 from jailer.cli import Options
 from jailer.errors import ArgumentError, StepError
-from jailer.filters import JANITOR, Filters, load_filters, of_cell
+from jailer.filters import JANITOR, Filters, custom_filter, load_filters, of_cell, with_custom
 from jailer.landlock import Rulesets
 from jailer.log import Log
 from jailer.memory import MemoryMaker, ReserveMemory
@@ -79,6 +79,7 @@ class JailedLaunch:
         template.warm()  # before the cgroup is joined: what it moves is charged to who starts us, as all imports are
         memory = self._act_on_host(cgroup_plan, cgroup_items)
         try:
+            filters = self._with_custom_filter(filters)
             timeline.mark("detach")
             launcher = detach.detach(settings.daemonize, settings.new_pid_ns)
             setup, channel, controller, signals = self._fork_controller(proc, host, filters, roles, memory)
@@ -228,6 +229,11 @@ class JailedLaunch:
 
     def _has(self, wall: str) -> bool:
         return wall not in self._off
+
+    def _with_custom_filter(self, filters: Filters) -> Filters:
+        """Add the filter that the controller's command line names, by its path in the jail."""
+        path = custom_filter(self._options.arguments)
+        return with_custom(filters, path, self._root.descriptor) if path else filters
 
     def _make_trees(self) -> roots.IpcTrees | None:
         """Make the ipc directory; without the root wall it is an ordinary directory in the jail root."""

@@ -50,7 +50,11 @@ def _run(base: Path, *options: str, **changed: str | None) -> tuple[int, str]:
             "Arguments parsing error: --seccomp-mode is kill, errno, errno=N, report or off, not 'errno=4096'",
         ),
         ({}, ("--", "--enable-pci"), "Arguments parsing error: --enable-pci is not supported yet"),
-        ({}, ("--", "--seccomp-filter", "f"), "Arguments parsing error: --seccomp-filter is not supported yet"),
+        (
+            {},
+            ("--", "--seccomp-filter", "f"),
+            "Seccomp error: Filter file open error: f: No such file or directory (os error 2)",
+        ),
         ({"id": ""}, (), "Invalid instance ID: Invalid len (0);  the length must be between 1 and 64"),
         ({"id": "a" * 65}, (), "Invalid instance ID: Invalid len (65);  the length must be between 1 and 64"),
         ({"id": "a/b"}, (), "Invalid instance ID: Invalid char (/) at position 1"),

@@ -31,9 +31,8 @@ class StartOptions(NamedTuple):
     @staticmethod
     def of(line: CommandLine) -> StartOptions:
         """Return what a command line asks for, with the kernel cache open. Raises CommandLineError."""
-        for flag in ("seccomp_filter", "enable_pci"):
-            if getattr(line, flag):
-                raise CommandLineError(f"--{flag.replace('_', '-')} is not supported yet: start without it.")
+        if line.enable_pci:
+            raise CommandLineError("--enable-pci is not supported yet: start without it.")
         cache = -1
         if line.kernel_cache is not None:
             try:

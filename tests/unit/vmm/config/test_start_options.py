@@ -28,7 +28,6 @@ def test_without_flags():
     ("flags", "text"),
     [
         (["--enable-pci"], "--enable-pci is not supported yet: start without it."),
-        (["--seccomp-filter", "f"], "--seccomp-filter is not supported yet: start without it."),
         (["--kernel-cache", "/nix"], "--kernel-cache /nix: No such file or directory."),
         (["--kernel-cache", "/dev/null"], "--kernel-cache /dev/null: Not a directory."),
     ],

@@ -1,0 +1,1 @@
+"""``cellblock seccompiler`` and ``seccompiler-bin``: from Firecracker's JSON to what --seccomp-filter takes."""
