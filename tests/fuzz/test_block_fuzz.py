@@ -46,7 +46,7 @@ def run(module: str, seed: int, count: int, *arguments: str, env: dict[str, str]
 @pytest.mark.soak("virtio")
 @pytest.mark.parametrize("build", ["plain", "sanitized"])
 def test_forms_of_the_block_device_are_alike(build, seed, scale, request):
-    count = scale(4000, FULL)
+    count = scale(2000, FULL)
     if build == "plain":
         outcomes = run("block_fuzz", seed, count)
     else:
