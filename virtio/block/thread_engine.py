@@ -28,6 +28,7 @@ class ThreadEngine(Engine):
         self._submitted: list[IoRequest] = []
         self._requests: SimpleQueue[IoRequest | None] = SimpleQueue()
         self._results: SimpleQueue[tuple[Any, int]] = SimpleQueue()
+        self._begun: SimpleQueue[None] = SimpleQueue()
         self._ended: SimpleQueue[None] = SimpleQueue()
         self._count = 0
         try:
@@ -37,6 +38,8 @@ class ThreadEngine(Engine):
         except ThreadError:
             self.close()
             raise
+        for _ in range(count):  # a thread that begins late does what the filter of a sealed cell forbids
+            self._begun.get()
 
     def start(self, memory: GuestMemory) -> None:
         """Work with this guest memory."""
@@ -66,6 +69,7 @@ class ThreadEngine(Engine):
 
     def _work(self) -> None:
         """A thread's life."""
+        self._begun.put(None)
         while (request := self._requests.get()) is not None:
             result = execute(self.file.fd, self._view, request, write_through=self.write_through)
             self._results.put((request.token, result))
