@@ -39,6 +39,12 @@ class OverlayError(VirtioError):
     code = "virtio.overlay"
 
 
+class VhostUserError(VirtioError):
+    """A vhost-user back end cannot be used, is gone, or says what it must not."""
+
+    code = "virtio.vhost_user"
+
+
 class DriverError(VirtioError):
     """The driver's side was used wrongly, or the device broke the rules of the used ring."""
 

@@ -17,6 +17,7 @@ from tests.harness.virtio_makers import MAKERS
 from tests.harness.virtqueues import guest_memory
 from virtio.abi import VIRTIO_F_VERSION_1
 from virtio.device import Activation, VirtioDevice
+from virtio.vhost_user.block import VhostUserBlock
 
 DEVICES = pytest.mark.parametrize("name", MAKERS)
 
@@ -42,7 +43,9 @@ def test_no_device_is_left_out():
         with maker() as device:
             made.add(type(device))
             device.close()
-    assert made == {found for found in subclasses(VirtioDevice) if found.__module__.startswith("virtio.")}
+    ours = {found for found in subclasses(VirtioDevice) if found.__module__.startswith("virtio.")}
+    # Whose queues another program serves: it sees no request, and has no state (tests/unit/virtio/vhost_user/).
+    assert made == ours - {VhostUserBlock}
 
 
 @DEVICES
