@@ -26,12 +26,17 @@ class FileOpenError(VmmError):
 
 def open_input(path: str, *, writable: bool = False) -> int:
     """Open a regular file or block device, for reading or both, and return the descriptor. Raises FileOpenError."""
-    fd = _open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
-        return fd
-    os.close(fd)
-    raise FileOpenError(errno_text(errno.EISDIR) if stat.S_ISDIR(mode) else "not a regular file")
+    flags = os.O_RDWR if writable else os.O_RDONLY
+    return _checked(_open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY), stat.S_IFREG, stat.S_IFBLK)
+
+
+def open_kept(path: str) -> int:
+    """Open a regular file for reading and writing, create it if missing, and return the descriptor.
+
+    Raises FileOpenError.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    return _checked(_open(path, flags), stat.S_IFREG)
 
 
 def open_output(path: str) -> int:
@@ -71,6 +76,15 @@ def read_text(path: str, limit: int) -> bytes:
     if not room:
         raise FileOpenError(f"the file is larger than {limit} bytes")
     return b"".join(parts)
+
+
+def _checked(fd: int, *kinds: int) -> int:
+    """Return a descriptor of a file of these kinds; another one is closed. Raises FileOpenError."""
+    kind = stat.S_IFMT(os.fstat(fd).st_mode)
+    if kind in kinds:
+        return fd
+    os.close(fd)
+    raise FileOpenError(errno_text(errno.EISDIR) if kind == stat.S_IFDIR else "not a regular file")
 
 
 def _open(path: str, flags: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cellblock.overlay.progress import Progress
-from virtio.block.overlay.file import UNFINISHED, Disk, OverlayFile, check_base, identify
+from virtio.block.overlay.file import Disk, OverlayFile, check_base, check_unfinished, identify
 from virtio.block.overlay.layout import PHASE_NONE
 from virtio.errors import OverlayError
 
@@ -18,7 +18,7 @@ def rebase(overlay: OverlayFile, old: Disk, new: Disk) -> int:
 
     Cut short anywhere, the overlay still belongs to the old base, and says the same.
     """
-    _check_phase(overlay)
+    check_unfinished(overlay)
     check_base(overlay.state.base, old)
     geometry = overlay.geometry
     bits = geometry.cluster_bits
@@ -43,17 +43,12 @@ def rebase(overlay: OverlayFile, old: Disk, new: Disk) -> int:
 
 def accept(overlay: OverlayFile, new: Disk) -> None:
     """Believe that a base says what the one before said. Raises OverlayError, OSError."""
-    _check_phase(overlay)
+    check_unfinished(overlay)
     if new.size != overlay.state.base.size:
         raise OverlayError(
             f"the base has {new.size} bytes where the one before had {overlay.state.base.size}: not the same content"
         )
     overlay.change(PHASE_NONE, identify(new))
-
-
-def _check_phase(overlay: OverlayFile) -> None:
-    if overlay.state.phase != PHASE_NONE:
-        raise OverlayError(UNFINISHED)
 
 
 def _rewrite(overlay: OverlayFile, old: Disk, new: Disk, first: int, count: int) -> int:

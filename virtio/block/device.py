@@ -423,7 +423,6 @@ class Block(VirtioDevice):
         self._kicks = 0
         return counters
 
-
     def _take_counts(self) -> None:
         for take in self._takes:
             reads, writes = take()

@@ -220,14 +220,19 @@ def begin_session(overlay: OverlayFile, boot_id: bytes) -> None:
         disk.write(SESSION_OFFSET, pack_session(boot_id.ljust(BOOT_ID_SIZE, b"\0")))
 
 
+def check_unfinished(overlay: OverlayFile) -> None:
+    """Raise OverlayError if a commit of it was begun and has not ended: it serves no machine."""
+    if overlay.state.phase != PHASE_NONE:
+        raise OverlayError(UNFINISHED)
+
+
 def open_overlay(disk: Disk, base: Disk, boot_id: bytes) -> OverlayFile:
     """Return the overlay in a file for a machine to use: nothing pending, and over the base that it was made for.
 
     Raises OverlayError.
     """
     overlay = read_overlay(disk, boot_id)
-    if overlay.state.phase != PHASE_NONE:
-        raise OverlayError(UNFINISHED)
+    check_unfinished(overlay)
     with OsErrors("its base cannot be read"):
         check_base(overlay.state.base, base)
     begin_session(overlay, boot_id)
