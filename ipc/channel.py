@@ -144,12 +144,22 @@ class Channel:
         """Statistics of this side."""
         return self._sequencer.counters
 
-    def bind(self, path: str) -> None:
-        """Listen at ``path`` (the controller's side, before the worker is forked). Raises ChannelError."""
+    def bind(self, path: str, peers: tuple[int, ...] = ()) -> None:
+        """Listen at ``path`` (the controller's side, before the worker is forked). Raises ChannelError.
+
+        ``peers``: the users that may connect, if the worker is not of ours: then its path is open to everybody who can
+        get there, and libzmq asks the kernel who it is (SO_PEERCRED).
+        """
+        before = os.umask(0) if peers else 0
         try:
+            for uid in peers:
+                self._socket.setsockopt(zmq.IPC_FILTER_UID, uid)
             self._socket.bind(f"ipc://{path}")
         except zmq.ZMQError as error:
             raise ChannelError(f"cannot bind the control channel {path}: {error.strerror}") from None
+        finally:
+            if peers:
+                os.umask(before)
         self._path = path
 
     def connect(self, path: str) -> None:

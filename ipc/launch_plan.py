@@ -21,6 +21,10 @@ MAX_AFFINITY = 1024
 MAX_DEVICES = 31
 #: Each device cell has one device at least.
 MAX_DEVICE_CELLS = MAX_DEVICES
+#: Users of workers and device cells, from the first: two for each number, since a cell and its successor exist at the
+#: same time; rounded up.
+CELL_UIDS = 128
+assert 2 * (MAX_WORKERS + MAX_DEVICE_CELLS) <= CELL_UIDS
 #: Interrupts between vCPUs of different workers that the kernel forwards alone, each by an eventfd that both have.
 MAX_IPI_PATHS = 512
 #: Guest RAM ends below 1022 GiB in the guest physical map.
@@ -75,7 +79,8 @@ class LaunchPlan(NamedTuple):
     directory as the controller and as the workers see it. ``kernel_cache_fd`` (a directory) and ``console_fd`` (the
     master side of a pseudo-terminal, for ``--console pty``) are -1 when there is none. ``huge_pages``: this host gives
     huge pages to memory that did not ask for them. ``boot_id`` are the 16 bytes that name this run of the
-    host's kernel, empty if nobody knows them. ``tun`` is filled in by the controller's process for itself, while
+    host's kernel, empty if nobody knows them. ``first_cell_uid``: 0 if workers and device cells have the controller's
+    user and group, else see :meth:`peers`. ``tun`` is filled in by the controller's process for itself, while
     it is still in the caller's network namespace.
     """
 
@@ -101,8 +106,19 @@ class LaunchPlan(NamedTuple):
     kernel_cache_fd: int
     console_fd: int
     huge_pages: bool = False
+    first_cell_uid: int = 0
     tun: TunDescriptors = TunDescriptors()
     boot_id: bytes = b""
+
+    def peers(self, role: str, number: int) -> tuple[int, ...]:
+        """Return the users (and groups) that the cell with this number may have; none: it has the controller's.
+
+        Two: when one is replaced, its successor has the other.
+        """
+        if not self.first_cell_uid:
+            return ()
+        first = self.first_cell_uid + 2 * (number + (MAX_WORKERS if role == ROLE_DEVICE else 0))
+        return first, first + 1
 
 
 class Assignment(NamedTuple):

@@ -74,7 +74,7 @@ class Cell:
 
     __slots__ = (
         "assignment", "deadline", "fault_signals", "index", "killed", "landlocked", "last_words", "listener", "output",
-        "pid", "pidfd", "proc", "progress", "role", "seal", "text", "wall",
+        "pid", "pidfd", "proc", "progress", "role", "seal", "text", "uid", "wall",
     )  # fmt: skip
 
     def __init__(self, role: str, index: int, pid: int, pidfd: int, seal: socket.socket) -> None:
@@ -90,6 +90,8 @@ class Cell:
         self.fault_signals = -1
         #: What a worker or device cell was forked for.
         self.assignment: Assignment | None = None
+        #: Its user and group, if they are not the controller's.
+        self.uid = 0
         self.deadline = time.monotonic() + SEAL_TIMEOUT_S
         self.wall = ""
         #: Why it could not start, in its own words.

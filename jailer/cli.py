@@ -49,6 +49,7 @@ _OURS = (
     _Flag("purge", "ID", "remove what an ended microVM left behind, and exit"),
     _Flag("wall-log", "FILE", "append the report on the walls of each cell, and the supervisor's lines, here"),
     _Flag("seccomp-mode", "kill|errno[=N]|report|off", "what a forbidden system call does", default=SECCOMP_KILL),
+    _Flag("cell-uids", "FIRST", "workers and device cells are users and groups FIRST to FIRST+127; default: chosen"),
     _Flag("without", "STEP", "switch a wall off, for tests (always logged)", repeatable=True),
     _Flag("vcpu-cgroup", "FILE=VALUE", "give each vCPU worker a cgroup of its own, with this value", repeatable=True),
     _Flag("kernel-cache", "DIR", "directory with unpacked kernels, handed into the jail read-only"),

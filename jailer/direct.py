@@ -20,6 +20,7 @@ from jailer.memory import MemoryMaker
 from jailer.start import (
     Entered,
     Host,
+    await_controller,
     close_supervisor,
     fork_controller,
     hold_signals,
@@ -28,8 +29,9 @@ from jailer.start import (
     signal_descriptor,
     supervise,
     wait_entered,
+    warnings,
 )
-from jailer.steps import detach, identity, network, process
+from jailer.steps import detach, identity, network, process, user_namespace
 from jailer.steps.title import TITLE
 from jailer.steps.worker_cgroups import WorkerCgroups
 
@@ -38,17 +40,33 @@ PROGRAM = "firecracker"
 _ATTEMPTS = 100
 
 
-def make_ipc_directory() -> str:
-    """Make a directory that only we can enter, where its name can be kept short. Raises StepError."""
+def _can_be_reached(path: str) -> bool:
+    """Can any user go through this directory and those above it?"""
+    while os.stat(path).st_mode & 0o001:
+        if path == "/":
+            return True
+        path = os.path.dirname(path)
+    return False
+
+
+def make_ipc_directory(*, for_others: bool) -> str:
+    """Make a directory that only we can list, where its name can be kept short. Raises StepError.
+
+    ``for_others``: our cells, who are other users, can go through it.
+    """
     uid = os.getuid()
     last = ""
     for base in (f"/run/user/{uid}", "/run" if uid == 0 else "", os.environ.get("TMPDIR", ""), "/tmp"):
         if not base or len(base) > 60 or not os.path.isdir(base):  # sun_path has 108 bytes
             continue
+        if for_others and not _can_be_reached(os.path.realpath(base)):
+            continue
         for _ in range(_ATTEMPTS):
             path = os.path.join(base, f"cellblock-{os.urandom(6).hex()}")
             try:
                 os.mkdir(path, 0o700)
+                if for_others:
+                    os.chmod(path, 0o711)
                 return path
             except FileExistsError:
                 continue
@@ -91,26 +109,26 @@ def launch(
     if path := custom_filter(arguments):
         filters = with_custom(filters, path)
     timeline.mark("fork janitor")
-    janitor, directory = _watched_ipc_directory(filters)
+    janitor, directory = _watched_ipc_directory(filters, off)
     timeline.mark("import roles")
     roles = load_roles()
     timeline.mark("open host")
     host = open_host(proc, -1, arguments, log)
-    launch_plan = plan.unjailed(plan.Launch(microvm_id, arguments, started, mode, -1, host.console), directory, off)
+    namespace = _cell_users(host, off)
+    launching = plan.Launch(microvm_id, arguments, started, mode, -1, host.console, namespace.first_uid)
+    launch_plan = plan.unjailed(launching, directory, off)
     signals = signal_descriptor()
     _bound(host, off)
     timeline.mark("warm")
     template.warm()
-    may = host.facts.may_make_namespaces
-    own_network, own_pids = may and walls.NETWORK_NAMESPACE not in off, may and walls.PID_NAMESPACE not in off
-    asked = verify.Asked(host.facts, None, "", own_network, False, own_pids, None, bounds.read_inherited())
+    asked = _asked(host, off, namespace)
     landlock = _enter_domain(off)
-    if own_pids:
+    if asked.cells_own_pids:
         detach.leave_pid_namespace()
-    enter = _entering(launch_plan, host, janitor, own_network=own_network)
+    enter = _entering(launch_plan, host, janitor, own_network=asked.own_network)
     mine, keep = of_cell(filters.by_role, ROLE_VMM), (*inherited, host.console)
     controller, channel = fork_controller(launch_plan, roles, mine, enter, keep, landlock=landlock, asked=asked)
-    _leave_network(controller, own_network=own_network)
+    _leave_network(controller, own_network=asked.own_network)
     timeline.mark("wait for controller")
     wait_entered(controller)
     for descriptor in inherited:  # the controller has them, for paths like /dev/fd/63
@@ -121,8 +139,25 @@ def launch(
         WorkerCgroups(), landlock,
     )
     # fmt: on
-    _confine_supervisor(setup, host, filters.warning)
-    return supervise(setup, controller, channel, signals)
+    supervisor = await_controller(setup, controller, channel, signals)
+    _confine_supervisor(setup, host, filters.warning, namespace)
+    return supervise(supervisor)
+
+
+def _cell_users(host: Host, off: frozenset[str]) -> user_namespace.UserNamespace:
+    """Return the namespace of the users of workers and device cells, where we may make one. Raises StepError."""
+    if walls.CELL_IDENTITY in off:
+        return user_namespace.UserNamespace()
+    return user_namespace.make(os.getuid(), os.getgid(), 0, host.facts.capabilities)
+
+
+def _asked(host: Host, off: frozenset[str], namespace: user_namespace.UserNamespace) -> verify.Asked:
+    may = host.facts.may_make_namespaces
+    missing = () if may else tuple(each for each in (walls.NETWORK_NAMESPACE, walls.PID_NAMESPACE) if each not in off)
+    unavailable = (*namespace.unavailable_walls(), *((each, "CAP_SYS_ADMIN is needed") for each in missing))
+    own_network, own_pids = may and walls.NETWORK_NAMESPACE not in off, may and walls.PID_NAMESPACE not in off
+    asked = verify.Asked(host.facts, None, "", own_network, False, own_pids, None, bounds.read_inherited())
+    return asked._replace(unavailable=unavailable)
 
 
 def _prepare() -> tuple[int, ...]:
@@ -133,10 +168,10 @@ def _prepare() -> tuple[int, ...]:
     return process.inherited_descriptors()
 
 
-def _watched_ipc_directory(filters: Filters) -> tuple[cleanup.Janitor, str]:
+def _watched_ipc_directory(filters: Filters, off: frozenset[str]) -> tuple[cleanup.Janitor, str]:
     """Return the ipc directory, and the janitor that will remove it. Raises StepError, CleanupError."""
     janitor = cleanup.start_janitor(filters.by_role.get(JANITOR))
-    directory = make_ipc_directory()
+    directory = make_ipc_directory(for_others=os.getuid() == 0 and walls.CELL_IDENTITY not in off)
     janitor.tree(directory)
     janitor.ready()
     return janitor, directory
@@ -193,16 +228,18 @@ def _leave_network(controller: Cell, *, own_network: bool) -> None:
         raise StepError(str(error)) from None
 
 
-def _confine_supervisor(setup: Setup, host: Host, warning: str) -> None:
+def _confine_supervisor(setup: Setup, host: Host, warning: str, namespace: user_namespace.UserNamespace) -> None:
     timeline.mark("confine supervisor")
     off = setup.plan.switched_off
+    if namespace.first_uid:
+        user_namespace.enter(namespace, bounded=walls.CAPABILITIES not in off)
     if walls.CAPABILITIES not in off:
-        identity.clear_capabilities()
+        identity.keep_capabilities(identity.SUPERVISOR_CAPABILITIES if namespace.first_uid else 0)
     if walls.NO_NEW_PRIVILEGES not in off:
         identity.set_no_new_privileges()
     close_supervisor(setup, host, PROGRAM, dumpable_wall=walls.DUMPABLE not in off)
     os.close(host.null)
     switched_off = f"switched off: {', '.join(off)}" if set(off) - {walls.SECCOMP} else ""
-    for each in (warning, switched_off):
+    for each in (warning, switched_off, *(warnings(setup) if setup.plan.uid == 0 else ())):
         if each:
             setup.log.warning(each)

@@ -24,7 +24,19 @@ from jailer.log import Log
 from jailer.memory import MemoryMaker, ReserveMemory
 from jailer.operations import Operation, Plan
 from jailer.settings import Settings
-from jailer.steps import cgroups, covers, detach, devices, directories, identity, network, process, rootless, roots
+from jailer.steps import (
+    cgroups,
+    covers,
+    detach,
+    devices,
+    directories,
+    identity,
+    network,
+    process,
+    rootless,
+    roots,
+    user_namespace,
+)
 from jailer.steps.title import TITLE
 
 _NO_SECCOMP = "--no-seccomp"
@@ -49,6 +61,7 @@ class JailedLaunch:
         self._log = Log(2, settings.microvm_id)
         self._janitor: cleanup.Janitor | None = None
         self._plan_on_host: Plan | None = None
+        self._namespace = user_namespace.UserNamespace()
 
     def run(self, load_roles: Callable[[], template.Roles]) -> int:
         """Launch, supervise, return the exit code of the microVM. Raises JailerError before the controller runs."""
@@ -80,6 +93,8 @@ class JailedLaunch:
         memory = self._act_on_host(cgroup_plan, cgroup_items)
         try:
             filters = self._with_custom_filter(filters)
+            timeline.mark("make users")
+            self._make_cell_users(host.facts.capabilities)
             timeline.mark("detach")
             launcher = detach.detach(settings.daemonize, settings.new_pid_ns)
             setup, channel, controller, signals = self._fork_controller(proc, host, filters, roles, memory)
@@ -89,17 +104,18 @@ class JailedLaunch:
         except BaseException:
             self._undo()
             raise
+        supervisor = start.await_controller(setup, controller, channel, signals)
         timeline.mark("confine supervisor")
-        self._drop_privileges()
+        self._drop_privileges(self._namespace)
         start.close_supervisor(setup, host, settings.exec_name, dumpable_wall=self._has(walls.DUMPABLE))
         if settings.daemonize:
             detach.redirect_standard_descriptors(host.null, (2,))
         os.close(host.null)
         launcher.ready()
-        for warning in (filters.warning, self._switches_warning(), shortcomings):
+        for warning in (filters.warning, self._switches_warning(), shortcomings, *start.warnings(setup)):
             if warning:
                 self._log.warning(warning)
-        return start.supervise(setup, controller, channel, signals)
+        return start.supervise(supervisor)
 
     # ------------------------------------------------------------ on the host
 
@@ -227,6 +243,13 @@ class JailedLaunch:
         )
         return setup, channel, controller, signals
 
+    def _make_cell_users(self, capabilities: int) -> None:
+        """Before we are in another process namespace than /proc, by which the map is written."""
+        if self._has(walls.CELL_IDENTITY):
+            first = self._settings.first_cell_uid
+            mine = 0 if self._rootless else capabilities  # in a namespace of one user they are worth nothing here
+            self._namespace = user_namespace.make(self._uid, self._gid, first, mine)
+
     def _has(self, wall: str) -> bool:
         return wall not in self._off
 
@@ -240,7 +263,7 @@ class JailedLaunch:
         if not self._has(walls.ROOT):
             return None
         roots.isolate_mounts()
-        return roots.IpcTrees(self._uid, self._gid)
+        return roots.IpcTrees(self._uid, self._gid, 0o711 if self._namespace.first_uid else 0o700)
 
     def _clone_nodes(self) -> dict[str, int] | None:
         """Return the host's device nodes where none can be made, as detached mounts."""
@@ -272,6 +295,14 @@ class JailedLaunch:
             return ()
         return tuple(path for path in devices.unused() if self._nodes is None or path in self._nodes)
 
+    def _passages(self) -> tuple[str, ...]:
+        """Return the directories in the jail root that workers pass through, who are other users: none, as a rule.
+
+        Without the root wall they go by the host's path.
+        """
+        has = self._namespace.first_uid and not self._has(walls.ROOT)
+        return ("/", "/run", roots.CONTROLLER_IPC_DIRECTORY) if has else ()
+
     def _launch_plan(self, host: start.Host) -> LaunchPlan:
         options = self._options
         directories = (roots.CONTROLLER_IPC_DIRECTORY, roots.WORKER_IPC_DIRECTORY)
@@ -285,6 +316,7 @@ class JailedLaunch:
                 self._mode,
                 host.kernel_cache,
                 host.console,
+                self._namespace.first_uid,
             ),
             directories,
             (self._uid, self._gid),
@@ -308,6 +340,7 @@ class JailedLaunch:
             groups=tuple(os.getgroups()) if self._rootless else (),
             read_only_files=self._read_only_files(),
             closed_devices=self._closed_devices(),
+            unavailable=self._namespace.unavailable_walls(),
         )
 
     def _enter_jail(
@@ -337,13 +370,13 @@ class JailedLaunch:
         operations.append(pid_file)
         operations += [covers.CoverDevice(by_path[os.path.dirname(path)], path) for path in self._closed_devices()]
         operations += [covers.CoverPidFile(made[0], path) for path in self._read_only_files()]
-        operations.append(devices.GiveDirectories(made, self._uid, self._gid))
+        operations.append(devices.GiveDirectories(made, self._uid, self._gid, self._passages()))
         Plan(operations, frozenset(self._off), self._log.error).execute()
         if trees is not None:
             os.close(trees.controller)
         if self._shares_network():
             network.join_network(supervisor)
-        self._drop_privileges()
+        self._drop_privileges(user_namespace.UserNamespace())
         return start.Entered(tun.opened, (pid_file.descriptor,))
 
     # ------------------------------------------------------------ supervisor
@@ -369,11 +402,14 @@ class JailedLaunch:
                 flags |= flag
         syscalls.unshare(flags)
 
-    def _drop_privileges(self) -> None:
+    def _drop_privileges(self, namespace: user_namespace.UserNamespace) -> None:
+        """``namespace``: that of the users of our cells, for the supervisor."""
+        if namespace.first_uid:
+            user_namespace.enter(namespace, bounded=self._has(walls.CAPABILITIES))
         if self._has(walls.IDENTITY):
             identity.become(self._uid, self._gid, keep_groups=self._rootless)
         if self._has(walls.CAPABILITIES):
-            identity.clear_capabilities()
+            identity.keep_capabilities(identity.SUPERVISOR_CAPABILITIES if namespace.first_uid else 0)
         if self._has(walls.NO_NEW_PRIVILEGES):
             identity.set_no_new_privileges()
 

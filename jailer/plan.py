@@ -36,6 +36,7 @@ class Launch(NamedTuple):
     seccomp: str
     kernel_cache: int
     console: int
+    first_cell_uid: int = 0
 
 
 def started_now() -> Started:
@@ -106,6 +107,7 @@ def _make(
         console_fd=launch.console,
         huge_pages=host_gives_huge_pages(),
         boot_id=read_boot_id(),
+        first_cell_uid=launch.first_cell_uid,
     )
 
 

@@ -103,7 +103,7 @@ class Sealing:
     def _hidden(self, record: Cell) -> None:
         """It says that it is not dumpable any more, and does not wait for an answer."""
         wanted = walls.DUMPABLE not in self._plan.switched_off
-        if wanted and verify.is_dumpable(record.pid, self._plan.uid, self._setup.proc):
+        if wanted and verify.is_dumpable(record.pid, record.uid or self._plan.uid, self._setup.proc):
             self._refuse(record, f"{record.name} (pid {record.pid}): walls differ: dumpable: asked False, found True")
             return
         record.progress = Progress.HIDDEN

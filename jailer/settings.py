@@ -7,6 +7,8 @@ import stat
 
 from base.errno_text import errno_text
 from base.lean_typing import NamedTuple
+from ipc.launch_plan import CELL_UIDS
+from jailer import walls
 from jailer.cli import Options
 from jailer.errors import ArgumentError
 
@@ -18,6 +20,8 @@ MAX_ID_LENGTH = 64
 #: Those that work in a threaded cgroup: admin-guide/cgroup-v2.rst, "Threads".
 THREADED_CONTROLLERS = ("cpu", "cpuset", "perf_event", "pids")
 _U32 = (1 << 32) - 1
+#: ZeroMQ takes a user as a signed number of 32 bits.
+_MAX_CELL_UID = (1 << 31) - 1
 _U64 = (1 << 64) - 1
 
 
@@ -46,6 +50,8 @@ class Settings(NamedTuple):
     jail_root: str
     uid: int
     gid: int
+    #: Of 0 the launch chooses.
+    first_cell_uid: int
     netns: str
     daemonize: bool
     new_pid_ns: bool
@@ -145,6 +151,26 @@ def parse_limits(items: tuple[str, ...]) -> Limits:
     return limits
 
 
+def _check_user(uid: int, off: tuple[str, ...]) -> None:
+    """Raise ArgumentError if the cells would be user 0 and nobody has asked for that by name.
+
+    An ordinary user is refused all but the own one later (jailer.steps.rootless).
+    """
+    if uid == 0 == os.geteuid() and not {walls.UNPRIVILEGED_USER, walls.IDENTITY} & set(off):
+        raise ArgumentError(
+            f"--uid 0: every process of root is of the microVM's user then; give it a user of its own, or say "
+            f"--without {walls.UNPRIVILEGED_USER}"
+        )
+
+
+def _first_cell_uid(text: str) -> int:
+    """Parse ``--cell-uids``; 0 without it. Raises ArgumentError."""
+    first = _number(text, _MAX_CELL_UID - CELL_UIDS + 1) if text else 0
+    if first is None or first % CELL_UIDS or (text and not first):
+        raise ArgumentError(f"Invalid cell-uids: {text}: the first of {CELL_UIDS} users, a multiple of {CELL_UIDS}")
+    return first
+
+
 def resolve(options: Options) -> Settings:
     """Check the values of a command line in the order in which Firecracker's jailer does. Raises ArgumentError."""
     microvm_id = options.value("id")
@@ -160,6 +186,7 @@ def resolve(options: Options) -> Settings:
         if number is None:
             raise ArgumentError(f"Invalid {name}: {options.value(name)}")
         identity.append(number)
+    _check_user(identity[0], options.values_of("without"))
     parent = options.value("parent-cgroup") or exec_name
     if parent.startswith("/") or "\0" in parent or any(part in (".", "..") for part in parent.split("/")):
         raise ArgumentError("Parent cgroup path is invalid. Path should not be absolute or contain '..' or '.'")
@@ -175,6 +202,7 @@ def resolve(options: Options) -> Settings:
         jail_root=os.path.join(jail_directory, "root"),
         uid=identity[0],
         gid=identity[1],
+        first_cell_uid=_first_cell_uid(options.value("cell-uids")),
         netns=options.value("netns"),
         daemonize="daemonize" in options.switches,
         new_pid_ns="new-pid-ns" in options.switches,

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from base import faults, timeline
 from base.lean_std import socket
 from ipc import descriptors
 from ipc.launch_plan import MAX_WORKERS, ROLE_DEVICE, ROLE_VCPU, Assignment, cell_name
-from jailer import cell
+from jailer import cell, walls
 from jailer.cell_output import LogPipe
 from jailer.cell_record import Cell, Setup
 from jailer.filters import of_cell
 from jailer.plan import cell_kind
-from jailer.steps import process
+from jailer.steps import identity, process
 
 
 class Spawner:
@@ -78,6 +79,7 @@ class Spawner:
 
     def fork(self, assignment: Assignment) -> tuple[Cell, socket.socket]:
         """Fork a cell; return its record and the controller's end of its descriptor channel. Raises OSError."""
+        uid = self._free_uid(assignment)
         ours, theirs = descriptors.channel_pair()
         theirs.setblocking(False)  # the cell cannot do it: FIONBIO is not for it
         seal, cell_seal = descriptors.channel_pair()
@@ -94,7 +96,7 @@ class Spawner:
             output.become_standard_error()
             ours.close()
             seal.close()
-            self._become(assignment, theirs, cell_seal)
+            self._become(assignment, uid, theirs, cell_seal)
         cell.count_faults()
         faults.visit("supervisor.spawn.forked")
         theirs.close()
@@ -102,10 +104,23 @@ class Spawner:
         record = Cell(assignment.role, assignment.worker, pid, os.pidfd_open(pid), seal)
         record.output = output.take(f"{record.name}: ")
         record.assignment = assignment
+        record.uid = uid
         self.cells[pid] = record
         return record, ours
 
-    def _become(self, assignment: Assignment, channel: socket.socket, seal: socket.socket) -> None:
+    def _free_uid(self, assignment: Assignment) -> int:
+        """Return a user that no cell is, 0 if cells have the controller's: one whom this cell replaces has the other.
+
+        Raises OSError if both are taken.
+        """
+        peers = self._plan.peers(assignment.role, assignment.worker)
+        taken = {record.uid for record in self.cells.values()}
+        free = [uid for uid in peers if uid not in taken]
+        if peers and not free:
+            raise OSError(errno.EUSERS, os.strerror(errno.EUSERS))
+        return free[0] if free else 0
+
+    def _become(self, assignment: Assignment, uid: int, channel: socket.socket, seal: socket.socket) -> None:
         """In the child: let go of everything of the supervisor, then be the cell; does not return."""
         index, role = assignment.worker, assignment.role
         setup = self._setup
@@ -121,6 +136,10 @@ class Spawner:
             self._abandon()
             process.keep_only(own)
             cell.reset_signals()
+            if uid:
+                identity.become(uid, uid)
+                if context.has(walls.CAPABILITIES):
+                    identity.clear_capabilities()
             return ()
 
         def run(sealed: cell.Seal) -> int:

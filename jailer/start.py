@@ -202,12 +202,24 @@ def close_supervisor(setup: Setup, host: Host, name: str, *, dumpable_wall: bool
         identity.set_dumpable(False)
     chosen = setup.filters.get(ROLE_SUPERVISOR)
     if chosen is not None:
-        install(chosen)
+        install(chosen, setup.plan.first_cell_uid)
 
 
-def supervise(setup: Setup, controller: Cell, channel: socket.socket, signals: int) -> int:
-    """Be the supervisor until the microVM has ended; return its exit code, or die by the signal that ended it."""
+def warnings(setup: Setup) -> list[str]:
+    """Say which walls this launch asked for and cannot have."""
+    return [f"{wall} cannot be had: {reason}" for wall, reason in setup.asked.unavailable]
+
+
+def await_controller(setup: Setup, controller: Cell, channel: socket.socket, signals: int) -> Supervisor:
+    """Wait until the controller's walls of the setup stage are read, which needs more than a supervisor keeps."""
+    timeline.mark("verify controller")
     supervisor = Supervisor(setup, controller, channel, signals)
+    supervisor.await_controller()
+    return supervisor
+
+
+def supervise(supervisor: Supervisor) -> int:
+    """Be the supervisor until the microVM has ended; return its exit code, or die by the signal that ended it."""
     code = supervisor.run()
     if supervisor.dies_by:
         ending.die_by(supervisor.dies_by)

@@ -86,10 +86,13 @@ class Supervisor:
         if self._setup.asked.cells_own_pids:
             targets["controller_pid"] = 1  # as workers know it
 
-    def _let_go_of_files(self) -> None:
-        """Put our layer of Landlock in force: the first walls of the controller are read, no worker is there yet."""
+    def await_controller(self) -> None:
+        """Serve until the first walls of the controller are read: while we still may, before our own are closed."""
         while self._controller.progress is Progress.FORKED and not self._ending.ended:
             self._turn()
+
+    def _let_go_of_files(self) -> None:
+        """Put our layer of Landlock in force: the first walls of the controller are read, no worker is there yet."""
         try:
             self._setup.landlock.enforce(ROLE_SUPERVISOR)
         except StepError as error:

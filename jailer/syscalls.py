@@ -78,6 +78,10 @@ _SYS_LANDLOCK_RESTRICT_SELF = 446
 _LANDLOCK_CREATE_RULESET_VERSION = 1
 _LANDLOCK_RULE_PATH_BENEATH = 1
 
+_CLONE_VM = 0x100
+_SIGCHLD = 17
+_CLONE_STACK = 16 << 10
+
 _O_CLOEXEC = os.O_CLOEXEC
 _SIGNALFD_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
 
@@ -140,6 +144,18 @@ def pivot_root(new_root: str, put_old: str) -> None:
 def unshare(flags: int) -> None:
     """unshare(2)."""
     _check(_unshare(flags))
+
+
+def clone_waiting(flags: int) -> tuple[int, object]:
+    """clone(2) of a process that shares our memory and does nothing but wait (pause(2)).
+
+    Returns its pid, and its stack, which has to be kept until it was killed. Nothing is copied, as fork(2) would.
+    """
+    stack = ctypes.create_string_buffer(_CLONE_STACK)
+    top = (ctypes.addressof(stack) + _CLONE_STACK) & ~15
+    clone = _libc.clone
+    clone.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+    return _check(clone(ctypes.cast(_libc.pause, ctypes.c_void_p), top, flags | _CLONE_VM | _SIGCHLD, None)), stack
 
 
 def setns(descriptor: int, kind: int) -> None:

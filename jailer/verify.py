@@ -17,7 +17,7 @@ from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VMM, SECCOMP_OFF, SPAWNED_ROLE
 from jailer import bounds, walls
 from jailer.filters import RUNNING
 from jailer.settings import Limits
-from jailer.steps.identity import UNJAILED_CAPABILITIES
+from jailer.steps.identity import SUPERVISOR_CAPABILITIES, UNJAILED_CAPABILITIES
 
 NAMESPACES = ("mnt", "ipc", "uts", "net", "pid", "user", "cgroup")
 _NO_CAPABILITIES = "0000000000000000"
@@ -64,11 +64,13 @@ class Asked(NamedTuple):
     jail_root: tuple[int, int] | None
     #: The hard limits that this launch has inherited, or set for all: by resource (jailer.bounds).
     inherited: dict[int, int]
-    #: Files in the controller's root, under mounts that take something from them (jailer.steps.covers).
     #: Supplementary groups that cannot be dropped (jailer.steps.rootless), as our user namespace names them.
     groups: tuple[int, ...] = ()
+    #: Files in the controller's root, under mounts that take something from them (jailer.steps.covers).
     read_only_files: tuple[str, ...] = ()
     closed_devices: tuple[str, ...] = ()
+    #: Wall → why this host, or who started us, cannot have it.
+    unavailable: tuple[tuple[str, str], ...] = ()
 
 
 def read(path: str, proc: int) -> str:
@@ -149,24 +151,35 @@ def open_proc() -> int:
 
 
 def asked(
-    plan: LaunchPlan, role: str, facts: Asked, stage: str = RUNNING, assignment: Assignment | None = None
+    plan: LaunchPlan,
+    role: str,
+    facts: Asked,
+    stage: str = RUNNING,
+    *,
+    assignment: Assignment | None = None,
+    uid: int = 0,
 ) -> Walls:
     """Return what the walls of a cell of this role have to be at this stage (jailer.filters).
 
-    ``assignment`` is that of a worker or device cell.
+    ``assignment`` is that of a worker or device cell, ``uid`` its user and group if they are not the controller's.
     """
 
     def has(wall: str) -> bool:
         return wall not in plan.switched_off
 
     walls_asked: Walls = {}
-    if plan.jailed and has(walls.IDENTITY):
+    if uid:
+        walls_asked.update(uid=[uid] * 4, gid=[uid] * 4, groups=[])
+    elif plan.jailed and has(walls.IDENTITY):
         walls_asked.update(uid=[plan.uid] * 4, gid=[plan.gid] * 4, groups=sorted(facts.groups))
     if has(walls.CAPABILITIES):
         sets = _CAPABILITY_SETS if facts.host.privileged else tuple(s for s in _CAPABILITY_SETS if s != "CapBnd")
         walls_asked["capabilities"] = dict.fromkeys(sets, _NO_CAPABILITIES)
         if not plan.jailed and role == ROLE_VMM:
             kept = f"{facts.host.unjailed_capabilities:016x}"
+            walls_asked["capabilities"].update(CapPrm=kept, CapEff=kept)
+        elif plan.first_cell_uid and role == ROLE_SUPERVISOR:
+            kept = f"{SUPERVISOR_CAPABILITIES:016x}"
             walls_asked["capabilities"].update(CapPrm=kept, CapEff=kept)
     if has(walls.NO_NEW_PRIVILEGES):
         walls_asked["no_new_privs"] = 1
@@ -184,6 +197,8 @@ def asked(
     elif facts.own_network and not _is_hidden(role, stage) and role != ROLE_VMM:
         # Nobody without capabilities sees the namespaces of a controller that has some.
         walls_asked["namespaces"] = {"net": "own"}
+    if plan.first_cell_uid and "namespaces" in walls_asked:
+        walls_asked["namespaces"]["user"] = "host" if role == ROLE_VMM else "own"
     if facts.cells_own_pids and not _is_hidden(role, stage):
         walls_asked["pid_depth"] = 0 if role == ROLE_SUPERVISOR else 1
     walls_asked["limits"] = {**_asked_limits(plan, role, facts, stage), **_asked_bounds(plan, role, facts, assignment)}

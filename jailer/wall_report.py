@@ -33,7 +33,7 @@ def compare(setup: Setup, record: Cell, stage: str) -> list[str] | None:
     asked = setup.asked
     if record.role == ROLE_VCPU:
         asked = asked._replace(cgroup=setup.worker_cgroups.membership(record.index, asked.cgroup))
-    wanted = verify.asked(setup.plan, record.role, asked, stage, record.assignment)
+    wanted = verify.asked(setup.plan, record.role, asked, stage, assignment=record.assignment, uid=record.uid)
     if stage == SETUP:
         actual = verify.found(record.pid, setup.proc, setup.asked.host, wanted)
         wanted["landlock"] = setup.landlock.asked(record.role)
@@ -63,6 +63,7 @@ def _write(setup: Setup, who: tuple[str, int, int], stage: str, differences: lis
             "verified": not differences,
             "differences": differences,
             "switched_off": list(plan.switched_off),
+            "unavailable": dict(setup.asked.unavailable),
             "seccomp": {"mode": plan.seccomp, "sha256": chosen.digest if chosen is not None else None},
             **read,
         }

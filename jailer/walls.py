@@ -16,6 +16,8 @@ UTS_NAMESPACE = "uts-namespace"
 NETWORK_NAMESPACE = "network-namespace"
 PID_NAMESPACE = "pid-namespace"
 IDENTITY = "identity"
+CELL_IDENTITY = "cell-identity"
+UNPRIVILEGED_USER = "unprivileged-user"
 CAPABILITIES = "capabilities"
 NO_NEW_PRIVILEGES = "no-new-privileges"
 DEATH_SIGNAL = "death-signal"
@@ -44,6 +46,8 @@ SWITCHES: dict[str, str] = {
     NETWORK_NAMESPACE: "the cells share the caller's network",
     PID_NAMESPACE: "the cells can name, and signal, other processes of their user",
     IDENTITY: "the cells keep the caller's user, group and supplementary groups",
+    CELL_IDENTITY: "workers and device cells have the user and group of the controller",
+    UNPRIVILEGED_USER: "--uid 0 is taken: the controller is the user of every process of root",
     CAPABILITIES: "the cells keep the caller's capabilities",
     NO_NEW_PRIVILEGES: "set-user-ID programs would work (seccomp then needs privileges)",
     DEATH_SIGNAL: "a cell outlives its supervisor",

@@ -88,7 +88,7 @@ def compile_policy(policy: Policy) -> tuple[bytes, str]:
         _shortcut(pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, rule.syscall), rule) for rule in policy.first
     )
     program = prologue + _export(seccomp_filter)
-    if _names_own_process(policy) != bool(own_process_places(program)):
+    if _names_own_process(policy) != bool(places(program, OWN_PROCESS)):
         raise PolicyError(f"{policy.role}.policy: libseccomp compares with the own process in an unknown way")
     return program, _library_version()
 
@@ -103,12 +103,12 @@ def _names_own_process(policy: Policy) -> bool:
     return False
 
 
-def own_process_places(program: bytes) -> tuple[int, ...]:
-    """Return the byte offsets at which the own process id is to be put (u32: the constant of a comparison)."""
+def places(program: bytes, placeholder: int) -> tuple[int, ...]:
+    """Return the byte offsets at which something else is to be put (u32: the constant of a comparison)."""
     return tuple(
         index * 8 + 4
         for index, (code, _, _, constant) in enumerate(struct.iter_unpack("<HBBI", program))
-        if code == _JUMP_EQUAL and constant == OWN_PROCESS
+        if code == _JUMP_EQUAL and constant == placeholder
     )
 
 

@@ -15,11 +15,11 @@ from jailer.seccomp.compile import (
     cache_key,
     compile_policy,
     compiled_path,
-    own_process_places,
+    places,
     sha256,
     unpack,
 )
-from jailer.seccomp.policy import full_text, parse
+from jailer.seccomp.policy import OWN_PROCESS, full_text, parse
 
 _RET = 0x06  # BPF_RET | BPF_K
 RET_KILL_PROCESS = 0x80000000
@@ -29,13 +29,15 @@ RET_LOG = 0x7FFC0000  # the placeholder of compiled filters
 _INSTRUCTION = struct.Struct("<HBBI")
 assert _INSTRUCTION.size == 8  # struct sock_filter
 _CONSTANT = struct.Struct("<I")
+#: What supervisor.policy has for the first user of the cells, until it is known.
+CELL_USERS = 0x43454C00
 
 
 class Filter(NamedTuple):
     """A filter ready to be installed, and the digest by which the walls' report knows it.
 
-    ``own_process`` are the byte offsets in the program at which :func:`install` puts the process id; the digest is that
-    of the program before, the same for every cell of a role.
+    ``own_process`` and ``cell_users`` are the byte offsets in the program at which :func:`install` puts the process id
+    and the first user of the cells; the digest is that of the program before, the same for every cell of a role.
     """
 
     role: str
@@ -43,6 +45,7 @@ class Filter(NamedTuple):
     program: bytes
     digest: str
     own_process: tuple[int, ...]
+    cell_users: tuple[int, ...] = ()
 
 
 class Loaded(NamedTuple):
@@ -84,7 +87,9 @@ def load(roles: tuple[str, ...], mode: str, variant: str = "") -> Loaded:
             program = compile_policy(parse(policy))[0]
             warning = "seccomp filters are not compiled ahead; run ./dev setup for a faster start"
         program = with_default(program, _default_action(role, mode))
-        made = Filter(role, mode, program, sha256(program).hex(), own_process_places(program))
+        made = Filter(role, mode, program, sha256(program).hex(), places(program, OWN_PROCESS))
+        if role == ROLE_SUPERVISOR:
+            made = made._replace(cell_users=places(program, CELL_USERS))
         _ready[role, mode, variant] = filters[role] = made
     return Loaded(filters, warning)
 
@@ -110,17 +115,19 @@ def with_default(program: bytes, action: int) -> bytes:
     return b"".join([replacement if each == placeholder else each for each in instructions])
 
 
-def for_process(chosen: Filter, pid: int) -> bytes:
-    """Return the program in which OWN_PROCESS is this process."""
-    if not chosen.own_process:
+def for_process(chosen: Filter, pid: int, first_cell_uid: int = 0) -> bytes:
+    """Return the program in which OWN_PROCESS is this process, and CELL_USERS the first user of the cells, if any."""
+    if not chosen.own_process and not chosen.cell_users:
         return chosen.program
     program = bytearray(chosen.program)
     for offset in chosen.own_process:
         _CONSTANT.pack_into(program, offset, pid)
+    for offset in chosen.cell_users if first_cell_uid else ():
+        _CONSTANT.pack_into(program, offset, first_cell_uid)
     return bytes(program)
 
 
-def install(chosen: Filter) -> int:
+def install(chosen: Filter, first_cell_uid: int = 0) -> int:
     """Install a filter on every thread of this process; PR_SET_NO_NEW_PRIVS must be set.
 
     The process id is the one that its own pid namespace knows: system calls name it so, and a filter sees them as made.
@@ -131,7 +138,7 @@ def install(chosen: Filter) -> int:
     if listening:
         flags |= syscalls.SECCOMP_FILTER_FLAG_NEW_LISTENER | syscalls.SECCOMP_FILTER_FLAG_TSYNC_ESRCH
     try:
-        result = syscalls.seccomp_set_filter(for_process(chosen, os.getpid()), flags)
+        result = syscalls.seccomp_set_filter(for_process(chosen, os.getpid(), first_cell_uid), flags)
     except OSError as error:
         text = f"cannot install the seccomp filter of {chosen.role}: {errno_text(error)}"
         raise PolicyError(text, error.errno or 0) from None

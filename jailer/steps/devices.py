@@ -95,10 +95,12 @@ class MakeDirectory(Operation):
 class GiveDirectories(Operation):
     """chown to the user of the microVM, when nothing more is made in them."""
 
-    __slots__ = ("_directories", "_gid", "_uid")
+    __slots__ = ("_directories", "_gid", "_passages", "_uid")
 
-    def __init__(self, directories: Iterable[MakeDirectory], uid: int, gid: int) -> None:
+    def __init__(self, directories: Iterable[MakeDirectory], uid: int, gid: int, passages: tuple[str, ...]) -> None:
+        """``passages``: paths of directories that cells of other users pass through."""
         self._directories = tuple(directories)
+        self._passages = passages
         self._uid = uid
         self._gid = gid
 
@@ -109,6 +111,8 @@ class GiveDirectories(Operation):
         for directory in reversed(self._directories):
             try:
                 os.fchown(directory.descriptor, self._uid, self._gid)
+                if directory.path in self._passages:
+                    os.fchmod(directory.descriptor, 0o711)
             except OSError as error:
                 raise StepError(f"Failed to change owner for {directory.path}: {errno_text(error)}") from None
 

@@ -43,6 +43,12 @@ def become(uid: int, gid: int, *, keep_groups: bool = False) -> None:
 UNJAILED_CAPABILITIES = 1 << 1
 
 
+#: What the supervisor keeps over its cells alone, in the user namespace of their users (jailer.steps.user_namespace),
+#: to make them those users, to signal them and to read their walls: CAP_DAC_READ_SEARCH (their directories in /proc),
+#: CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_SYS_PTRACE.
+SUPERVISOR_CAPABILITIES = 1 << 2 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 19
+
+
 def keep_capabilities(mask: int) -> None:
     """Make effective and permitted sets equal to ``mask``, a part of the permitted one, and the others empty.
 

@@ -17,7 +17,7 @@ from jailer.operations import Operation
 #: Where the controller, and where supervisor and workers, see the ipc directory.
 CONTROLLER_IPC_DIRECTORY = "/run/cellblock"
 WORKER_IPC_DIRECTORY = "/ipc"
-_IPC_OPTIONS = (("mode", "0700"), ("size", "64k"), ("nr_inodes", "80"))
+_IPC_OPTIONS = (("size", "64k"), ("nr_inodes", "80"))
 _EMPTY_OPTIONS = (("source", "cellblock-empty"), ("mode", "0555"), ("size", "4k"), ("nr_inodes", "4"))
 _QUIET = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC
 
@@ -39,10 +39,11 @@ class IpcTrees:
 
     __slots__ = ("controller", "others")
 
-    def __init__(self, uid: int, gid: int) -> None:
+    def __init__(self, uid: int, gid: int, mode: int) -> None:
         """Mount over the current directory for a moment (in a mount namespace of our own). Raises StepError."""
         try:
-            options = (("source", "cellblock-ipc"), *_IPC_OPTIONS, ("uid", str(uid)), ("gid", str(gid)))
+            owner = (("uid", str(uid)), ("gid", str(gid)), ("mode", f"{mode:o}"))
+            options = (("source", "cellblock-ipc"), *_IPC_OPTIONS, *owner)
             mounted = syscalls.mount_detached("tmpfs", options, _QUIET)
             below = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             try:

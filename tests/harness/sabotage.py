@@ -35,7 +35,7 @@ def _without_flag(flag: int) -> Callable[[int], None]:
 
 def _extra_group() -> None:
     setgroups = os.setgroups
-    os.setgroups = lambda groups: setgroups([4242])
+    os.setgroups = lambda groups: setgroups([4242] if os.getpid() == 1 else groups)  # the controller
 
 
 SABOTAGE: dict[str, Callable[[], None]] = {

@@ -28,7 +28,11 @@ ATTACKS: dict[str, dict[str, str | None]] = {
     "socket": {"seccomp": None},
     "executable-mapping": {"seccomp": None},
     "ioctl": {"seccomp": None},
-    "ptrace": {"seccomp": None, "dumpable": "refused: Operation not permitted (1)"},
+    "ptrace": {
+        "seccomp": None,
+        "dumpable": "refused: Operation not permitted (1)",
+        "cell-identity": "refused: Operation not permitted (1)",
+    },
     "blocking": {"seccomp": None},
     "file-status": {"seccomp": None},
 }
@@ -193,6 +197,7 @@ SIGNAL_WALLS: dict[str, str | None] = {
     "seccomp": None,
     "pid-namespace": "refused: No such process (3)",
     "landlock": "refused: Operation not permitted (1)",
+    "cell-identity": "refused: Operation not permitted (1)",
 }
 
 
@@ -211,7 +216,7 @@ def test_a_worker_signals_another_microvm_without_its_walls(base: Path, attack: 
     """The other one has no pid namespace either: its controller would survive what ends a process by default."""
     for victim in ("vmm", "vcpu 0"):
         name = victim.replace(" ", "-")
-        options = _without("pid-namespace")
+        options = _without("pid-namespace", "cell-identity")
         with microvm(base, *options, microvm_id=id_of(base, f"{name}-other")) as other:
             cells = other.start().wait_up().wait_cells("vmm", "vcpu 0")
             drill = ("--drill", f"{attack}={cells[victim]}", *_without(*SIGNAL_WALLS))
@@ -262,6 +267,23 @@ def test_the_pid_namespace_alone_stops_signals_to_everything_outside(
             jailed.start()
             assert _outcome(jailed, name).startswith("succeeded")
             jailed.wait_up()
+        assert bystander.poll() is None
+        assert other.api("GET", "/").status == 200
+
+
+@pytest.mark.parametrize("attack", SIGNALS)
+def test_its_user_alone_stops_a_workers_signals_to_every_other_process(base: Path, attack: str) -> None:
+    """Also to workers of another microVM of the same --uid, each of whom is another user."""
+    off = _without(*(wall for wall in SIGNAL_WALLS if wall != "cell-identity"), "dumpable")
+    with _bystander() as bystander, microvm(base, *off, microvm_id=id_of(base, "other")) as other:
+        cells = other.start().wait_up().wait_cells("vmm", "vcpu 0")
+        targets = (str(bystander.pid), *map(str, cells.values()), "controller", "supervisor")
+        for index, target in enumerate(targets):
+            name = f"{attack}={target}"
+            with microvm(base, "--drill", name, *off, microvm_id=id_of(base, f"attacker-{index}")) as jailed:
+                jailed.start()
+                assert _outcome(jailed, name) == SIGNAL_WALLS["cell-identity"]
+                jailed.wait_up()
         assert bystander.poll() is None
         assert other.api("GET", "/").status == 200
 

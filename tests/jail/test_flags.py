@@ -390,14 +390,6 @@ def test_version_and_help() -> None:
         assert flag in text
 
 
-def test_uid_zero_is_possible_and_has_no_capability(base: Path) -> None:
-    with microvm(base, uid=0, gid=0) as jailed:
-        jailed.boot()
-        for name, pid in jailed.wait_cells(*ALL).items():
-            assert status(pid)["Uid"].split() == ["0"] * 4, name
-            assert status(pid)["CapEff"] == NO_CAPABILITIES, name
-
-
 def test_pidof_and_ps_know_the_program_by_its_name(base: Path) -> None:
     """``pidof`` names the visible process, and none of the others."""
     name = f"fc{os.getpid()}"

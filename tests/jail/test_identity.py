@@ -64,7 +64,7 @@ def test_a_pidfd_of_another_process(base: Path, role: str) -> None:
             jailed.start()
             assert _outcome(jailed, drill) == NO_SUCH_PROCESS
         assert bystander.poll() is None
-        off = _without("seccomp", "landlock", "pid-namespace")
+        off = _without("seccomp", "landlock", "pid-namespace", "cell-identity")
         with microvm(base, *armed, *off, microvm_id=id_of(base, "off")) as jailed:
             jailed.start()
             assert _outcome(jailed, drill).startswith("succeeded")
@@ -151,14 +151,18 @@ def test_without_a_jail_as_root(base: Path, role: str, attack: str) -> None:
         for target in (drill, f"{attack}=supervisor"):
             with unjailed(base.parent, f"namespace-{target}", "seccomp,landlock", f"{role}:{target}") as running:
                 assert running.said(rf"^(?:vcpu 0: )?drill {target}: (.*)$") == NO_SUCH_PROCESS
-        with unjailed(base.parent, "filter", "landlock,pid-namespace", f"{role}:{drill}") as running:
+        if role == "vcpu":
+            with unjailed(base.parent, "user", "seccomp,landlock,pid-namespace", f"{role}:{drill}") as running:
+                assert running.said(rf"^(?:vcpu 0: )?drill {drill}: (.*)$") == NOT_PERMITTED
+        with unjailed(base.parent, "filter", "landlock,pid-namespace,cell-identity", f"{role}:{drill}") as running:
             running.said(rf"({ROLES[role]}) \(pid \d+\): wall seccomp: ended by the filter")
         if landlock.abi() >= landlock.SCOPE_ABI:
-            with unjailed(base.parent, "landlock", "seccomp,pid-namespace", f"{role}:{drill}") as running:
+            with unjailed(base.parent, "landlock", "seccomp,pid-namespace,cell-identity", f"{role}:{drill}") as running:
                 assert running.said(rf"^(?:vcpu 0: )?drill {drill}: (.*)$") == NOT_PERMITTED
         assert bystander.poll() is None
-        with unjailed(base.parent, "off", "seccomp,landlock,pid-namespace", f"{role}:{drill}") as running:
+        off = "seccomp,landlock,pid-namespace,cell-identity"
+        with unjailed(base.parent, "off", off, f"{role}:{drill}") as running:
             assert running.said(rf"^(?:vcpu 0: )?drill {drill}: (.*)$").startswith("succeeded")
             assert bystander.wait(30) == -number
-    with unjailed(base.parent, "own", "seccomp,landlock,pid-namespace", f"{role}:{attack}=supervisor") as running:
+    with unjailed(base.parent, "own", off, f"{role}:{attack}=supervisor") as running:
         assert running.process.wait(30) == -number

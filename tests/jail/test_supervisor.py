@@ -124,7 +124,8 @@ def test_walls_of_a_device_cell_are_those_of_a_worker(base: Path) -> None:
     records = jailed.wall_records()
     worker, device_cell = records["vcpu 0"], records["device 0"]
     assert device_cell["verified"], device_cell["differences"]
-    for each in ("uid", "gid", "groups", "capabilities", "no_new_privs", "seccomp", "namespaces", "root", "landlock"):
+    assert device_cell["found"]["uid"] == device_cell["found"]["gid"] != worker["found"]["uid"]
+    for each in ("groups", "capabilities", "no_new_privs", "seccomp", "namespaces", "root", "landlock"):
         assert device_cell["found"].get(each) == worker["found"].get(each), each
     assert device_cell["found"]["limits"]["processes"] == ["0", "0"]
     assert device_cell["seccomp"]["sha256"] != worker["seccomp"]["sha256"]

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from ipc.launch_plan import MAX_DEVICES
+from jailer.steps.identity import SUPERVISOR_CAPABILITIES, UNJAILED_CAPABILITIES
+from jailer.steps.user_namespace import FIRST_UID
 from lab.client import request
 from tests.guests.build import build
 from tests.harness.jail import (
@@ -136,11 +139,17 @@ def test_as_root(directory: Path, no_leftovers: NoLeftovers) -> None:
             assert status(pid)["NoNewPrivs"] == "1", name
             assert status(pid)["Seccomp"] == "2", name
             assert namespace(pid, "mnt") == namespace("self", "mnt"), name
-            kept = "0" * 15 + ("2" if name == "vmm" else "0")  # CAP_DAC_OVERRIDE
+            # The controller's is CAP_DAC_OVERRIDE; those of the supervisor end at the users of its cells.
+            own = {"vmm": UNJAILED_CAPABILITIES, "supervisor": SUPERVISOR_CAPABILITIES}
+            kept = f"{own.get(name, 0):016x}"
             assert [status(pid)[each] for each in ("CapPrm", "CapEff")] == [kept] * 2, name
             assert [status(pid)[each] for each in ("CapInh", "CapBnd", "CapAmb")] == ["0" * 16] * 3, name
+        users = {name: set(status(pid)["Uid"].split()) for name, pid in cells.items()}
+        assert users["vmm"] == users["supervisor"] == {"0"}
+        assert len(users["vcpu 0"]) == 1
+        assert int(users["vcpu 0"].pop()) >= FIRST_UID
         sockets = ipc_directory(cells["vmm"])
-        assert sockets.is_dir()
+        assert stat.S_IMODE(sockets.stat().st_mode) == 0o711
         running.process.terminate()
         assert running.process.wait(10) == -signal.SIGTERM
     wait_for(lambda: not sockets.exists(), "the janitor")

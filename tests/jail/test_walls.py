@@ -49,18 +49,35 @@ CELLS = ("vcpu", "vmm", "supervisor")
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_identity(base: Path, cell: str) -> None:
-    """Combination: without the filter."""
-    assert _attack(base, f"{cell}:be-root", ["seccomp", "identity"]) == "open"
-    assert _attack(base, f"{cell}:be-root", ["seccomp"]) == "EPERM"
+    """Combination: without the filter, and a worker without a user of its own, which it would have all the same."""
+    assert _attack(base, f"{cell}:be-root", ["seccomp", "cell-identity", "identity"]) == "open"
+    assert _attack(base, f"{cell}:be-root", ["seccomp", "cell-identity"]) == "EPERM"
+
+
+#: What a worker tries on its controller, by number or by a descriptor, and cannot by its user alone.
+ON_ANOTHER = (
+    "ptrace", "ptrace-seize", "process-vm-readv", "process-vm-writev", "pidfd-getfd", "pidfd-send-signal", "kill",
+    "tkill", "tgkill", "rt-sigqueueinfo", "prlimit", "sched-setaffinity", "setpriority",
+)  # fmt: skip
+#: A cell with nothing around it but its user.
+BARE = ("seccomp", "landlock", "pid-namespace", "dumpable")
+
+
+@pytest.mark.parametrize("drill", ON_ANOTHER)
+def test_cell_identity(base: Path, drill: str) -> None:
+    """Combination: without the filter, Landlock, the pid namespace and what hides a cell from others of its user."""
+    assert _attack(base, f"vcpu:{drill}", [*BARE, "cell-identity"]) == "open"
+    assert _attack(base, f"vcpu:{drill}", BARE) == "EPERM"
 
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("drill", ["chroot", "unshare-mount"])
 def test_capabilities(base: Path, cell: str, drill: str) -> None:
     """Combination: without the filter, as user 0, for another user would have lost them by the change."""
+    off = ["seccomp", "identity", "cell-identity"]
     if (cell, drill) != ("vcpu", "unshare-mount"):  # a process of several threads may not, whatever it is allowed
-        assert _attack(base, f"{cell}:{drill}", ["seccomp", "identity", "capabilities"]) == "open"
-    assert _attack(base, f"{cell}:{drill}", ["seccomp", "identity"]) == "EPERM"
+        assert _attack(base, f"{cell}:{drill}", [*off, "capabilities"]) == "open"
+    assert _attack(base, f"{cell}:{drill}", off) == "EPERM"
 
 
 def _await_line(jailed: JailedMicrovm, text: str) -> None:
@@ -115,7 +132,7 @@ def test_ipc_namespace(base: Path, cell: str) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 def test_uts_namespace(base: Path, cell: str) -> None:
     """Combination: without the filter, as user 0 with capabilities. A namespace of this test stands for the host."""
-    walls = ["seccomp", "identity", "capabilities"]
+    walls = ["seccomp", "identity", "cell-identity", "capabilities"]
     with subprocess.Popen(["unshare", "--uts", "sh", "-c", "hostname original; exec sleep 1000"]) as host:
         try:
             inside = ("nsenter", f"--uts=/proc/{host.pid}/ns/uts")
@@ -215,12 +232,14 @@ def test_process_limit(base: Path, cell: str, drill: str) -> None:
 
 @pytest.mark.parametrize("drill", ["ptrace", "process-vm-readv", "pidfd-getfd"])
 def test_dumpable(base: Path, drill: str) -> None:
-    """Combination: without the filter and Landlock. A worker attacks the controller: it is who must not be dumpable.
+    """Combination: without the filter, Landlock and users of their own.
+
+    A worker attacks the controller: it is who must not be dumpable.
 
     The supervisor has become another user while it ran, and is not dumpable for that alone.
     """
-    assert _attack(base, f"vcpu:{drill}", ["seccomp", "landlock", "dumpable"]) == "open"
-    assert _attack(base, f"vcpu:{drill}", ["seccomp", "landlock"]) == "EPERM"
+    assert _attack(base, f"vcpu:{drill}", ["seccomp", "landlock", "cell-identity", "dumpable"]) == "open"
+    assert _attack(base, f"vcpu:{drill}", ["seccomp", "landlock", "cell-identity"]) == "EPERM"
     off = ["seccomp", "landlock", "dumpable", "pid-namespace"]
     assert _attack(base, f"vmm:{drill}", off, microvm_id=id_of(base, "vmm")) == "EPERM"
 

@@ -70,7 +70,7 @@ class WorkerHandshake(WorkerProcess):
         path = endpoint(self._plan.controller_ipc_directory, ROLE_VCPU, self.index)
         self._channel = Channel(self._context, WORKER, self._plan.epoch)
         try:
-            self._channel.bind(path)
+            self._channel.bind(path, self._plan.peers(ROLE_VCPU, self.index))
         except IpcError as error:
             self._release()
             raise WorkerError(f"The worker of vCPU {self.index} cannot be started: {error}") from None

@@ -196,6 +196,39 @@ def test_a_path_that_cannot_be_bound(place, name):
         child.join()
 
 
+@pytest.mark.parametrize("welcome", [True, False])
+def test_only_its_user_reaches_the_controller(place, welcome):
+    """The endpoint of a cell that is another user: open to everybody by its mode, by the kernel's word to that user."""
+
+    def control() -> list[str]:
+        before = os.umask(0o027)
+        os.chmod(place.directory, 0o711)
+        with opened() as channel:
+            channel.bind(place.path, (4321, 1234 if welcome else 1235))
+            assert stat.S_IMODE(os.stat(place.path).st_mode) == 0o777
+            assert os.umask(before) == 0o027
+            place.tell("bound")
+            if welcome:
+                answer_hello(channel)
+            place.wait("done")
+            return [] if (received := channel.receive()) is None else [str(received)]
+
+    def work() -> None:
+        os.setgroups([])
+        os.setresgid(1234, 1234, 1234)
+        os.setresuid(1234, 1234, 1234)
+        with worker(place) as channel:
+            if welcome:
+                greet(channel)
+            else:
+                send_until_refused(channel, 0.001)  # whom it let go it does not hear
+            place.tell("done")
+
+    with Child(control) as controlling, Child(work) as working:
+        working.join()
+        assert controlling.join() == []
+
+
 def test_nobody_listens(place):
     """The connection fails in the background and is not tried again; sending says so at last, receiving never ends
     in an error."""

@@ -210,7 +210,7 @@ def test_other_architectures_end_the_process(compiled: tuple[Policy, bytes]) -> 
 
 def test_what_no_role_may_ever_do() -> None:
     forbidden = (
-        "execve execveat ptrace mount pivot_root unshare setns setuid setresuid bpf chroot mknod mknodat reboot "
+        "execve execveat ptrace mount pivot_root unshare setns setuid setreuid bpf chroot mknod mknodat reboot "
         "process_vm_readv process_vm_writev init_module kexec_load keyctl add_key userfaultfd "
         "perf_event_open open_by_handle_at memfd_secret"
     ).split()
@@ -280,6 +280,17 @@ def test_nothing_but_the_process_id_differs() -> None:
             }
             assert different == {place // 8 for place in chosen.own_process}
             assert bool(different) == ((role, variant) in {("vcpu", ""), ("vcpu", "-faults"), ("vmm", "-faults")})
+
+
+def test_of_the_supervisors_filter_the_users_of_its_cells_differ_as_well() -> None:
+    chosen = install.load(("supervisor",), "kill").filters["supervisor"]
+    assert chosen.cell_users
+    program = install.for_process(chosen, PID, 0x78000180)
+    uids = (0x78000180, 0x780001FF, 0x7800018A)
+    for call in ("setresuid", "setresgid"):
+        assert bpf.evaluate(program, NUMBERS[call], uids) == bpf.RET_ALLOW
+        for uid in (0, 0x7800017F, 0x78000200, install.CELL_USERS):
+            assert bpf.evaluate(program, NUMBERS[call], (uid,) * 3) == bpf.RET_KILL_PROCESS
 
 
 def test_workers_reach_no_file_and_make_no_socket() -> None:

@@ -13,6 +13,7 @@ from jailer.seccomp.names import SYSCALL_NAMES
 from tests.harness import bpf
 
 NUMBERS = {name: number for number, name in SYSCALL_NAMES.items()}
+CELL_USER = 0x78000180
 PID, SUPERVISOR_PID, OTHER = 4321, 4000, 4322
 RDWR, EXEC = 0x3, 0x4
 AT_FDCWD = 0xFFFFFF9C
@@ -46,7 +47,7 @@ def verdict(cell: str, call: str, *arguments: int) -> int:
     answers = []
     for policy, pid in CELLS[cell]:
         chosen = install.load((policy,), "kill").filters[policy]
-        answers.append(bpf.evaluate(install.for_process(chosen, pid), NUMBERS[call], arguments))
+        answers.append(bpf.evaluate(install.for_process(chosen, pid, CELL_USER), NUMBERS[call], arguments))
     # KILL_PROCESS is the lowest as a signed number, ALLOW the highest.
     return min(answers, key=lambda answer: answer - (1 << 32) if answer >= 1 << 31 else answer)
 
@@ -61,13 +62,27 @@ FORBIDDEN: list[tuple[tuple[str, ...], list[Attempt]]] = [
         EVERYBODY,
         _each(
             "execve execveat ptrace process_vm_readv process_vm_writev pidfd_getfd mount umount2 pivot_root "
-            "chroot unshare setns setuid setgid setresuid setresgid setgroups capset mknod mknodat bpf "
+            "chroot unshare setns setuid setgid setreuid setregid setfsuid setfsgid mknod mknodat bpf "
             "perf_event_open userfaultfd keyctl add_key request_key "
             "init_module finit_module delete_module kexec_load kexec_file_load reboot open_by_handle_at "
             "name_to_handle_at memfd_secret personality modify_ldt iopl ioperm quotactl swapon swapoff acct "
             "fanotify_init syslog vmsplice process_madvise move_pages migrate_pages mbind remap_file_pages "
             "shmget shmat msgget semget mq_open fsopen open_tree move_mount"
         ),
+    ),
+    # Who somebody is: the supervisor makes its cells users of the launch and no others.
+    (ALL_BUT_SUPERVISOR, _each("setresuid setresgid setgroups capset")),
+    (
+        ("supervisor",),
+        [
+            *[
+                (call, tuple(other if each == place else CELL_USER for each in range(3)))
+                for call in ("setresuid", "setresgid")
+                for place in range(3)
+                for other in (0, 1000, CELL_USER - 128, CELL_USER + 128, 0xFFFFFFFF)
+            ],
+            ("setgroups", (1, 0x7F0000000000)),
+        ],
     ),
     # Rings are made by device cells only, and by none whose engines are made; with restrictions alone.
     (
@@ -288,7 +303,14 @@ NEEDED: dict[str, list[Attempt]] = {
         ("seccomp", (1, 1)),
         ("tgkill", (PID, PID, 6)),
     ],
-    "supervisor": [("clone", (0x01200011,)), ("pidfd_send_signal", (5, 9)), ("openat", (5, 0, 0x80000))],
+    "supervisor": [
+        ("clone", (0x01200011,)),
+        ("pidfd_send_signal", (5, 9)),
+        ("openat", (5, 0, 0x80000)),
+        ("setgroups", (0, 0x7F0000000000)),
+        ("setresgid", (CELL_USER,) * 3),
+        ("setresuid", (CELL_USER + 127,) * 3),
+    ],
 }
 
 

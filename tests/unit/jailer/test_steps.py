@@ -126,7 +126,7 @@ def _settings(
     )
     # fmt: off
     return Settings(
-        "id", "/x/vmm", "vmm", "/base/vmm/id", "/base/vmm/id/root", 1, 1, "", False, False,
+        "id", "/x/vmm", "vmm", "/base/vmm/id", "/base/vmm/id/root", 1, 1, 0, "", False, False,
         version, parent, given, parsed, of_vcpus, Limits(2048, None),
     )
     # fmt: on

@@ -31,7 +31,7 @@ def _facts(**changed: object) -> verify.Asked:
 
 
 def test_each_wall_is_asked_for_unless_it_is_switched_off() -> None:
-    full = verify.asked(_plan(), "vcpu", _facts(), SETUP, WORKER)
+    full = verify.asked(_plan(), "vcpu", _facts(), SETUP, assignment=WORKER)
     for wall, key in (
         (walls.IDENTITY, "uid"),
         (walls.CAPABILITIES, "capabilities"),
@@ -43,7 +43,7 @@ def test_each_wall_is_asked_for_unless_it_is_switched_off() -> None:
     others = {"data size", "address space", "stack size"}, {"open files", "locked memory", "msgqueue size"}
     assert set(full["limits"]) > {"core file size"}.union(*others)
     for wall, limits in zip((walls.MEMORY_LIMIT, walls.KERNEL_LIMITS), others, strict=True):
-        left = verify.asked(_plan(switched_off=(wall,)), "vcpu", _facts(), SETUP, WORKER)["limits"]
+        left = verify.asked(_plan(switched_off=(wall,)), "vcpu", _facts(), SETUP, assignment=WORKER)["limits"]
         assert limits.isdisjoint(left), wall
     off = (walls.CORE_LIMIT, walls.PROCESS_LIMIT, walls.MEMORY_LIMIT, walls.KERNEL_LIMITS)
     assert verify.asked(_plan(switched_off=off), "vcpu", _facts())["limits"] == {}
