@@ -227,6 +227,15 @@ class Jail:
         os.chown(target, self.uid, self.gid)
         return f"/{name}"
 
+    def link(self, source: Path, name: str) -> str:
+        """Give the jail a file of the same file system under another name, so that it stays when the jail is removed.
+
+        It belongs to the jail's user afterwards. Returns its path inside.
+        """
+        os.link(source, self.root / name)
+        os.chown(source, self.uid, self.gid)
+        return f"/{name}"
+
     def write(self, content: str | bytes, name: str) -> str:
         """Write a file into the jail; return its path inside."""
         target = self.root / name

@@ -10,6 +10,7 @@
  *     CELLBLOCK-AGENT err ID BASE64                      and to standard error
  *     CELLBLOCK-AGENT exit ID STATUS OUT-BYTES ERR-BYTES as a shell says it: 128 + N for signal N
  *     CELLBLOCK-AGENT refused ID REASON
+ *     CELLBLOCK-AGENT ended                              after quit: the terminal is as it was before
  * Commands run beside each other. Static, without a runtime: it starts in milliseconds in an emulated machine.
  */
 #define _GNU_SOURCE
@@ -298,5 +299,6 @@ int main(void)
         ;
     if (terminal)
         tcsetattr(STDIN_FILENO, TCSADRAIN, &before);
+    say("CELLBLOCK-AGENT ended");
     return 0;
 }

@@ -98,6 +98,7 @@ class Agent:
         self._stream = stream
         self._unread = ""
         self._ready = ""
+        self._ended = False
         self._last = 0
         self._commands: dict[int, _Running] = {}
         self._until(lambda: bool(self._ready), timeout, "the agent is not ready")
@@ -143,13 +144,23 @@ class Agent:
         """Send a signal to a command and to all that it has started."""
         self._stream.send(f"kill {number} {signal}\n")
 
-    def quit(self) -> None:
-        """Let the agent end, when no command runs any more; on a console, a new login prompt comes then."""
+    def quit(self, timeout: float = 60.0) -> None:
+        """Let the agent end, when no command runs any more, and wait for it: the console is another's then."""
         self._stream.send("quit\n")
+        self._until(lambda: self._ended, timeout, "the agent did not end")
 
     def output_so_far(self, number: int) -> str:
         """Return what a running command has written to standard output until now."""
         self._take(self._stream.receive(0.0))
+        return self._commands[number].written["out"].decode(errors="replace")
+
+    def last_words(self, number: int) -> str:
+        """Return what a command of a guest that has ended wrote to standard output, as far as it came."""
+        try:
+            while text := self._stream.receive(0.0):
+                self._take(text)
+        except ClientError:
+            pass  # the end of the stream
         return self._commands[number].written["out"].decode(errors="replace")
 
     def _until(self, done: Callable[[], bool], timeout: float, what: str) -> None:
@@ -174,6 +185,9 @@ class Agent:
         kind, _, rest = line.partition(" ")
         if kind == "ready":
             self._ready = rest
+            return
+        if kind == "ended":
+            self._ended = True
             return
         number, _, rest = rest.partition(" ")
         try:

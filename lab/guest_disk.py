@@ -29,8 +29,8 @@ PACKAGES = (
     "usr-is-merged", "systemd-sysv", "udev", "openssh-server",
     "e2fsprogs", "fio", "iperf3", "socat", "iproute2", "procps",
 )  # fmt: skip
-#: Not installed, but there to be: in /srv/packages. Many small files; one program.
-TO_INSTALL = ("tzdata", "hello")
+#: There to be installed, or laid down once more: in /srv/packages. One program; dozens of files; thousands.
+TO_INSTALL = ("hello", "e2fsprogs", "tzdata")
 SIZE_MIB = 1024
 #: Of no use without a reader, and a third of it all.
 _LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")

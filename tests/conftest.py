@@ -15,6 +15,7 @@ from tests.harness.leftovers import Leftovers
 from tests.harness.run_options import IN_LAB, SEED, SOAK, NoLeftovers, Scale
 
 if TYPE_CHECKING:
+    from lab.guest_disk import GuestDisk
     from lab.guest_image import GuestImage
 
 _LAB_TESTS = Path(__file__).resolve().parent / "lab"
@@ -102,6 +103,16 @@ def guest_image() -> GuestImage:
     from lab.guest_image import ensure
 
     return ensure()
+
+
+@pytest.fixture(scope="session")
+def debian_disk(tmp_path_factory: pytest.TempPathFactory) -> GuestDisk:
+    """Return a disk with a Debian root file system, to copy: where copies cost least, near the jails (see copy_to)."""
+    from lab.guest_disk import ensure
+
+    disk = ensure()
+    # In the lab the cache is read over 9p, once; after that copies go from memory to memory.
+    return disk._replace(path=disk.copy_to(tmp_path_factory.mktemp("disk") / "root.ext4")) if IN_LAB else disk
 
 
 @pytest.fixture

@@ -64,6 +64,7 @@ def config(
     files: Mapping[str, bytes] | None = None,
     patient: bool = not SOAK,
     arguments: str = "",
+    drives: Sequence[dict[str, Any]] = (),
 ) -> str:
     """Write a configuration file. The guest has ``programs`` of tests/guests in /bin, and ``files``; its kernel gets
     ``arguments``.
@@ -85,7 +86,7 @@ def config(
                     "initrd_path": made.write(guest_image.initramfs.read_bytes() + more, "initramfs"),
                     "boot_args": arguments,
                 },
-                "drives": [],
+                "drives": list(drives),
                 "machine-config": {"mem_size_mib": 256, **machine},
             }
         ),

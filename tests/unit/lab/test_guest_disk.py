@@ -81,7 +81,7 @@ def test_debian_boots_from_it_to_a_login_prompt_works_and_goes_off_clean(guest_i
         for program in ("fio", "iperf3", "socat", "sshd", "e2fsck"):
             agent.must(f"command -v {program}")
         assert agent.must("systemctl is-system-running --wait") == "running\n"
-        agent.must("dpkg -i /srv/packages/hello_*.deb && sync")
+        agent.must("apt-get -q -y install /srv/packages/hello_*.deb && sync")
         assert agent.must("hello") == "Hello, world!\n"
         agent.start("systemctl reboot")  # QEMU's microvm cannot power off
         guest.wait(120.0)
