@@ -50,7 +50,7 @@ def open_overlay_backing(
                 raise OverlayError("not a regular file")
             disk, base_disk = Storage(fd), Storage(base.fd)
             if is_blank(disk):
-                create_overlay(disk, base_disk, os.getrandom(ID_SIZE), cluster_bits=cluster_bits)
+                create_overlay(disk, base_disk, os.getrandom(ID_SIZE, os.GRND_NONBLOCK), cluster_bits=cluster_bits)
             overlay = open_overlay(disk, base_disk, boot_id)
     except OverlayError:
         os.close(fd)
