@@ -49,8 +49,15 @@ FAULT_POINTS: dict[str, str] = {
     "vcpu.load": "the worker received LoadState",
     "vcpu.take_over": "the worker received TakeOver",
     "vcpu.finish": "the worker received Finish",
-    "channel.send": "a frame is about to be sent on a worker's ZeroMQ channel",
-    "channel.receive": "a frame was received on a worker's ZeroMQ channel",
+    "device.hello": "the device cell is about to say HELLO",
+    "device.attach": "the device cell received Attach",
+    "device.activate": "the device cell received Activate",
+    "device.kick": "the driver has notified a device, which has not looked at its queue yet",
+    "device.used": "chains were given back to the driver, which was not interrupted yet",
+    "device.stop": "the device cell received Stop",
+    "device.finish": "the device cell received Finish",
+    "channel.send": "a frame is about to be sent on the ZeroMQ channel of a worker or device cell",
+    "channel.receive": "a frame was received on the ZeroMQ channel of a worker or device cell",
 }
 PROCESS_ACTIONS = frozenset(("kill", "exit", "crash", "stop", "delay"))
 CHANNEL_ACTIONS = frozenset(("drop", "duplicate", "reorder", "truncate", "corrupt"))
@@ -139,6 +146,12 @@ def visit(point: str) -> Fault | None:
         elif chosen is None:
             chosen = fault
     return chosen
+
+
+def is_armed(point: str) -> bool:
+    """Tell whether a point has a fault: where it would be passed for every request it is passed only then."""
+    assert point in FAULT_POINTS, point
+    return point in _armed
 
 
 def count(point: str) -> None:

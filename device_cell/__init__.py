@@ -1,1 +1,1 @@
-"""The device cell: one process in which virtio devices run, without a virtual machine, a file system or a network."""
+"""The device cell: a process that serves virtio devices, and nothing else of the machine."""

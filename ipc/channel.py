@@ -7,6 +7,8 @@ ZeroMQ contexts are made after the fork only. docs/formats/messages.md describes
 from __future__ import annotations
 
 import os
+import select
+import time
 
 import zmq
 
@@ -15,10 +17,13 @@ from base.lean_std import socket
 from base.lean_typing import Any
 from ipc import descriptors
 from ipc.errors import ChannelError, MessageError
+from ipc.launch_plan import ENDPOINT_BOUND
 from ipc.schema import MAX_FRAME_SIZE, Envelope, Schema, decode, encode
 
 #: Frames that may wait in one direction; a peer that does not read is failed instead of growing our memory.
 HIGH_WATER_MARK = 64
+#: A controller that does not answer HELLO in this time is dead or hostile.
+WELCOME_TIMEOUT_S = 30
 #: A peer that sends this many refused frames in a row is hostile or broken. Not in all: commands that came too late
 #: on a busy host must not add up, over weeks, to the end of the channel.
 MAX_REFUSED = 64
@@ -272,3 +277,34 @@ class PairChannel:
     def close(self) -> None:
         """Close the socket."""
         self.socket.close()
+
+
+def await_endpoint(channel: socket.socket) -> None:
+    """In a cell: wait on its descriptor channel until the supervisor says that the controller wants it.
+
+    Raises ChannelError, DescriptorError.
+    """
+    poll = select.poll()
+    poll.register(channel.fileno(), select.POLLIN)
+    poll.poll()
+    frame, owned = descriptors.receive(channel, maximum_size=len(ENDPOINT_BOUND))
+    owned.close()
+    if frame != ENDPOINT_BOUND:
+        raise ChannelError("nobody wants this worker")
+
+
+def await_welcome(channel: Channel, welcome: type[Any]) -> None:
+    """In a cell: wait for the answer to its HELLO. Raises ChannelError."""
+    deadline = time.monotonic() + WELCOME_TIMEOUT_S
+    poll = select.poll()
+    poll.register(channel.fileno(), select.POLLIN)
+    while True:
+        envelope = channel.receive()
+        if envelope is not None:
+            if isinstance(envelope.message, welcome):
+                return
+            raise ChannelError(f"the controller answered HELLO with {type(envelope.message).__name__}")
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise ChannelError(f"the controller did not answer HELLO within {WELCOME_TIMEOUT_S} s")
+        poll.poll(left * 1000)

@@ -140,6 +140,16 @@ class RecordOf(Field):
         raise AssertionError("a value was wrong and is not any more")
 
 
+class Maybe(Field):
+    """A value of another field, or None."""
+
+    def __init__(self, field: Field) -> None:
+        self.field = field
+
+    def accept(self, value: Any) -> Any:
+        return None if value is None else self.field.accept(value)
+
+
 def _bounds(fields: Sequence[Field]) -> tuple[tuple[int, int], ...]:
     bounds = [(field.low, field.high) for field in fields if type(field) is Int]
     return tuple(bounds) if len(bounds) == len(fields) else ()

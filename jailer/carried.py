@@ -27,7 +27,10 @@ CARRIED = (
     "vmm.cells.device",
     "vmm.cells.device_cell",
     "vmm.cells.device_pool",
+    "vmm.machine.device_cells",
+    "vmm.machine.device_report",
     "vmm.machine.virtio_devices",
+    "ipc.messages.device",
 )
 _ROOT = __file__.rpartition("/jailer/")[0]
 _SUFFIX = ".py"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import sys
-import time
 
 import zmq
 
@@ -15,11 +14,8 @@ from base.exit_codes import CELL_OUT_OF_MEMORY, GENERIC_ERROR
 from base.lean_std import socket
 from base.lean_typing import Any, Callable
 from base.threads import ZEROMQ_THREADS, MadeByLibrary
-from ipc.channel import Channel, PairChannel
-from ipc.descriptors import receive
-from ipc.errors import ChannelError
+from ipc.channel import Channel, PairChannel, await_endpoint, await_welcome
 from ipc.launch_plan import (
-    ENDPOINT_BOUND,
     PLACEMENT_SPLIT,
     ROLE_RUNNING_VCPU,
     ROLE_VCPU,
@@ -42,8 +38,6 @@ from vcpu_worker.refusal import Refusal
 from vcpu_worker.serving import Commands, serve
 from vcpu_worker.vcpu_thread import Completions, Job, VcpuThread, install_kick_handler
 
-#: A controller that does not answer HELLO in this time is dead or hostile.
-WELCOME_TIMEOUT_S = 30
 #: How long the last message may take to leave the process.
 _LINGER_MS = 200
 
@@ -122,11 +116,11 @@ def _run(
     with MadeByLibrary(ZEROMQ_THREADS):
         control_channel = Channel(context, WORKER, plan.epoch)
     starting.seal.await_verified()
-    _await_endpoint(channel)
+    await_endpoint(channel)
     control_channel.connect(endpoint(plan.worker_ipc_directory, ROLE_VCPU, assignment.worker))
     faults.visit("vcpu.hello")
     control_channel.send(hello)
-    _await_welcome(control_channel)
+    await_welcome(control_channel, Welcome)
     starting.over = True
     _run_drills(plan, ROLE_VCPU)
     descriptors = DescriptorSet(PairChannel(channel, DESCRIPTORS, plan.epoch))
@@ -204,33 +198,6 @@ def _touch_vcpus(machine: Machine, assignment: Assignment, threads: list[VcpuThr
     for result in results:
         if isinstance(result, WorkerError):
             raise result
-
-
-def _await_endpoint(channel: socket.socket) -> None:
-    """Wait until the supervisor says that the controller wants this worker. Raises ChannelError, DescriptorError."""
-    poll = select.poll()
-    poll.register(channel.fileno(), select.POLLIN)
-    poll.poll()
-    frame, owned = receive(channel, maximum_size=len(ENDPOINT_BOUND))
-    owned.close()
-    if frame != ENDPOINT_BOUND:
-        raise ChannelError("nobody wants this worker")
-
-
-def _await_welcome(channel: Channel) -> None:
-    deadline = time.monotonic() + WELCOME_TIMEOUT_S
-    poll = select.poll()
-    poll.register(channel.fileno(), select.POLLIN)
-    while True:
-        envelope = channel.receive()
-        if envelope is not None:
-            if isinstance(envelope.message, Welcome):
-                return
-            raise ChannelError(f"the controller answered HELLO with {type(envelope.message).__name__}")
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise ChannelError(f"the controller did not answer HELLO within {WELCOME_TIMEOUT_S} s")
-        poll.poll(left * 1000)
 
 
 def _run_drills(plan: LaunchPlan, role: str) -> None:

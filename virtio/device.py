@@ -12,8 +12,9 @@ from base.deferral import Deferral
 from base.event_manager import EventOps, Events
 from base.lean_typing import TYPE_CHECKING, Any, Callable, NamedTuple, Protocol
 from ipc.guest_memory import GuestMemory
-from virtio.errors import VirtioError
+from virtio.errors import SettingsError, VirtioError
 from virtio.queue import Queue
+from virtio.rate_limiter import Bucket
 
 if TYPE_CHECKING:
     from ipc.schema import Section
@@ -110,6 +111,17 @@ class VirtioDevice:
                 self.serve(queue)
             except VirtioError as error:
                 self.fail(error)
+
+    def update_limiter(self, bandwidth: Bucket | None, ops: Bucket | None) -> None:
+        """Replace the buckets that are given. Raises SettingsError where nothing is limited."""
+        raise SettingsError("the device has no rate limiter")
+
+    def update_files(self, files: list[int]) -> Deferral | None:
+        """Serve from these files, which are the device's from here on; none: look at the size of the old ones again.
+
+        Raises VirtioError, and then nothing has changed.
+        """
+        raise SettingsError("the device has no files")
 
     def collect(self) -> Counters:
         """Return the counters, up to date."""

@@ -8,11 +8,11 @@ from base.counters import Counters
 from base.event_manager import EventOps
 from base.lean_typing import NamedTuple
 from ipc.guest_memory import GuestMemory
-from ipc.schema import RecordOf, Section
+from ipc.schema import Maybe, RecordOf, Section
 from virtio.abi import VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC, VIRTIO_F_VERSION_1, VIRTIO_ID_ENTROPY
 from virtio.device import VirtioDevice
 from virtio.queue import Chain
-from virtio.rate_limiter import RATE_LIMITER_STATE, RateLimiter, RateLimiterState
+from virtio.rate_limiter import BUCKET, RATE_LIMITER_STATE, Bucket, RateLimiter, RateLimiterState
 
 QUEUE_SIZE = 256
 #: A longer request gets so many bytes: what is asked for at once must not hold the loop up.
@@ -24,6 +24,20 @@ COUNTERS = (
     "activate_fails entropy_event_fails entropy_event_count entropy_bytes host_rng_fails "
     "entropy_rate_limiter_throttled rate_limiter_event_count"
 )
+
+
+#: What is offered.
+FEATURES = VIRTIO_F_VERSION_1 | VIRTIO_F_EVENT_IDX | VIRTIO_F_INDIRECT_DESC
+
+
+class EntropySettings(NamedTuple):
+    """How an entropy device is configured; None: no limit."""
+
+    bandwidth: Bucket | None
+    ops: Bucket | None
+
+
+ENTROPY_SETTINGS = RecordOf(EntropySettings, bandwidth=Maybe(BUCKET), ops=Maybe(BUCKET))
 
 
 class EntropyState(NamedTuple):
@@ -49,7 +63,7 @@ class Entropy(VirtioDevice):
 
     def features(self) -> int:
         """Return what is offered."""
-        return VIRTIO_F_VERSION_1 | VIRTIO_F_EVENT_IDX | VIRTIO_F_INDIRECT_DESC
+        return FEATURES
 
     def stop(self) -> None:
         """Nothing is ever in flight."""
@@ -59,6 +73,10 @@ class Entropy(VirtioDevice):
     def save(self) -> EntropyState:
         """Return what the constructor makes the device of."""
         return EntropyState(self.limiter.save())
+
+    def update_limiter(self, bandwidth: Bucket | None, ops: Bucket | None) -> None:
+        """Replace the limiter's buckets; None leaves one as it is."""
+        self.limiter.update(bandwidth, ops)
 
     def serve(self, queue: int) -> None:
         """Fill what waits, at most :data:`BUDGET` chains in a turn. Raises VirtioError."""

@@ -49,3 +49,9 @@ class DriverError(VirtioError):
     """The driver's side was used wrongly, or the device broke the rules of the used ring."""
 
     code = "virtio.driver"
+
+
+class SettingsError(VirtioError):
+    """What a device is to be made of, or changed to, is none of its kind."""
+
+    code = "virtio.settings"

@@ -18,6 +18,9 @@ class Bucket(NamedTuple):
     one_time_burst: int = 0
 
 
+BUCKET = RecordOf(Bucket, size=Int(U64), refill_time=Int(U64), one_time_burst=Int(U64))
+
+
 class RateLimiterState(NamedTuple):
     """Both buckets; one that limits nothing has the size 0."""
 

@@ -23,6 +23,12 @@ class WorkerError(VmmError):
     code = "vmm.worker"
 
 
+class DeviceCellError(VmmError):
+    """A device cell did not do what it was asked to: it failed, died, refused, or did not answer in time."""
+
+    code = "vmm.device_cell"
+
+
 class SupervisorError(VmmError):
     """The supervisor refused a request or is gone."""
 

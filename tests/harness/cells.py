@@ -71,6 +71,7 @@ from ipc.messages.worker import (
 )
 from ipc.shared_memory import create_shared, map_shared
 from tests.harness.supervisor import StandInSupervisor, WorkerBody, run_process
+from vmm.cells import commands
 from vmm.cells import worker as workers_module
 from vmm.cells.descriptors import VmChange, WorkerDescriptors
 from vmm.cells.lifecycle import DEADLINES
@@ -394,6 +395,7 @@ def configure_message(**changes: Any) -> Configure:
 def short_timeouts(monkeypatch: Any, milliseconds: int = 300) -> None:
     """Make waits that are meant to run out run out soon."""
     monkeypatch.setattr(workers_module, "COMMAND_TIMEOUT_NS", milliseconds * 1_000_000)
+    monkeypatch.setattr(commands, "COMMAND_TIMEOUT_NS", milliseconds * 1_000_000)
     for state, deadline in DEADLINES.items():
         monkeypatch.setitem(DEADLINES, state, deadline._replace(nanoseconds=milliseconds * 1_000_000))
 

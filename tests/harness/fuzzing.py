@@ -45,9 +45,7 @@ def example(outcomes: Counter[str]) -> Iterator[None]:
         outcomes["examples"] += 1
 
 
-def run(
-    fuzzer: str, target: str, seed: int, count: int, *arguments: str, counted: str = "examples"
-) -> dict[str, int]:
+def run(fuzzer: str, target: str, seed: int, count: int, *arguments: str, counted: str = "examples") -> dict[str, int]:
     """Run examples of a target of one of the fuzzers in tests/fuzz; return what became of them."""
     command = [str(PYTHON), "-m", f"tests.fuzz.{fuzzer}", target, str(seed), str(count), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

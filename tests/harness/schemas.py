@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from ipc.schema import Bytes, Field, Flag, Int, ListOf, RecordOf, Schema, Text
+from ipc.schema import Bytes, Field, Flag, Int, ListOf, Maybe, RecordOf, Schema, Text
 
 #: Longest text, byte string and list that hypothesis draws; the bounds themselves are tested one by one.
 _DRAWN_LENGTH = 40
@@ -26,6 +26,8 @@ def values_of(field: Field) -> st.SearchStrategy[Any]:
         return st.binary(max_size=min(field.size, _DRAWN_LENGTH))
     if isinstance(field, ListOf):
         return st.lists(values_of(field.item), max_size=min(field.size, _DRAWN_ITEMS)).map(tuple)
+    if isinstance(field, Maybe):
+        return st.none() | values_of(field.field)
     assert isinstance(field, RecordOf), f"no strategy for {type(field).__name__}"
     return st.tuples(*(values_of(part) for _, part in field.fields)).map(field.record._make)
 
@@ -52,6 +54,8 @@ def largest(field: Field) -> Any:
         return bytes(field.size)
     if isinstance(field, ListOf):
         return (largest(field.item),) * field.size
+    if isinstance(field, Maybe):
+        return largest(field.field)
     assert isinstance(field, RecordOf)
     return field.record._make(largest(part) for _, part in field.fields)
 
@@ -68,6 +72,8 @@ def smallest(field: Field) -> Any:
         return b""
     if isinstance(field, ListOf):
         return ()
+    if isinstance(field, Maybe):
+        return None
     assert isinstance(field, RecordOf)
     return field.record._make(smallest(part) for _, part in field.fields)
 
@@ -111,6 +117,8 @@ def wrong_values(field: Field) -> Iterator[Any]:
         yield "x" * field.size
         for wrong in wrong_values(field.item):
             yield [wrong]
+    elif isinstance(field, Maybe):
+        yield from (wrong for wrong in wrong_values(field.field) if wrong is not None)
     elif isinstance(field, RecordOf):
         good = plain(smallest(field))
         yield [*good, 0]
@@ -138,5 +146,7 @@ def _legal(field: Field, value: Any) -> bool:
         return type(value) is bytes
     if isinstance(field, ListOf):
         return type(value) is list and all(_legal(field.item, item) for item in value)
+    if isinstance(field, Maybe):
+        return value is None or _legal(field.field, value)
     assert isinstance(field, RecordOf)
     return type(value) is list and len(value) == len(field.fields) and not value

@@ -15,7 +15,7 @@ from typing import Any
 from ipc import descriptors
 from ipc.channel import PairChannel
 from ipc.errors import IpcError
-from ipc.launch_plan import LaunchPlan
+from ipc.launch_plan import ROLE_DEVICE, ROLE_VCPU, LaunchPlan
 from ipc.messages.records import Failed
 from ipc.messages.supervisor import (
     SUPERVISOR,
@@ -50,6 +50,7 @@ class StandInSupervisor:
         self.plan = plan
         self.workers = workers
         self.children: dict[int, tuple[int, int]] = {}  # pidfd → (worker, pid)
+        self.device_cells: set[int] = set()  # the pids of those that are no workers
         self.spawns = 0
         self.handlers: dict[type, Callable[[Any, int], None]] = {
             Spawn: self.spawn,
@@ -120,7 +121,8 @@ class StandInSupervisor:
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
         code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 0
         wall = "seccomp" if number == signal.SIGSYS else ""
-        self.channel.send(CellEnded(index, pid, code, number, wall))
+        role = ROLE_DEVICE if pid in self.device_cells else ROLE_VCPU
+        self.channel.send(CellEnded(index, pid, code, number, wall, role=role))
 
     def refuse(self, message: Any, sequence: int) -> None:
         self.channel.send(Failed("supervisor.test", "The supervisor would rather not."), sequence)

@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from base import faults
+from device_cell import main as device_main
 from ipc import descriptors
-from ipc.launch_plan import ENDPOINT_BOUND, ROLE_VCPU, SECCOMP_KILL, Assignment
+from ipc.launch_plan import ENDPOINT_BOUND, ROLE_DEVICE, ROLE_VCPU, SECCOMP_KILL, Assignment
 from ipc.messages.supervisor import Spawn, Spawned
 from jailer.seccomp.install import install, load
 from jailer.steps import identity
@@ -27,8 +29,11 @@ from vmm.machine.vmm import Vmm
 from vmm.session import Session
 
 
-def real_workers(supervisor: StandInSupervisor) -> None:
-    """Let the stand-in fork what the real supervisor forks, with the filter of a running machine and no other wall."""
+def real_cells(device_faults: tuple[str, ...], supervisor: StandInSupervisor) -> None:
+    """Let the stand-in fork what the real supervisor forks, workers with the filter of a running machine.
+
+    There is no other wall. ``device_faults`` are armed in every device cell.
+    """
     chosen = load((ROLE_VCPU,), SECCOMP_KILL).filters[ROLE_VCPU]
 
     def tighten() -> None:
@@ -42,14 +47,20 @@ def real_workers(supervisor: StandInSupervisor) -> None:
             ours.close()
             supervisor.channel.close()
             theirs.setblocking(False)  # as the supervisor does
+            assignment = Assignment(*message)
+            if message.role == ROLE_DEVICE:
+                faults.arm(device_faults)
+                run_process(lambda: os._exit(device_main.run(supervisor.plan, assignment, theirs, Walls())))
             kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
             walls = Walls(tightened=tighten)
-            run_process(lambda: os._exit(worker_main.run(supervisor.plan, Assignment(*message), theirs, kvm, walls)))
+            run_process(lambda: os._exit(worker_main.run(supervisor.plan, assignment, theirs, kvm, walls)))
         theirs.close()
         descriptors.send(ours, ENDPOINT_BOUND)
         pidfd = os.pidfd_open(pid)
         supervisor.children[pidfd] = (message.worker, pid)
-        supervisor.channel.send(Spawned(message.worker, pid), sequence, (pidfd, ours.fileno()))
+        if message.role == ROLE_DEVICE:
+            supervisor.device_cells.add(pid)
+        supervisor.channel.send(Spawned(message.worker, pid, message.role), sequence, (pidfd, ours.fileno()))
         ours.close()
 
     supervisor.handlers[Spawn] = spawn
@@ -58,8 +69,8 @@ def real_workers(supervisor: StandInSupervisor) -> None:
 class Machine:
     """API, controller and a microVM of the real builder."""
 
-    def __init__(self, directory: Path) -> None:
-        self.cells = Cells(str(directory), supervisor=real_workers)
+    def __init__(self, directory: Path, *, device_faults: tuple[str, ...] = ()) -> None:
+        self.cells = Cells(str(directory), supervisor=lambda supervisor: real_cells(device_faults, supervisor))
         self.builder = MicrovmBuilder(self.cells.plan, self.cells.events, self.cells.supervisor)
         self.resources = VmResources(StartOptions(console="none"))
         self.session = Session(self.resources, "standin", self.builder.build, self.cells.events)

@@ -9,7 +9,7 @@ import time
 
 from base.lean_typing import TYPE_CHECKING, Any
 from ipc.errors import BlockedEventError
-from vmm.api.endpoints import instance, machine, memory, mmds, network, observe, snapshot, storage, vcpus
+from vmm.api.endpoints import devices, instance, machine, memory, mmds, network, observe, snapshot, storage, vcpus
 from vmm.api.endpoints.table import BAD_JSON, Endpoint, OperationError, RequestError, checked_id, unknown_path
 from vmm.api.http import TakeOver, render_response
 from vmm.api.prometheus import CONTENT_TYPE, exposition
@@ -47,6 +47,7 @@ for _row in (
     *snapshot.ENDPOINTS,
     *observe.ENDPOINTS,
     *vcpus.ENDPOINTS,
+    *devices.ENDPOINTS,
 ):
     _first, *_rest = _row.path.split("/")
     _ROWS.setdefault((_row.method, _first), []).append((_rest, _row))

@@ -1,4 +1,4 @@
-"""The handshake of one worker: its endpoint and channels, spawn, HELLO and WELCOME, and what ends the conversation."""
+"""The handshake of a worker or device cell: its endpoint and channels, spawn, HELLO and WELCOME, what ends the talk."""
 
 from __future__ import annotations
 
@@ -9,36 +9,27 @@ import zmq
 
 from base.event_manager import EventManager, EventOps, Events
 from base.lean_std import socket
-from base.lean_typing import Any, Callable, NamedTuple
+from base.lean_typing import Any, Callable
 from ipc.channel import Channel, PairChannel
 from ipc.errors import IpcError
-from ipc.launch_plan import ROLE_VCPU, Assignment, LaunchPlan, endpoint
-from ipc.messages.descriptors import DESCRIPTORS
-from ipc.messages.records import WORKER
-from ipc.messages.worker import Hello, Welcome
+from ipc.launch_plan import Assignment, LaunchPlan, endpoint
+from ipc.schema import Schema
 from vmm.cells.lifecycle import DEADLINES, SECOND_NS, WorkerEvent, WorkerState
-from vmm.cells.process import WorkerProcess
+from vmm.cells.process import CellProcess
 from vmm.cells.replies import Replies
 from vmm.cells.supervisor import SupervisorClient
-from vmm.errors import StateError, SupervisorError, VmmError, WorkerError
-
-KVM_API_VERSION = 12
+from vmm.errors import StateError, SupervisorError, VmmError
 
 
-class Kvm(NamedTuple):
-    """The host's KVM as a worker found it; the controller itself has no descriptor of it.
+class CellHandshake(CellProcess):
+    """A process that one can talk with."""
 
-    ``vcpu_mmap_size`` is in bytes; the limits are those of one VM, and each worker has a VM of its own.
-    """
-
-    api_version: int
-    vcpu_mmap_size: int
-    max_vcpus: int
-    max_memslots: int
-
-
-class WorkerHandshake(WorkerProcess):
-    """Base of :class:`vmm.cells.worker.Worker`: a process that one can talk with."""
+    #: Messages of its control channel, of its descriptor channel, and what its HELLO is answered with.
+    SCHEMA: Schema
+    DESCRIPTORS: Schema
+    WELCOME: Any
+    #: What is raised when it does not do what it should.
+    ERROR: type[VmmError]
 
     def __init__(
         self,
@@ -49,9 +40,7 @@ class WorkerHandshake(WorkerProcess):
         supervisor: SupervisorClient,
     ) -> None:
         super().__init__(index, events, supervisor)
-        #: What the worker said of the host's KVM.
-        self.kvm = Kvm(0, 0, 0, 0)
-        #: Called with the worker and why it failed, before its process has ended.
+        #: Called with the cell and why it failed, before its process has ended.
         self.on_failed: Callable[[Any, str], None]
         self._plan = plan
         self._context = context
@@ -65,21 +54,21 @@ class WorkerHandshake(WorkerProcess):
     # ------------------------------------------------------------ spawn and handshake
 
     def bind(self) -> None:
-        """Make the endpoint that the worker will connect to. Raises WorkerError."""
+        """Make the endpoint that the cell will connect to. Raises ``ERROR``."""
         self._release()
-        path = endpoint(self._plan.controller_ipc_directory, ROLE_VCPU, self.index)
-        self._channel = Channel(self._context, WORKER, self._plan.epoch)
+        path = endpoint(self._plan.controller_ipc_directory, self.ROLE, self.index)
+        self._channel = Channel(self._context, self.SCHEMA, self._plan.epoch)
         try:
-            self._channel.bind(path, self._plan.peers(ROLE_VCPU, self.index))
+            self._channel.bind(path, self._plan.peers(self.ROLE, self.index))
         except IpcError as error:
             self._release()
-            raise WorkerError(f"The worker of vCPU {self.index} cannot be started: {error}") from None
+            raise self.ERROR(f"{self.title} cannot be started: {error}") from None
         self._subscription = self._events.add_subscriber(self)
 
     def spawn(self, assignment: Assignment | None = None) -> None:
         """Ask the supervisor for the process; does not wait, a refusal shows in :meth:`wait_greeted`.
 
-        Raises WorkerError or SupervisorError when it cannot even be asked.
+        Raises ``ERROR`` or SupervisorError when it cannot even be asked.
         """
         if self._channel is None:
             self.bind()
@@ -88,7 +77,7 @@ class WorkerHandshake(WorkerProcess):
 
     def _take_descriptor_channel(self, pair: socket.socket) -> None:
         pair.setblocking(False)  # a worker that does not read must not stop us
-        self._descriptors = PairChannel(pair, DESCRIPTORS, self._plan.epoch)
+        self._descriptors = PairChannel(pair, self.DESCRIPTORS, self._plan.epoch)
 
     def handshake_is_over(self) -> bool:
         """Look whether the worker has said HELLO by now, or never will (:meth:`handshake_refusal`)."""
@@ -106,7 +95,7 @@ class WorkerHandshake(WorkerProcess):
         return "" if self.state is WorkerState.GREETED else str(self.error())
 
     def wait_greeted(self) -> None:
-        """Wait until the worker has said HELLO. Raises WorkerError or SupervisorError."""
+        """Wait until the cell has said HELLO. Raises ``ERROR`` or SupervisorError."""
         deadline = time.monotonic_ns() + DEADLINES[WorkerState.SPAWNED].nanoseconds
         self._events.run_until(self._spawn_answered, deadline)
         if self._spawn_request:
@@ -123,19 +112,26 @@ class WorkerHandshake(WorkerProcess):
         if self.state is not WorkerState.GREETED:
             raise self.error()
 
-    def _greet(self, hello: Hello) -> None:
+    def _is_hello(self, message: Any) -> bool:
+        """Tell whether a message is the HELLO of such a cell."""
+        raise NotImplementedError
+
+    def _refuse_hello(self, hello: Any) -> str:
+        """Take in what HELLO says; return why such a cell cannot be used, or nothing."""
+        raise NotImplementedError
+
+    def _greet(self, hello: Any) -> None:
         assert self._channel is not None
-        if hello.worker != self.index or self.state is not WorkerState.SPAWNED:
-            self.breach("HELLO of another worker, or a second one")
+        if hello[0] != self.index or self.state is not WorkerState.SPAWNED:
+            self.breach("HELLO of another cell, or a second one")
             return
-        if hello.kvm_api_version != KVM_API_VERSION:
-            self._fail(f"The KVM API version is {hello.kvm_api_version}, not {KVM_API_VERSION}.")
+        if refusal := self._refuse_hello(hello):
+            self._fail(refusal)
             return
-        self.kvm = Kvm(hello.kvm_api_version, hello.vcpu_mmap_size, hello.max_vcpus, hello.max_memslots)
         self._channel.unlink()
         self._move(WorkerEvent.HELLO)
         try:
-            self._channel.send(Welcome())
+            self._channel.send(self.WELCOME)
         except IpcError:
             pass  # it has died since, or will: the supervisor says how
 
@@ -170,7 +166,7 @@ class WorkerHandshake(WorkerProcess):
             self._receiving = outer
 
     def _handle_event(self, message: Any) -> None:
-        if isinstance(message, Hello):
+        if self._is_hello(message):
             self._greet(message)
         else:
             self.breach(f"{type(message).__name__} that nobody asked for")
@@ -179,14 +175,14 @@ class WorkerHandshake(WorkerProcess):
 
     def breach(self, text: str) -> None:
         """The worker broke the protocol: it is not believed any more, and killed."""
-        self._fail(f"The worker of vCPU {self.index} broke the protocol: {text}.")
+        self._fail(f"{self.title} broke the protocol: {text}.")
 
     def expire(self) -> None:
         """The deadline of its state is over: it is killed."""
         limit = DEADLINES[self.state]
         if self.state is WorkerState.SPAWNED:
             seconds = f"{limit.nanoseconds / SECOND_NS:g} s"
-            self._fail(f"The worker of vCPU {self.index} {limit.text} within {seconds}.", WorkerEvent.EXPIRED)
+            self._fail(f"{self.title} {limit.text} within {seconds}.", WorkerEvent.EXPIRED)
         else:
             self._move(WorkerEvent.EXPIRED)
             self.kill()
@@ -202,7 +198,7 @@ class WorkerHandshake(WorkerProcess):
 
     def error(self) -> VmmError:
         """Return what to raise where the worker cannot do what is asked, as precisely as we know."""
-        return WorkerError(self.failure or f"{self.name} {self.ended_how()}.")
+        return self.ERROR(self.failure or f"{self.name} {self.ended_how()}.")
 
     def _close_channel(self) -> None:
         if self._subscription:

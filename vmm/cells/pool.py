@@ -8,8 +8,8 @@ import zmq
 
 from base import threads
 from base.event_manager import EventManager
-from base.lean_typing import Any, Sequence
-from ipc.launch_plan import FORKED_AHEAD, ROLE_VCPU, LaunchPlan
+from base.lean_typing import TYPE_CHECKING, Any, Callable, Sequence
+from ipc.launch_plan import FORKED_AHEAD, ROLE_DEVICE, LaunchPlan
 from ipc.messages.supervisor import CellEnded
 from vmm.cells.descriptors import VmChange
 from vmm.cells.lifecycle import DEADLINES, WorkerState
@@ -17,6 +17,9 @@ from vmm.cells.supervisor import SupervisorClient
 from vmm.cells.worker import Worker
 from vmm.errors import WorkerError
 from vmm.placement import Placement
+
+if TYPE_CHECKING:
+    from vmm.cells.device_cell import DeviceCell
 
 #: How long a start waits for a worker that has not said HELLO yet: it can also do so while the kernel is loaded.
 WELCOME_NS = 1_000_000
@@ -37,11 +40,16 @@ class WorkerPool:
         self._workers: dict[int, Worker] = {}
         #: Those that are to replace one of the others, or have.
         self._successors: list[Worker] = []
+        #: Device cells are the machine's (vmm.cells.device_pool): it hears of their ends.
+        self.on_device_cell_ended: Callable[[CellEnded], None] = lambda notice: None
         supervisor.on_cell_ended = self._cell_ended
 
     def _cell_ended(self, notice: CellEnded) -> None:
+        if notice.role == ROLE_DEVICE:
+            self.on_device_cell_ended(notice)
+            return
         for worker in [*self._workers.values(), *self._successors]:
-            if notice.role == ROLE_VCPU and worker.index == notice.worker:
+            if worker.index == notice.worker:
                 worker.cell_ended(notice)
 
     def bind(self) -> None:
@@ -64,6 +72,12 @@ class WorkerPool:
         if worker is None:
             worker = self._workers[index] = self._make(index)
         return worker
+
+    def device_cell(self, index: int) -> DeviceCell:
+        """Return a device cell, not spawned yet."""
+        from vmm.cells.device_cell import DeviceCell
+
+        return DeviceCell(index, self._plan, self._context, self._events, self._supervisor)
 
     def make_successor(self, index: int) -> Worker:
         """Return a worker, not spawned yet, that is to take the place of another one."""

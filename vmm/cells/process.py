@@ -1,4 +1,4 @@
-"""The process of one worker as the controller has it: spawn, pidfd, signals, death."""
+"""The process of a worker or device cell as the controller has it: spawn, pidfd, signals, death."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import time
 
 from base.event_manager import EventManager
 from base.lean_std import signal, signal_name, socket
-from ipc.launch_plan import Assignment
+from ipc.launch_plan import ROLE_VCPU, Assignment
 from ipc.messages.supervisor import CellEnded
 from vmm.cells.lifecycle import ALIVE, DEADLINES, WorkerEvent, WorkerState, next_state
 from vmm.cells.supervisor import SupervisorClient
 from vmm.errors import SupervisorError
-from vmm.observe.event_log import EVENTS
 
 #: A process that ends closes its channels some time before its pidfd says so.
 DYING_MS = 100
 
 
-class WorkerProcess:
-    """Base of :class:`vmm.cells.worker.Worker`. Its state moves by the table and no other way."""
+class CellProcess:
+    """Base of the controller's side of a cell. Its state moves by the table and no other way."""
+
+    #: Whom the supervisor is to fork.
+    ROLE = ROLE_VCPU
 
     def __init__(self, index: int, events: EventManager, supervisor: SupervisorClient) -> None:
         self.index = index
@@ -47,14 +49,23 @@ class WorkerProcess:
         return self.alive and self.state is not WorkerState.FAILED
 
     @property
+    def title(self) -> str:
+        """The cell in a sentence."""
+        raise NotImplementedError
+
+    @property
     def name(self) -> str:
-        """The worker in a sentence."""
-        return f"The worker of vCPU {self.index} (pid {self.pid})"
+        """The same, with its process."""
+        return f"{self.title} (pid {self.pid})"
+
+    def _state_changed(self) -> None:
+        """Tell the world."""
+        raise NotImplementedError
 
     def _move(self, event: WorkerEvent) -> None:
         before, self.state = self.state, next_state(self.state, event)
         if self.state is not before:
-            EVENTS.emit("worker-state", worker=self.index, pid=self.pid, state=self.state.value)
+            self._state_changed()
 
     # ------------------------------------------------------------ spawn
 
@@ -95,7 +106,7 @@ class WorkerProcess:
     def kill(self) -> None:
         """SIGKILL by the supervisor or, where there is none any more, by pidfd; returns at once.
 
-        A worker that was asked for and whose pidfd is not here yet is killed when it comes.
+        A cell that was asked for and whose pidfd is not here yet is killed when it comes.
         """
         if not self.alive:
             return
@@ -109,8 +120,8 @@ class WorkerProcess:
             self._send_kill()
 
     def _send_kill(self) -> None:
-        # By the supervisor, as long as there is one: so it knows that nobody else has ended the worker.
-        if self._supervisor.signal(self.index, self.pid, signal.SIGKILL):
+        # By the supervisor, as long as there is one: so it knows that nobody else has ended the cell.
+        if self._supervisor.signal(self.index, self.pid, signal.SIGKILL, self.ROLE):
             return
         try:
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
@@ -125,7 +136,7 @@ class WorkerProcess:
         return bool(poll.poll(patience_ms))
 
     def wait_ended(self, timeout_ns: int = 0) -> bool:
-        """Wait until the supervisor has reaped the worker; kill it after ``timeout_ns`` (0: as the table says)."""
+        """Wait until the supervisor has reaped the cell; kill it after ``timeout_ns`` (0: as the table says)."""
 
         def ended() -> bool:
             return not self.alive or self._supervisor.closed

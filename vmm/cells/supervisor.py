@@ -45,6 +45,8 @@ class SupervisorClient:
         self._events = events
         self._replies: dict[int, tuple[Any, OwnedDescriptors]] = {}
         self._awaited: set[int] = set()
+        #: Who is called when the reply to a request is here.
+        self._callbacks: dict[int, Callable[[], None]] = {}
         self.closed = False
         self.on_cell_ended: Callable[[CellEnded], None] = lambda notice: None
         self.on_shutdown: Callable[[Shutdown], None] = lambda notice: None
@@ -64,6 +66,9 @@ class SupervisorClient:
                     continue
                 if envelope.reply_to in self._awaited:
                     self._replies[envelope.reply_to] = (envelope.message, owned)
+                    callback = self._callbacks.pop(envelope.reply_to, None)
+                    if callback is not None:
+                        callback()
                     continue
                 owned.close()
                 if isinstance(envelope.message, CellEnded):
@@ -91,6 +96,10 @@ class SupervisorClient:
         self._awaited.add(sequence)
         return sequence
 
+    def when_ready(self, sequence: int, callback: Callable[[], None]) -> None:
+        """Call ``callback`` when the reply to a submitted request, which is not here yet, has come."""
+        self._callbacks[sequence] = callback
+
     def ready(self, sequence: int) -> bool:
         """True when the reply to a submitted request is here (or never will be)."""
         return sequence in self._replies or self.closed
@@ -111,6 +120,7 @@ class SupervisorClient:
     def abandon(self, sequence: int) -> None:
         """Drop the reply to a submitted request, whether it is here or comes later."""
         self._awaited.discard(sequence)
+        self._callbacks.pop(sequence, None)
         _, owned = self._replies.pop(sequence, (None, OwnedDescriptors()))
         owned.close()
 

@@ -9,17 +9,19 @@ import zmq
 from base.deferral import Deferral
 from base.event_manager import EventManager
 from base.lean_std import deque
-from base.lean_typing import Any, Callable, Sequence, TypeVar
-from ipc.errors import IpcError, MessageError
+from base.lean_typing import Any, Callable, NamedTuple, Sequence
+from ipc.errors import IpcError
 from ipc.launch_plan import Assignment, LaunchPlan
+from ipc.messages.descriptors import DESCRIPTORS
 from ipc.messages.ghosts import GhostEvent, GhostRecovered
-from ipc.messages.records import Failed, Route
+from ipc.messages.records import WORKER, Route
 from ipc.messages.supervisor import CellEnded
 from ipc.messages.vm import RoutesSet, SetRoutes, VmChanged
 from ipc.messages.worker import (
     Configure,
     Configured,
     Finish,
+    Hello,
     Pause,
     Paused,
     Ping,
@@ -27,29 +29,43 @@ from ipc.messages.worker import (
     Resume,
     Resumed,
     VcpuExited,
+    Welcome,
 )
+from vmm.cells.commands import COMMAND_TIMEOUT_NS, CellCommands
 from vmm.cells.descriptors import VmChange, WorkerDescriptors, receive_run_pages, send_descriptors
-from vmm.cells.handshake import WorkerHandshake
-from vmm.cells.lifecycle import DEADLINES, SECOND_NS, WorkerEvent, WorkerState
+from vmm.cells.lifecycle import SECOND_NS, WorkerEvent, WorkerState
 from vmm.cells.process import DYING_MS
-from vmm.cells.supervisor import SupervisorClient, internal_error
-from vmm.errors import MicrovmEndedError, SupervisorError, VmmError, WorkerError
+from vmm.cells.supervisor import SupervisorClient
+from vmm.errors import MicrovmEndedError, VmmError, WorkerError
+from vmm.observe.event_log import EVENTS
 
 __all__ = ["SECOND_NS", "Worker", "WorkerDescriptors"]
 
-#: How long a command may take for which nobody says otherwise.
-COMMAND_TIMEOUT_NS = 30 * SECOND_NS
+KVM_API_VERSION = 12
 #: Changes of its VM that a worker is told before it has answered: its descriptor channel has to hold all of theirs.
 CHANGES_UNDER_WAY = 4
 
-Reply = TypeVar("Reply")
 
-#: What such a worker says changes nothing any more.
-_LEAVING = (WorkerState.FINISHING, WorkerState.REPLACED)
+class Kvm(NamedTuple):
+    """The host's KVM as a worker found it; the controller itself has no descriptor of it.
+
+    ``vcpu_mmap_size`` is in bytes; the limits are those of one VM, and each worker has a VM of its own.
+    """
+
+    api_version: int
+    vcpu_mmap_size: int
+    max_vcpus: int
+    max_memslots: int
 
 
-class Worker(WorkerHandshake):
+class Worker(CellCommands):
     """One worker process. Every wait runs the event loop, so that exits go on being served meanwhile."""
+
+    SCHEMA = WORKER
+    DESCRIPTORS = DESCRIPTORS
+    WELCOME = Welcome()
+    ERROR = WorkerError
+    FINISH = Finish()
 
     def __init__(
         self,
@@ -60,6 +76,8 @@ class Worker(WorkerHandshake):
         supervisor: SupervisorClient,
     ) -> None:
         super().__init__(index, plan, context, events, supervisor)
+        #: What the worker said of the host's KVM.
+        self.kvm = Kvm(0, 0, 0, 0)
         self.tsc_khz = 0
         #: How far the kvmclock of its VM is ahead of that of worker 0, in ns; None if that was not measured.
         self.clock_ahead_ns: int | None = None
@@ -76,6 +94,23 @@ class Worker(WorkerHandshake):
         self._telling: Deferral | None = None
         self._refusal = ""
 
+    @property
+    def title(self) -> str:
+        """The worker in a sentence."""
+        return f"The worker of vCPU {self.index}"
+
+    def _state_changed(self) -> None:
+        EVENTS.emit("worker-state", worker=self.index, pid=self.pid, state=self.state.value)
+
+    def _is_hello(self, message: Any) -> bool:
+        return isinstance(message, Hello)
+
+    def _refuse_hello(self, hello: Hello) -> str:
+        if hello.kvm_api_version != KVM_API_VERSION:
+            return f"The KVM API version is {hello.kvm_api_version}, not {KVM_API_VERSION}."
+        self.kvm = Kvm(hello.kvm_api_version, hello.vcpu_mmap_size, hello.max_vcpus, hello.max_memslots)
+        return ""
+
     def _forget_owner(self) -> None:
         self.on_vcpu_exited = lambda worker, event: None
         self.on_failed = lambda worker, text: None
@@ -84,7 +119,7 @@ class Worker(WorkerHandshake):
         self.on_ghost_recovered = lambda worker, event: None
 
     def spawn(self, assignment: Assignment | None = None) -> None:
-        """As :meth:`WorkerHandshake.spawn`; what belonged to the process before is forgotten."""
+        """As :meth:`CellHandshake.spawn`; what belonged to the process before is forgotten."""
         self.vcpu_exit = None
         self._told = 0
         self._telling = None
@@ -108,20 +143,7 @@ class Worker(WorkerHandshake):
         else:
             super()._handle_event(message)
 
-    def cell_ended(self, notice: CellEnded) -> None:
-        """The supervisor reaped the process."""
-        if self._spawn_request and self._spawn_answered():
-            try:
-                self._collect_spawn()  # it died before we looked at the answer to our request
-            except SupervisorError:
-                return
-        if notice.pid != self.pid or not self.alive:
-            return
-        self._receive()
-        self.ended = notice
-        self._move(WorkerEvent.DIED)
-        self._close_channel()
-        self._replies.drop_callbacks()
+    def _has_ended(self, notice: CellEnded) -> None:
         self.on_ended(self, notice)
 
     def error(self) -> VmmError:
@@ -131,99 +153,6 @@ class Worker(WorkerHandshake):
         return super().error()
 
     # ------------------------------------------------------------ commands
-
-    def submit(self, message: Any, callback: Callable[[Any], None] | None = None, timeout_ns: int | None = None) -> int:
-        """Send a command; the reply goes to ``callback`` or waits for :meth:`collect`. Never runs the event loop.
-
-        A worker that gets it later than after ``timeout_ns`` (0: however late) does not carry it out. Raises
-        WorkerError, or MicrovmEndedError.
-        """
-        if self.state is WorkerState.FAILED:
-            raise self.error()
-        timeout_ns = COMMAND_TIMEOUT_NS if timeout_ns is None else timeout_ns
-        return self._submit(message, callback, time.monotonic_ns() + timeout_ns if timeout_ns else 0)
-
-    def ask(
-        self,
-        message: Any,
-        expected: type[Any],
-        answered: Callable[[Any, str], None],
-        *,
-        timeout_ns: int,
-        event: WorkerEvent | None = None,
-    ) -> None:
-        """Send a command; ``answered`` gets the reply of the expected kind, or None and why it was refused.
-
-        A worker that has ended, or does so meanwhile, does not answer: its end is reported by itself.
-        """
-
-        def replied(reply: Any) -> None:
-            if isinstance(reply, expected):
-                if event is not None:
-                    self.note(event)
-                answered(reply, "")
-            elif isinstance(reply, Failed):
-                answered(None, reply.text)
-            else:
-                self.breach(f"{type(reply).__name__} in answer to another command")
-
-        try:
-            self.submit(message, replied, timeout_ns)
-        except VmmError:
-            pass
-
-    def note(self, event: WorkerEvent) -> None:
-        """Note what has become of a command, unless nothing of the worker counts any more."""
-        if self.usable and self.state not in _LEAVING:
-            self._move(event)
-
-    def _submit(self, message: Any, callback: Callable[[Any], None] | None, deadline: int) -> int:
-        if not self.alive or self._channel is None:
-            raise self.error()
-        try:
-            sequence = self._channel.send(message, deadline=deadline)
-        except MessageError as error:  # it is us who break it, and clients know no names of our messages
-            self._fail(internal_error("a command to a worker", error))
-            raise self.error() from None
-        except IpcError as error:
-            if not self._has_exited(DYING_MS):
-                self.breach(str(error))
-                raise self.error() from None
-            # The supervisor is about to say how it ended; that counts, not that it can no longer be asked.
-            raise WorkerError(f"{self.name} has ended.") from None
-        self._replies.expect(sequence, callback)
-        if not self._receiving:  # else what comes is read there: a guest decides how often in a row
-            self._receive()  # sending may have consumed the edge of the descriptor
-        return sequence
-
-    def collect(self, sequence: int, expected: type[Reply]) -> Reply:
-        """Wait for a reply. Raises WorkerError when the worker fails, dies, refuses or is too slow."""
-
-        def settled() -> bool:
-            return self._replies.has(sequence) or not self.alive or self.state is WorkerState.FAILED
-
-        if not settled():
-            self._events.run_until(settled, time.monotonic_ns() + COMMAND_TIMEOUT_NS)
-        reply = self._replies.take(sequence)
-        if isinstance(reply, expected):
-            return reply
-        if reply is None:
-            if self.alive and self.state is not WorkerState.FAILED:
-                raise WorkerError(f"{self.name} did not answer within {COMMAND_TIMEOUT_NS // SECOND_NS} s.")
-        elif isinstance(reply, Failed):
-            raise WorkerError(reply.text)
-        else:
-            self.breach(f"{type(reply).__name__} in answer to another command")
-        raise self.error()
-
-    def request(self, message: Any, expected: type[Reply]) -> Reply:
-        """Send a command and wait for its reply. Raises as :meth:`collect` does."""
-        try:
-            sequence = self.submit(message)
-        except WorkerError:
-            self._wait_if_exited()
-            raise self.error() from None
-        return self.collect(sequence, expected)
 
     def _arrive(self, event: WorkerEvent) -> None:
         """Note that a command was carried out. The worker may have ended right after it."""
@@ -375,11 +304,6 @@ class Worker(WorkerHandshake):
             if not self._has_exited(DYING_MS):  # else the supervisor is about to say how it ended, and that counts
                 self.breach(str(error))
 
-    def _wait_if_exited(self) -> None:
-        if self.alive and self._has_exited(DYING_MS):
-            deadline = time.monotonic_ns() + DEADLINES[WorkerState.FINISHING].nanoseconds
-            self._events.run_until(lambda: not self.alive, deadline)
-
     def run_page(self, vcpu: int) -> memoryview | None:
         """Return the read-only kvm_run area of a vCPU; it stays readable after the worker's death."""
         return self._run_pages.get(vcpu)
@@ -427,19 +351,6 @@ class Worker(WorkerHandshake):
 
     # ------------------------------------------------------------ end
 
-    def finish(self) -> None:
-        """Ask the worker to end, or kill it if it cannot be asked; :meth:`wait_ended` waits."""
-        if not self.alive or self.state is WorkerState.FINISHING:
-            return
-        if self.failure or self.state is WorkerState.SPAWNED:
-            self.kill()
-            return
-        try:
-            self._submit(Finish(), lambda reply: None, 0)
-            self._move(WorkerEvent.FINISH)
-        except VmmError:
-            self.kill()
-
     def replaced(self) -> None:
         """Another worker runs its vCPUs from now on."""
         self.note(WorkerEvent.REPLACED)
@@ -447,15 +358,6 @@ class Worker(WorkerHandshake):
 
     def _release(self) -> None:
         super()._release()
-        self._close_channel()
-        if self._descriptors is not None:
-            self._descriptors.close()
-            self._descriptors = None
         for page in self._run_pages.values():
             page.release()
         self._run_pages.clear()
-        self._replies.clear()
-
-    def close(self) -> None:
-        """Release everything; the process must have ended or be about to."""
-        self._release()

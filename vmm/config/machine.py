@@ -27,6 +27,12 @@ REBOOT_RESTART = "Restart"
 REBOOT_ACTIONS = (REBOOT_EXIT, REBOOT_RESTART)
 
 
+#: How the virtio devices are spread over cells: all in one, or one for each.
+DEVICE_CELLS_ONE = "one"
+DEVICE_CELLS_EACH = "each"
+DEVICE_CELLS = (DEVICE_CELLS_ONE, DEVICE_CELLS_EACH)
+
+
 class MachineConfigError(VmmError):
     """PUT or PATCH /machine-config is refused."""
 
@@ -45,6 +51,7 @@ class MachineConfigUpdate(NamedTuple):
     vcpu_placement: str | None = None
     reboot_action: str | None = None
     vcpu_affinity: str | None = None
+    device_cells: str | None = None
 
 
 class MachineConfig(NamedTuple):
@@ -59,6 +66,7 @@ class MachineConfig(NamedTuple):
     vcpu_placement: str | None = None
     reboot_action: str | None = None
     vcpu_affinity: str | None = None
+    device_cells: str | None = None
 
     @property
     def affinity(self) -> Affinity:
@@ -112,6 +120,7 @@ class MachineConfig(NamedTuple):
             placed,
             self.reboot_action if update.reboot_action is None else update.reboot_action,
             None if affinity == ANY else affinity,
+            self.device_cells if update.device_cells is None else update.device_cells,
         )
 
     def to_json(self) -> dict[str, JsonValue]:
@@ -120,6 +129,7 @@ class MachineConfig(NamedTuple):
         placed: dict[str, JsonValue] = {} if self.vcpu_placement is None else {"vcpu_placement": self.vcpu_placement}
         affinity: dict[str, JsonValue] = {} if self.vcpu_affinity is None else {"vcpu_affinity": self.vcpu_affinity}
         reboot: dict[str, JsonValue] = {} if self.reboot_action is None else {"reboot_action": self.reboot_action}
+        cells: dict[str, JsonValue] = {} if self.device_cells is None else {"device_cells": self.device_cells}
         return {
             "vcpu_count": self.vcpu_count,
             "mem_size_mib": self.mem_size_mib,
@@ -130,12 +140,14 @@ class MachineConfig(NamedTuple):
             **placed,
             **reboot,
             **affinity,
+            **cells,
         }
 
 
 _CPU_TEMPLATE = Variant(*CPU_TEMPLATES)
 _HUGE_PAGES = Variant(*HUGE_PAGES)
 _REBOOT_ACTION = Variant(*REBOOT_ACTIONS)
+_DEVICE_CELLS = Variant(*DEVICE_CELLS)
 MACHINE_CONFIG = Object(
     "MachineConfig",
     MachineConfigUpdate,
@@ -148,6 +160,7 @@ MACHINE_CONFIG = Object(
     Field("vcpu_placement", Option(STRING), extension=True),
     Field("reboot_action", Option(_REBOOT_ACTION), extension=True),
     Field("vcpu_affinity", Option(STRING), extension=True),
+    Field("device_cells", Option(_DEVICE_CELLS), extension=True),
 )
 MACHINE_CONFIG_UPDATE = Object(
     "MachineConfigUpdate",
@@ -161,4 +174,5 @@ MACHINE_CONFIG_UPDATE = Object(
     Field("vcpu_placement", Option(STRING), extension=True),
     Field("reboot_action", Option(_REBOOT_ACTION), extension=True),
     Field("vcpu_affinity", Option(STRING), extension=True),
+    Field("device_cells", Option(_DEVICE_CELLS), extension=True),
 )

@@ -141,6 +141,11 @@ class VmResources:
             raise StartError("Cannot start microvm without kernel configuration.")
         return self.boot_source
 
+    @property
+    def has_virtio_devices(self) -> bool:
+        """Whether a device cell is needed."""
+        return self.entropy is not None
+
     def check_startable(self) -> None:
         """Raise StartError if the configuration lacks something, or has something that cannot be started yet."""
         self.require_boot_source()
@@ -161,7 +166,6 @@ class VmResources:
         for config, name in (
             (self.vsock, "The vsock device"),
             (self.balloon, "The balloon device"),
-            (self.entropy, "The entropy device"),
             (self.memory_hotplug, "The memory hot-plug device"),
         ):
             if config is not None:

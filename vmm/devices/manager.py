@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 
-from base.lean_typing import TYPE_CHECKING, Any, Callable, Sequence
+from base.lean_typing import TYPE_CHECKING, Any, Callable, Sequence, TypeVar
 from ipc.device_pages import DEVICE_PAGE_SIZE, DevicePage, RegisterPages
 from ipc.guest_memory import GuestMemory
 from ipc.schema import Saveable
@@ -56,7 +56,10 @@ if TYPE_CHECKING:
     from vmm.observe.metrics import Metrics
 
 
-def in_attach_order(devices: Sequence[VirtioDevice]) -> list[VirtioDevice]:
+AnyDevice = TypeVar("AnyDevice", bound="VirtioDevice")
+
+
+def in_attach_order(devices: Sequence[AnyDevice]) -> list[AnyDevice]:
     """Return devices in the order in which they get their windows and interrupt lines, and with them the guest's names.
 
     It is Firecracker's. Those of one kind stay in theirs (the root drive first).

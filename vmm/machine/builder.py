@@ -88,10 +88,16 @@ class MicrovmBuilder:
             _log_placement(placement, self._plan)
         try:
             assembly.attach_devices(resources.options, self._plan)
+            if resources.has_virtio_devices:
+                from vmm.machine import device_cells
+
+                device_cells.attach(assembly, resources, self._pool, self._events)
             with bounds.Unpacking():
                 boot = load_boot_source(resources, memory, self._plan, assembly.devices.virtio_mmio_devices())
             faults.visit("vmm.kernel_loaded")
             self._start_workers(assembly, resources, boot)
+            if assembly.vmm.device_cells is not None:
+                assembly.vmm.device_cells.wait_ready()
             faults.visit("vmm.configured")
             assembly.vmm.start_vcpus()
             if run:

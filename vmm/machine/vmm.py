@@ -9,11 +9,10 @@ from base.version import APP_NAME, FIRECRACKER_VERSION
 from ipc.messages.worker import DumpCpuConfig, DumpedCpuConfig, SavedState, SaveState
 from vmm.cells.exits import ExitExecutor, read_exits
 from vmm.cells.ghosts import GhostForwarder
-from vmm.cells.handshake import Kvm
 from vmm.cells.heartbeat import Heartbeat
 from vmm.cells.pool import end_workers
 from vmm.cells.vms import WorkerVms
-from vmm.cells.worker import Worker
+from vmm.cells.worker import Kvm, Worker
 from vmm.devices.legacy.console import ConsoleInput, ConsoleOutput
 from vmm.devices.manager import DeviceManager, read_devices
 from vmm.errors import DeviceError, MicrovmEndedError, StateError, VmmError, WorkerError
@@ -32,6 +31,7 @@ from vmm.operations.replacement import Replacements, Successor
 from vmm.snapshot.microvm_state import MachineState, MicrovmState, of_devices
 
 if TYPE_CHECKING:
+    from vmm.cells.device_pool import DeviceCells
     from vmm.json.text import JsonValue
 
 STATE_NOT_STARTED = "Not started"
@@ -78,6 +78,8 @@ class Vmm(DeviceOperations):
         self._driver = OperationDriver(self, events)
         ending.on_lost = self._driver.lost
         self.replacements = Replacements(self, self._driver, events, make_successor)
+        #: Where the virtio devices are; None for a machine without any.
+        self.device_cells: DeviceCells | None = None
         self._heartbeat = Heartbeat(workers, self.has_ended, self._pong)
 
     def __repr__(self) -> str:
@@ -142,6 +144,15 @@ class Vmm(DeviceOperations):
             self._by_vcpu(), self.vm.placement, self._executors, self._heartbeat.is_stalled, self.replacements.count
         )
 
+    def device_report(self) -> list[JsonValue]:
+        """Return what GET /devices shows: one record per virtio device, in the order of their addresses."""
+        if self.device_cells is None:
+            return []
+        self.device_cells.collect()
+        from vmm.machine.device_report import device_report
+
+        return device_report(self.device_manager.virtio, self.device_cells)
+
     def read_metrics(self) -> None:
         """Bring the metrics up to date with what the parts of this microVM have counted."""
         if not self._closed:
@@ -149,6 +160,11 @@ class Vmm(DeviceOperations):
 
     def _read_metrics(self) -> None:
         read_exits(METRICS, tuple(self.exit_counters().values()))
+        if self.device_cells is not None:
+            self.device_cells.collect()
+            from vmm.machine.device_report import read_virtio
+
+            read_virtio(METRICS, self.device_manager.virtio)
         read_devices(METRICS, self.device_manager.i8042, self.device_manager.serial, self._console_output)
 
     # ------------------------------------------------------------ operations
@@ -171,6 +187,8 @@ class Vmm(DeviceOperations):
 
         If a worker does not answer, all run all the same: that one as soon as it can.
         """
+        if self.device_cells is not None:
+            self.device_cells.resume()
         try:
             self.perform(pause.resuming(self))
         except MicrovmEndedError as error:
@@ -178,12 +196,19 @@ class Vmm(DeviceOperations):
         self._set_state(STATE_RUNNING)  # also if it has ended: one that starts anew goes on as what it was
 
     def pause_vm(self) -> None:
-        """Park all vCPUs at an instruction boundary, their exits executed (PATCH /vm Paused). Idempotent.
+        """Park all vCPUs at an instruction boundary, their exits executed, and stop the devices (PATCH /vm Paused).
 
-        If a worker does not answer, all go on running. Raises WorkerError, StateError.
+        Idempotent. If a worker does not answer, or a device does not get ready, all go on running. Raises WorkerError,
+        DeviceError, StateError.
         """
         self.perform(pause.pausing(self))
         self.require_alive()
+        if self.device_cells is not None:
+            try:
+                self.device_cells.stop()
+            except DeviceError:
+                self.resume_vm()
+                raise
 
     def perform(self, operation: Operation) -> None:
         """Carry an operation over all workers out. Raises as ``OperationDriver.perform`` does."""
@@ -326,6 +351,9 @@ class Vmm(DeviceOperations):
             self.ending.exit_code = exit_codes.OK  # that its workers end now is no news
         try:
             end_workers([*self.vcpus_handles, *self.replacements.retired])
+            if self.device_cells is not None:
+                self.device_cells.collect()
+                self.device_cells.end()
             for executor in self._executors.values():
                 executor.drain()
             if self._console_output is not None:

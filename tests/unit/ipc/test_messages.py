@@ -14,6 +14,7 @@ from ipc.device_pages import SLOT_COUNT
 from ipc.errors import MessageError
 from ipc.launch_plan import MAX_WORKERS
 from ipc.messages.descriptors import DESCRIPTORS
+from ipc.messages.device import DEVICE, DEVICE_DESCRIPTORS
 from ipc.messages.records import WORKER
 from ipc.messages.supervisor import SUPERVISOR, SignalCell, Spawn
 from ipc.messages.vm import SetWindows
@@ -33,7 +34,13 @@ from ipc.schema import (
 )
 from tests.harness.schemas import largest, messages_of, plain, records_of, smallest, wrong_values
 
-SCHEMAS = {"worker": WORKER, "supervisor": SUPERVISOR, "descriptors": DESCRIPTORS}
+SCHEMAS = {
+    "worker": WORKER,
+    "supervisor": SUPERVISOR,
+    "descriptors": DESCRIPTORS,
+    "device": DEVICE,
+    "device descriptors": DEVICE_DESCRIPTORS,
+}
 
 #: docs/formats/messages.md. A number is never given to another message: add, do not change.
 KINDS = {
@@ -120,6 +127,45 @@ KINDS = {
         7: "ExternalInterrupt",
         8: "MemoryObject",
         9: "DoorbellEvent",
+    },
+    "device": {
+        1: "Failed",
+        2: "Hello",
+        3: "Welcome",
+        4: "MapGuestMemory",
+        5: "MemoryMapped",
+        6: "Attach",
+        7: "Attached",
+        8: "Tighten",
+        9: "Tightened",
+        10: "Activate",
+        11: "Activated",
+        12: "Stop",
+        13: "Stopped",
+        14: "Reset",
+        15: "ResetDone",
+        16: "WriteConfig",
+        17: "ConfigWritten",
+        18: "UpdateLimiter",
+        19: "UpdateFiles",
+        20: "Updated",
+        21: "ReadState",
+        22: "StateRead",
+        23: "Collect",
+        24: "Collected",
+        25: "ConfigChanged",
+        26: "ConfigTaken",
+        27: "NeedsReset",
+        28: "Noted",
+        29: "Ping",
+        30: "Pong",
+        31: "Finish",
+        32: "Finished",
+    },
+    "device descriptors": {
+        1: "GuestMemoryFile",
+        2: "DeviceEvents",
+        3: "DeviceFiles",
     },
 }
 

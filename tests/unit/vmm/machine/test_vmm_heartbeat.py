@@ -78,7 +78,7 @@ def test_a_stall_is_reported_once_and_so_is_its_end(make, log, fast_heart):
 def test_a_worker_that_was_stopped_longer_than_commands_wait_recovers(make, log, fast_heart, monkeypatch):
     """Its pings are out of date by then; they must be answered all the same."""
     machine = make()
-    monkeypatch.setattr("vmm.cells.worker.COMMAND_TIMEOUT_NS", 20_000_000)
+    monkeypatch.setattr("vmm.cells.commands.COMMAND_TIMEOUT_NS", 20_000_000)
     os.kill(machine.worker.pid, signal.SIGSTOP)
     machine.controller.serve(lambda: "has not answered" in log())
     for _ in range(3):

@@ -107,7 +107,6 @@ def test_what_cannot_be_started_yet_is_refused_at_the_start(api, kernel, change,
         ("/network-interfaces/eth0", NET, "The network interface eth0"),
         ("/vsock", {"guest_cid": 3, "uds_path": "v"}, "The vsock device"),
         ("/balloon", {"amount_mib": 1, "deflate_on_oom": True}, "The balloon device"),
-        ("/entropy", {}, "The entropy device"),
         ("/hotplug/memory", {"total_size_mib": 128}, "The memory hot-plug device"),
     ],
 )

@@ -1,0 +1,74 @@
+"""What a device of each kind is made of in its cell: settings, files, and what another cell has saved of it."""
+
+from __future__ import annotations
+
+import os
+
+from base.lean_typing import Any, Callable, Sequence
+from ipc.errors import MessageError
+from ipc.messages.device import Attach
+from ipc.schema import RecordOf, Section, pack, unpack
+from virtio.abi import VIRTIO_ID_BLOCK, VIRTIO_ID_ENTROPY
+from virtio.block.configuration import BLOCK_CONFIGURATION, BLOCK_SECTION
+from virtio.block.maker import make_block
+from virtio.device import VirtioDevice
+from virtio.entropy import ENTROPY_SETTINGS, Entropy
+from virtio.errors import SettingsError
+from virtio.rate_limiter import RateLimiter
+
+
+def _entropy(message: Attach, files: list[int]) -> VirtioDevice:
+    settings = record_of(ENTROPY_SETTINGS, message.settings, "settings")
+    state = saved_state(Entropy.SECTION, message)
+    return Entropy(message.id, RateLimiter(settings.bandwidth, settings.ops), state)
+
+
+def _block(message: Attach, files: list[int]) -> VirtioDevice:
+    try:
+        (fd,) = files
+        configuration = record_of(BLOCK_CONFIGURATION, message.settings, "settings")
+        state = saved_state(BLOCK_SECTION, message)
+    except (ValueError, SettingsError):
+        close(files)
+        raise
+    return make_block(configuration, fd, state)
+
+
+#: VIRTIO_ID_* → what makes such a device of its message and its files, which it takes.
+_MAKERS: dict[int, Callable[[Attach, list[int]], VirtioDevice]] = {
+    VIRTIO_ID_BLOCK: _block,
+    VIRTIO_ID_ENTROPY: _entropy,
+}
+
+
+def make(message: Attach, files: list[int]) -> VirtioDevice:
+    """Return the device. Raises VirtioError, ThreadError; then the files are closed."""
+    maker = _MAKERS.get(message.device_type)
+    if maker is None:
+        close(files)
+        raise SettingsError(f"no device of the kind {message.device_type} is known here")
+    return maker(message, files)
+
+
+def close(files: Sequence[int]) -> None:
+    """Close files that no device took."""
+    for each in files:
+        os.close(each)
+
+
+def record_of(fields: RecordOf, packed: bytes, name: str) -> Any:
+    """Return what was packed. Raises SettingsError."""
+    try:
+        return fields.check(unpack(packed), name)
+    except MessageError as error:
+        raise SettingsError(f"it cannot be read: {error}") from None
+
+
+def saved_state(section: Section, message: Attach) -> Any:
+    """Return the state that another cell has saved of the device, or None. Raises SettingsError."""
+    return record_of(section.fields, message.state, "state") if message.state else None
+
+
+def state_of(device: VirtioDevice) -> bytes:
+    """Return what a device has to save, packed. Raises MessageError if it is out of its own bounds."""
+    return pack(device.SECTION.fields.check(device.save(), device.SECTION.name))
