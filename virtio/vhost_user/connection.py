@@ -43,8 +43,8 @@ class Connection:
     """Owns the socket. ``failed(error)`` is called once, whatever goes wrong, and nothing more happens afterwards."""
 
     def __init__(self, fd: int, ops: EventOps, failed: Callable[[VhostUserError], None]) -> None:
-        self._socket = socket.socket(fileno=fd)
-        self._socket.setblocking(False)
+        # Not made non-blocking, which a cell must not do when it serves: there is something when it is read.
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd)
         self._ops = ops
         self._failed = failed
         self._waiting: deque[tuple[Conversation, Callable[[], None]]] = deque()
@@ -93,7 +93,7 @@ class Connection:
         try:
             fds = b"".join(map(_FD.pack, message.fds))
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)] if fds else []
-            sent = self._socket.sendmsg([data], rights, socket.MSG_NOSIGNAL)
+            sent = self._socket.sendmsg([data], rights, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
         except OSError as error:
             raise VhostUserError(f"the back end is gone: {errno_text(error)}") from None
         if sent != len(data):
