@@ -34,7 +34,7 @@ def serve(requests: int, ready: int) -> None:
     from jailer import direct, filters, firecracker, launch, main, settings, template  # noqa: F401
     from vmm import cli  # noqa: F401
 
-    filters.load_filters(SECCOMP_KILL, janitor=True)
+    filters.load_filters(SECCOMP_KILL)
     template.load_roles()
     template.warm()
     os.write(ready, _READY)

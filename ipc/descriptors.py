@@ -65,7 +65,7 @@ def send(channel: socket.socket, frame: bytes, descriptors: Sequence[int] = ()) 
     try:
         channel.sendmsg([frame], ancillary, socket.MSG_NOSIGNAL)
     except OSError as error:
-        raise DescriptorError(f"cannot send on the descriptor channel: {error.strerror}") from None
+        raise DescriptorError(f"cannot send on the descriptor channel: {errno_text(error)}") from None
 
 
 def receive(
@@ -89,7 +89,7 @@ def receive(
     except ConnectionResetError:
         return b"", OwnedDescriptors()
     except OSError as error:
-        raise DescriptorError(f"cannot receive on the descriptor channel: {error.strerror}") from None
+        raise DescriptorError(f"cannot receive on the descriptor channel: {errno_text(error)}") from None
     numbers: list[int] = []
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

@@ -25,6 +25,7 @@ from jailer import bounds, fault_signals, walls
 from jailer.errors import CellError, JailerError, PolicyError
 from jailer.filters import RUNNING, SETUP
 from jailer.landlock import Rulesets
+from jailer.operations import Step
 from jailer.seccomp.install import Filter, install
 from jailer.steps import identity
 from jailer.steps.title import TITLE
@@ -100,13 +101,16 @@ def reset_signals() -> None:
 
 
 def confine(context: CellContext) -> None:
-    """The last steps before the role runs, in a process that is confined otherwise. Raises CellError, OSError."""
+    """The last steps before the role runs, in a process that is confined otherwise. Raises CellError, StepError."""
     if context.has(walls.DEATH_SIGNAL):
-        identity.die_with(context.seal.fileno())
-    bounds.apply(context.limits)
-    # Readable for the supervisor until it has verified the walls (Seal.await_verified).
-    identity.set_dumpable(True)
-    identity.set_name(context.name)
+        with Step(f"set the death signal of {context.name}"):
+            identity.die_with(context.seal.fileno())
+    with Step(f"set the limits of {context.name}"):
+        bounds.apply(context.limits)
+    with Step(f"name {context.name}, and make it readable"):
+        # For the supervisor, until it has verified the walls (Seal.await_verified).
+        identity.set_dumpable(True)
+        identity.set_name(context.name)
     TITLE.show_role(context.name)
     faults.visit("cell.confined")
 
@@ -151,7 +155,7 @@ class Seal:
                 identity.set_dumpable(False)
             descriptors.send(channel, HIDDEN)
         except (OSError, IpcError) as error:
-            raise CellError(f"{self._context.name} cannot be sealed: {error}") from None
+            raise CellError(f"{self._context.name} cannot be sealed: {_reason(error)}") from None
         faults.visit("cell.verified")
 
     def tighten(self) -> None:
@@ -170,7 +174,7 @@ class Seal:
                 self._expect(channel, GO)
             self._install(RUNNING, channel)
         except (OSError, IpcError, PolicyError) as error:
-            raise CellError(f"{self._context.name} cannot be sealed: {error}") from None
+            raise CellError(f"{self._context.name} cannot be sealed: {_reason(error)}") from None
 
     def await_tightened(self) -> None:
         """Wait until the walls of the running stage are verified. Raises CellError if one differs."""
@@ -180,7 +184,7 @@ class Seal:
         try:
             self._expect(channel, GO)
         except (OSError, IpcError) as error:
-            raise CellError(f"{self._context.name} cannot be sealed: {error}") from None
+            raise CellError(f"{self._context.name} cannot be sealed: {_reason(error)}") from None
         finally:
             channel.close()
         faults.visit("cell.sealed")
@@ -234,6 +238,10 @@ def _install_when_possible(chosen: Filter) -> int:
         time.sleep(_PAUSE_S)
 
 
+def _reason(error: Exception) -> str:
+    return errno_text(error) if isinstance(error, OSError) else str(error)
+
+
 def report_failure(context: CellContext, text: str) -> None:
     """Tell the supervisor, as long as the seal channel is open, why this cell cannot go on."""
     try:
@@ -283,7 +291,10 @@ def _run(context: CellContext, prepare: Callable[[], tuple[int, ...]], role: Cal
         seal = Seal(context)
         seal.begin()
     except (JailerError, IpcError, OSError) as error:
-        report_failure(context, errno_text(error) if isinstance(error, OSError) else str(error))
+        report_failure(
+            context,
+            f"Failed to confine {context.name}: {errno_text(error)}" if isinstance(error, OSError) else str(error),
+        )
         return EXIT_FAILED
     if not context.has(walls.LOG_PIPE):  # else the supervisor hears what a library says on standard error
         MadeByLibrary.last_words = context.seal.fileno()

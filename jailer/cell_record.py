@@ -10,6 +10,7 @@ from base.lean_typing import Enum, NamedTuple
 from ipc.launch_plan import Assignment, LaunchPlan, cell_name
 from jailer import bounds, fault_signals, verify
 from jailer.cell_output import CellOutput
+from jailer.janitor import Janitor
 from jailer.landlock import Rulesets
 from jailer.log import Log
 from jailer.memory import MemoryMaker
@@ -63,10 +64,21 @@ class Setup(NamedTuple):
     log: Log
     worker_cgroups: WorkerCgroups
     landlock: Rulesets
+    janitor: Janitor
 
     def limits(self, assignment: Assignment) -> bounds.Limits:
         """Return the limits of a worker or device cell that is forked for this."""
         return bounds.wanted(self.plan, assignment.role, assignment, self.asked.inherited)
+
+
+def open_pidfd(pid: int) -> int:
+    """Return a pidfd of a child of ours. Raises OSError; then the child is gone."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
 
 
 class Cell:

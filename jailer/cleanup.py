@@ -1,4 +1,4 @@
-"""What a microVM leaves behind, and who removes it: the janitor of ``--cleanup``, or ``--purge`` afterwards.
+"""Removal of what a microVM leaves behind: by the janitor (jailer.janitor), or by ``--purge`` afterwards.
 
 Removal never leaves the given directory: descriptors only, no links followed, no mount crossed (openat2(2)), so that a
 jail root that an earlier guest prepared, or in which the host mounted something, cannot lead it elsewhere.
@@ -13,12 +13,10 @@ import stat
 import time
 
 from base.errno_text import errno_text
-from base.lean_std import signal
 from base.lean_typing import NamedTuple
 from jailer import syscalls
-from jailer.errors import CleanupError, JailerError
-from jailer.seccomp.install import Filter, install
-from jailer.steps import cgroups, identity, process
+from jailer.errors import CleanupError
+from jailer.steps import cgroups
 from jailer.steps.worker_cgroups import directories_of
 
 _RESOLVE = (
@@ -105,111 +103,6 @@ def remove_all(items: list[Leftover]) -> list[str]:
     for item in items:
         failures.extend(remove(item, deadline))
     return failures
-
-
-# ---------------------------------------------------------------- janitor
-
-# Lines of the life line, jailer → janitor: a kind, a space, a path. READY comes last; then only the end follows.
-_TREE = "tree"
-_CGROUP = "cgroup"
-_EMPTY = "empty"
-_READY = "ready"
-_MAX_LINES_SIZE = 64 << 10
-#: CAP_DAC_OVERRIDE and CAP_FOWNER: the jail root belongs to another user.
-_JANITOR_CAPABILITIES = 1 << 1 | 1 << 3
-
-
-class Janitor:
-    """The supervisor's side: say what to remove when this end of the life line closes, however that happens."""
-
-    __slots__ = ("descriptor",)
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-
-    def tree(self, path: str) -> None:
-        """A directory with everything in it."""
-        self._tell(_TREE, path)
-
-    def cgroup(self, path: str) -> None:
-        """A cgroup, as soon as nobody is in it."""
-        self._tell(_CGROUP, path)
-
-    def empty(self, path: str) -> None:
-        """A directory, if nobody else uses it by then."""
-        self._tell(_EMPTY, path)
-
-    def ready(self) -> None:
-        """Nothing more will be added."""
-        self._tell(_READY, "")
-
-    def _tell(self, kind: str, path: str) -> None:
-        try:
-            os.write(self.descriptor, os.fsencode(f"{kind} {path}") + b"\0")
-        except OSError as error:
-            raise CleanupError(f"the janitor is gone: {errno_text(error)}") from None
-
-
-def start_janitor(chosen: Filter | None) -> Janitor:
-    """Fork the janitor, detached, while this process is small and in no cgroup of the microVM. Raises OSError."""
-    read_end, write_end = os.pipe2(os.O_CLOEXEC)
-    middle = os.fork()
-    if middle == 0:
-        status = 1
-        try:
-            os.close(write_end)
-            os.setsid()
-            status = 0 if os.fork() else _janitor(read_end, chosen)
-        finally:
-            os._exit(status)
-    os.close(read_end)
-    _, status = os.waitpid(middle, 0)
-    if status:
-        os.close(write_end)
-        raise CleanupError("cannot start the janitor")
-    return Janitor(write_end)
-
-
-def _janitor(life_line: int, chosen: Filter | None) -> int:
-    """Collect what to remove until the life line ends, then remove it, newest first."""
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-            signal.signal(number, signal.SIG_IGN)
-        process.keep_only((life_line,))
-        identity.set_name("cellblock-clean")
-        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-        os.dup2(null, 0)
-        os.dup2(null, 1)
-        os.chdir("/")
-        items = _collect(life_line, chosen)
-        failures = remove_all(items[::-1])
-    except (JailerError, OSError) as error:
-        failures = [str(error)]
-    for failure in failures:
-        os.write(2, f"cleanup: not removed: {failure}\n".encode("utf-8", "replace"))
-    return 1 if failures else 0
-
-
-def _collect(life_line: int, chosen: Filter | None) -> list[Leftover]:
-    items = []
-    pending = b""
-    while data := os.read(life_line, _MAX_LINES_SIZE):
-        *lines, pending = (pending + data).split(b"\0")
-        for line in lines:
-            kind, _, path = os.fsdecode(line).partition(" ")
-            if kind == _READY:
-                _confine_janitor(chosen)
-            else:
-                items.append(leftover(path, is_cgroup=kind == _CGROUP, only_empty=kind == _EMPTY))
-    return items
-
-
-def _confine_janitor(chosen: Filter | None) -> None:
-    if os.getuid() == 0:
-        syscalls.capabilities_set(_JANITOR_CAPABILITIES)
-    identity.set_no_new_privileges()
-    if chosen is not None:
-        install(chosen)
 
 
 # ---------------------------------------------------------------- purge

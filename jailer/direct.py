@@ -8,30 +8,17 @@ from base import timeline
 from base.errno_text import errno_text
 from base.lean_std import socket
 from base.lean_typing import Callable
-from ipc.errors import IpcError
 from ipc.launch_plan import ROLE_VMM, SECCOMP_KILL, SECCOMP_OFF, LaunchPlan
-from jailer import bounds, cleanup, plan, template, verify, walls
+from jailer import bounds, janitor, plan, start, template, verify, walls
 from jailer.cell_record import Cell, Setup
 from jailer.errors import ArgumentError, StepError
-from jailer.filters import JANITOR, Filters, custom_filter, load_filters, of_cell, with_custom
+from jailer.filters import JANITOR, custom_filter, load_filters, of_cell, with_custom
 from jailer.landlock import Rulesets
 from jailer.log import Log
 from jailer.memory import MemoryMaker
-from jailer.start import (
-    Entered,
-    Host,
-    await_controller,
-    close_supervisor,
-    fork_controller,
-    hold_signals,
-    keep_terminal,
-    open_host,
-    signal_descriptor,
-    supervise,
-    wait_entered,
-    warnings,
-)
+from jailer.operations import Step
 from jailer.steps import detach, identity, network, process, user_namespace
+from jailer.steps.directories import make_directory
 from jailer.steps.title import TITLE
 from jailer.steps.worker_cgroups import WorkerCgroups
 
@@ -49,10 +36,10 @@ def _can_be_reached(path: str) -> bool:
     return False
 
 
-def make_ipc_directory(*, for_others: bool) -> str:
-    """Make a directory that only we can list, where its name can be kept short. Raises StepError.
+def make_ipc_directory(watch: janitor.Janitor, *, for_others: bool) -> str:
+    """Make a directory that only we can list, where its name can be kept short; the janitor removes it at the end.
 
-    ``for_others``: our cells, who are other users, can go through it.
+    ``for_others``: our cells, who are other users, can go through it. Raises StepError, CleanupError.
     """
     uid = os.getuid()
     last = ""
@@ -64,12 +51,11 @@ def make_ipc_directory(*, for_others: bool) -> str:
         for _ in range(_ATTEMPTS):
             path = os.path.join(base, f"cellblock-{os.urandom(6).hex()}")
             try:
-                os.mkdir(path, 0o700)
-                if for_others:
-                    os.chmod(path, 0o711)
-                return path
-            except FileExistsError:
-                continue
+                if make_directory(path, 0o700, watch):
+                    watch.remove_tree(path)
+                    if for_others:
+                        os.chmod(path, 0o711)
+                    return path
             except OSError as error:
                 last = f"{base}: {errno_text(error)}"
                 break
@@ -96,28 +82,60 @@ def launch(
     ``wall_log`` is the path of a file for the walls' reports and the supervisor's lines; ``off`` are walls that are
     switched off by name.
     """
-    timeline.mark("prepare")
     _check_names(off)
+    made = _Made()
+    try:
+        return _launch(made, arguments, microvm_id, started, load_roles, wall_log=wall_log, off=off)
+    except BaseException:
+        start.end_cell(made.controller)
+        if made.janitor is not None:
+            made.janitor.undo()
+        raise
+
+
+class _Made:
+    """What has to be ended if the launch fails."""
+
+    __slots__ = ("controller", "janitor")
+
+    def __init__(self) -> None:
+        self.controller: Cell | None = None
+        self.janitor: janitor.Janitor | None = None
+
+
+def _launch(
+    made: _Made,
+    arguments: tuple[str, ...],
+    microvm_id: str,
+    started: plan.Started,
+    load_roles: Callable[[], template.Roles],
+    *,
+    wall_log: str,
+    off: frozenset[str],
+) -> int:
+    timeline.mark("prepare")
     inherited = _prepare()
-    proc = verify.open_proc()
+    with Step("open /proc"):
+        proc = verify.open_proc()
     log = Log(2, microvm_id)
     if wall_log:
         log.open_reports(wall_log)
     mode = SECCOMP_OFF if "--no-seccomp" in arguments or walls.SECCOMP in off else SECCOMP_KILL
     timeline.mark("load filters")
-    filters = load_filters(mode, janitor=True)
+    filters = load_filters(mode)
     if path := custom_filter(arguments):
         filters = with_custom(filters, path)
     timeline.mark("fork janitor")
-    janitor, directory = _watched_ipc_directory(filters, off)
+    made.janitor = janitor.start(filters.by_role.get(JANITOR))
+    directory = make_ipc_directory(made.janitor, for_others=os.getuid() == 0 and walls.CELL_IDENTITY not in off)
     timeline.mark("import roles")
     roles = load_roles()
     timeline.mark("open host")
-    host = open_host(proc, -1, arguments, log)
+    host = start.open_host(proc, -1, arguments, log)
     namespace = _cell_users(host, off)
     launching = plan.Launch(microvm_id, arguments, started, mode, -1, host.console, namespace.first_uid)
     launch_plan = plan.unjailed(launching, directory, off)
-    signals = signal_descriptor()
+    signals = start.signal_descriptor()
     _bound(host, off)
     timeline.mark("warm")
     template.warm()
@@ -125,33 +143,35 @@ def launch(
     landlock = _enter_domain(off)
     if asked.cells_own_pids:
         detach.leave_pid_namespace()
-    enter = _entering(launch_plan, host, janitor, own_network=asked.own_network)
+    enter = _entering(launch_plan, host, own_network=asked.own_network)
     mine, keep = of_cell(filters.by_role, ROLE_VMM), (*inherited, host.console)
-    controller, channel = fork_controller(launch_plan, roles, mine, enter, keep, landlock=landlock, asked=asked)
-    _leave_network(controller, own_network=asked.own_network)
+    made.controller, channel = start.fork_controller(
+        launch_plan, roles, mine, enter, keep, landlock=landlock, asked=asked
+    )
+    _leave_network(made.controller, own_network=asked.own_network)
     timeline.mark("wait for controller")
-    wait_entered(controller)
+    start.wait_entered(made.controller)
     for descriptor in inherited:  # the controller has them, for paths like /dev/fd/63
         os.close(descriptor)
     # fmt: off
     setup = Setup(
         launch_plan, roles, asked, proc, host.kvm_fd, host.kvm_error, filters.by_role, MemoryMaker(False), log,
-        WorkerCgroups(), landlock,
+        WorkerCgroups(), landlock, made.janitor,
     )
     # fmt: on
-    supervisor = await_controller(setup, controller, channel, signals)
+    supervisor = start.await_controller(setup, made.controller, channel, signals)
     _confine_supervisor(setup, host, filters.warning, namespace)
-    return supervise(supervisor)
+    return start.supervise(supervisor)
 
 
-def _cell_users(host: Host, off: frozenset[str]) -> user_namespace.UserNamespace:
+def _cell_users(host: start.Host, off: frozenset[str]) -> user_namespace.UserNamespace:
     """Return the namespace of the users of workers and device cells, where we may make one. Raises StepError."""
     if walls.CELL_IDENTITY in off:
         return user_namespace.UserNamespace()
     return user_namespace.make(os.getuid(), os.getgid(), 0, host.facts.capabilities)
 
 
-def _asked(host: Host, off: frozenset[str], namespace: user_namespace.UserNamespace) -> verify.Asked:
+def _asked(host: start.Host, off: frozenset[str], namespace: user_namespace.UserNamespace) -> verify.Asked:
     may = host.facts.may_make_namespaces
     missing = () if may else tuple(each for each in (walls.NETWORK_NAMESPACE, walls.PID_NAMESPACE) if each not in off)
     unavailable = (*namespace.unavailable_walls(), *((each, "CAP_SYS_ADMIN is needed") for each in missing))
@@ -162,84 +182,78 @@ def _asked(host: Host, off: frozenset[str], namespace: user_namespace.UserNamesp
 
 def _prepare() -> tuple[int, ...]:
     """Make this process ready for the launch; return the descriptors that the caller left open."""
-    hold_signals()
+    start.hold_signals()
     TITLE.find(PROGRAM)
     process.ensure_standard_descriptors()
     return process.inherited_descriptors()
 
 
-def _watched_ipc_directory(filters: Filters, off: frozenset[str]) -> tuple[cleanup.Janitor, str]:
-    """Return the ipc directory, and the janitor that will remove it. Raises StepError, CleanupError."""
-    janitor = cleanup.start_janitor(filters.by_role.get(JANITOR))
-    directory = make_ipc_directory(for_others=os.getuid() == 0 and walls.CELL_IDENTITY not in off)
-    janitor.tree(directory)
-    janitor.ready()
-    return janitor, directory
-
-
-def _bound(host: Host, off: frozenset[str]) -> None:
+def _bound(host: start.Host, off: frozenset[str]) -> None:
     """What every process of the launch loses."""
     if walls.CORE_LIMIT not in off:
-        identity.forbid_core_files()
+        with Step("forbid core files"):
+            identity.forbid_core_files()
     if host.facts.privileged and walls.CAPABILITIES not in off:
-        identity.clear_bounding_set()
+        with Step("empty the capability bounding set"):
+            identity.clear_bounding_set()
 
 
 def _enter_domain(off: frozenset[str]) -> Rulesets:
     """Enter the Landlock domain of the microVM, for which an ordinary user needs no_new_privs. Raises StepError."""
     if walls.NO_NEW_PRIVILEGES not in off:
-        identity.set_no_new_privileges()
+        with Step("set no_new_privs"):
+            identity.set_no_new_privileges()
     landlock = Rulesets(wanted=walls.LANDLOCK not in off)
     landlock.enter_domain()
     return landlock
 
 
 def _entering(
-    launch_plan: LaunchPlan, host: Host, janitor: cleanup.Janitor, *, own_network: bool
-) -> Callable[[socket.socket], Entered]:
+    launch_plan: LaunchPlan, host: start.Host, *, own_network: bool
+) -> Callable[[socket.socket], start.Entered]:
     """Return what the controller's process does first, with its end of the seal channel."""
     off = launch_plan.switched_off
 
-    def enter(supervisor: socket.socket) -> Entered:
-        keep_terminal(launch_plan.arguments, host.null)
+    def enter(supervisor: socket.socket) -> start.Entered:
+        start.keep_terminal(launch_plan.arguments, host.null)
         tun = network.open_tun()
         if own_network:
             network.join_network(supervisor)
         if walls.CAPABILITIES not in off:
-            identity.keep_capabilities(host.facts.unjailed_capabilities)
+            with Step("limit the capabilities"):
+                identity.keep_capabilities(host.facts.unjailed_capabilities)
         if walls.NO_NEW_PRIVILEGES not in off:
-            identity.set_no_new_privileges()
-        os.close(janitor.descriptor)
-        return Entered(tun)
+            with Step("set no_new_privs"):
+                identity.set_no_new_privileges()
+        return start.Entered(tun)
 
     return enter
 
 
 def _leave_network(controller: Cell, *, own_network: bool) -> None:
-    """Share an empty network namespace with the controller. Raises StepError; then the controller is gone, too."""
+    """Share an empty network namespace with the controller. Raises StepError."""
     timeline.mark("leave network")
     if not own_network:
         return
     assert controller.seal is not None
-    try:
-        network.leave_network()
-        network.share_network(controller.seal)
-    except (OSError, IpcError) as error:
-        raise StepError(str(error)) from None
+    network.leave_network()
+    network.share_network(controller.seal)
 
 
-def _confine_supervisor(setup: Setup, host: Host, warning: str, namespace: user_namespace.UserNamespace) -> None:
+def _confine_supervisor(setup: Setup, host: start.Host, warning: str, namespace: user_namespace.UserNamespace) -> None:
     timeline.mark("confine supervisor")
     off = setup.plan.switched_off
     if namespace.first_uid:
         user_namespace.enter(namespace, bounded=walls.CAPABILITIES not in off)
     if walls.CAPABILITIES not in off:
-        identity.keep_capabilities(identity.SUPERVISOR_CAPABILITIES if namespace.first_uid else 0)
+        with Step("limit the capabilities"):
+            identity.keep_capabilities(identity.SUPERVISOR_CAPABILITIES if namespace.first_uid else 0)
     if walls.NO_NEW_PRIVILEGES not in off:
-        identity.set_no_new_privileges()
-    close_supervisor(setup, host, PROGRAM, dumpable_wall=walls.DUMPABLE not in off)
+        with Step("set no_new_privs"):
+            identity.set_no_new_privileges()
+    start.close_supervisor(setup, host, PROGRAM, dumpable_wall=walls.DUMPABLE not in off)
     os.close(host.null)
     switched_off = f"switched off: {', '.join(off)}" if set(off) - {walls.SECCOMP} else ""
-    for each in (warning, switched_off, *(warnings(setup) if setup.plan.uid == 0 else ())):
+    for each in (warning, switched_off, *(start.warnings(setup) if setup.plan.uid == 0 else ())):
         if each:
             setup.log.warning(each)

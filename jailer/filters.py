@@ -32,14 +32,14 @@ def of_cell(by_role: dict[str, Filter], role: str) -> dict[str, Filter]:
     return {stage: by_role[policy] for stage, policy in policies.items() if policy in by_role}
 
 
-def load_filters(mode: str, *, janitor: bool, with_faults: bool = False) -> Filters:
+def load_filters(mode: str, *, with_faults: bool = False) -> Filters:
     """Load the filters of every role; with armed faults, those that let a fault act. Raises PolicyError."""
     if mode == SECCOMP_OFF:
         return Filters(mode, {}, "")
     if mode == SECCOMP_REPORT:
         import jailer.seccomp.names  # noqa: F401  needed in the jail, where nothing can be imported
 
-    by_role, warning = load((*ROLES, JANITOR) if janitor else ROLES, mode, "-faults" if with_faults else "")
+    by_role, warning = load((*ROLES, JANITOR), mode, "-faults" if with_faults else "")
     return Filters(mode, by_role, warning)
 
 

@@ -186,7 +186,10 @@ class Rulesets:
         """Give a role its rights, or some of them, below what is the root now. Raises StepError."""
         if role not in self.by_role:
             return
-        root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StepError(f"Failed to add a Landlock rule for /: {errno_text(error)}") from None
         try:
             self.allow(role, root, rights)
         finally:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 
-from base import faults, threads, timeline
+from base import faults, timeline
 from base.errno_text import errno_text
 from base.errors import FaultSpecError
 from base.lean_std import socket
 from base.lean_typing import Callable
-from ipc.errors import IpcError
 from ipc.launch_plan import ROLE_VMM, SECCOMP_OFF, LaunchPlan
-from jailer import bounds, cleanup, plan, start, syscalls, template, verify, walls
+from jailer import bounds, janitor, plan, start, syscalls, template, verify, walls
 from jailer.cell_record import Cell, Setup
 from jailer.cli import Options
 from jailer.errors import ArgumentError, StepError
@@ -22,7 +21,7 @@ from jailer.filters import JANITOR, Filters, custom_filter, load_filters, of_cel
 from jailer.landlock import Rulesets
 from jailer.log import Log
 from jailer.memory import MemoryMaker, ReserveMemory
-from jailer.operations import Operation, Plan
+from jailer.operations import Operation, Plan, Step
 from jailer.settings import Settings
 from jailer.steps import (
     cgroups,
@@ -59,12 +58,23 @@ class JailedLaunch:
         self._uid = settings.uid if self._has(walls.IDENTITY) else os.getuid()
         self._gid = settings.gid if self._has(walls.IDENTITY) else os.getgid()
         self._log = Log(2, settings.microvm_id)
-        self._janitor: cleanup.Janitor | None = None
+        self._janitor: janitor.Janitor | None = None
         self._plan_on_host: Plan | None = None
         self._namespace = user_namespace.UserNamespace()
+        self._controller: Cell | None = None
 
     def run(self, load_roles: Callable[[], template.Roles]) -> int:
-        """Launch, supervise, return the exit code of the microVM. Raises JailerError before the controller runs."""
+        """Launch, supervise, return the exit code of the microVM. Raises JailerError if the launch fails.
+
+        Then nothing of it is left, as if it is killed (jailer.janitor).
+        """
+        try:
+            return self._launch(load_roles)
+        except BaseException:
+            self._undo()
+            raise
+
+    def _launch(self, load_roles: Callable[[], template.Roles]) -> int:
         timeline.mark("prepare")
         settings = self._settings
         start.hold_signals()
@@ -72,50 +82,52 @@ class JailedLaunch:
         if self._rootless:
             rootless.enter(self._uid, self._gid)
         shortcomings = self._shortcomings()
-        proc = verify.open_proc()
+        with Step("open /proc"):
+            proc = verify.open_proc()
         self._open_wall_log()
         self._arm()
-        filters = load_filters(
-            self._mode,
-            janitor="cleanup" in self._options.switches,
-            with_faults=bool(self._options.values_of("arm-fault")),
-        )
-        if "cleanup" in self._options.switches:
-            self._janitor = cleanup.start_janitor(filters.by_role.get(JANITOR))
+        filters = load_filters(self._mode, with_faults=bool(self._options.values_of("arm-fault")))
+        self._janitor = janitor.start(filters.by_role.get(JANITOR))
         timeline.mark("import roles")
         roles = load_roles()
         timeline.mark("open host")
         host = start.open_host(proc, self._open_kernel_cache(), self._options.arguments, self._log)
         cgroup_plan = cgroups.plan_parent_only(settings)
-        cgroup_items = cgroups.plan_items(settings)
+        cgroup_items = cgroups.plan_items(settings, self._janitor)
         timeline.mark("warm")
-        template.warm()  # before the cgroup is joined: what it moves is charged to who starts us, as all imports are
-        memory = self._act_on_host(cgroup_plan, cgroup_items)
-        try:
-            filters = self._with_custom_filter(filters)
-            timeline.mark("make users")
-            self._make_cell_users(host.facts.capabilities)
-            timeline.mark("detach")
-            launcher = detach.detach(settings.daemonize, settings.new_pid_ns)
-            setup, channel, controller, signals = self._fork_controller(proc, host, filters, roles, memory)
-        except (OSError, IpcError) as error:
-            self._undo()
-            raise StepError(threads.explain(error) if isinstance(error, OSError) else str(error)) from None
-        except BaseException:
-            self._undo()
-            raise
-        supervisor = start.await_controller(setup, controller, channel, signals)
+        with Step("prepare the memory that the cells share"):
+            # Before the cgroup is joined: what it moves is charged to who starts us, as all imports are.
+            template.warm()
+        memory = self._act_on_host(self._janitor, cgroup_plan, cgroup_items)
+        filters = self._with_custom_filter(filters)
+        timeline.mark("make users")
+        self._make_cell_users(host.facts.capabilities)
+        timeline.mark("detach")
+        launcher = detach.detach(settings.daemonize, settings.new_pid_ns)
+        setup, channel, signals = self._make_microvm(proc, host, filters, roles, memory)
+        assert self._controller is not None
+        supervisor = start.await_controller(setup, self._controller, channel, signals)
         timeline.mark("confine supervisor")
         self._drop_privileges(self._namespace)
         start.close_supervisor(setup, host, settings.exec_name, dumpable_wall=self._has(walls.DUMPABLE))
         if settings.daemonize:
-            detach.redirect_standard_descriptors(host.null, (2,))
+            with Step("give up standard error"):
+                detach.redirect_standard_descriptors(host.null, (2,))
         os.close(host.null)
         launcher.ready()
         for warning in (filters.warning, self._switches_warning(), shortcomings, *start.warnings(setup)):
             if warning:
                 self._log.warning(warning)
         return start.supervise(supervisor)
+
+    def _undo(self) -> None:
+        """Take back what this launch did, or have it taken back."""
+        start.end_cell(self._controller)
+        if self._janitor is None or self._janitor.is_over:
+            return
+        if self._plan_on_host is not None:
+            self._plan_on_host.undo()
+        self._janitor.undo()
 
     # ------------------------------------------------------------ on the host
 
@@ -151,11 +163,13 @@ class JailedLaunch:
         except OSError as error:
             raise StepError(f"Failed to open kernel cache {path}: {errno_text(error)}") from None
 
-    def _act_on_host(self, parent: cgroups.CgroupPlan, items: cgroups.CgroupPlan) -> MemoryMaker:
+    def _act_on_host(
+        self, journal: janitor.Janitor, parent: cgroups.CgroupPlan, items: cgroups.CgroupPlan
+    ) -> MemoryMaker:
         """Carry out the operations on the host, in Firecracker's order."""
         settings = self._settings
         off = frozenset(self._off)
-        self._root = root = directories.MakeJailRoot(settings.jail_root)
+        self._root = root = directories.MakeJailRoot(settings.jail_root, journal)
         program = directories.CopyExecFile(settings.exec_file, root, settings.jail_root, self._uid, self._gid)
         operations: list[Operation] = [*parent.operations, root, program]
         if settings.netns:
@@ -164,47 +178,45 @@ class JailedLaunch:
         operations += [reserve, process.SetLimits(settings.limits), *items.operations]
         self._plan_on_host = Plan(operations, off, self._log.error)
         self._plan_on_host.execute()
-        self._tell_janitor([root, *(each for each in items.operations if isinstance(each, cgroups.MakeCgroup))])
+        self._clean_up_at_end([root, *(each for each in items.operations if isinstance(each, cgroups.MakeCgroup))])
         self._cgroups = items.directories if walls.CGROUP not in off else ()
         self._worker_cgroups = items.workers
         return reserve.maker
 
-    def _tell_janitor(self, made: list[directories.MakeJailRoot | cgroups.MakeCgroup]) -> None:
-        if self._janitor is None:
+    def _clean_up_at_end(self, made: list[directories.MakeJailRoot | cgroups.MakeCgroup]) -> None:
+        if self._janitor is None or "cleanup" not in self._options.switches:
             return
         for operation in made:
             for path in operation.made:
-                self._janitor.empty(path)
-
-    def _undo(self) -> None:
-        if self._plan_on_host is not None:
-            self._plan_on_host.undo()
+                self._janitor.remove_empty(path)
 
     # ------------------------------------------------------------ controller
 
-    def _fork_controller(
+    def _make_microvm(
         self, proc: int, host: start.Host, filters: Filters, roles: template.Roles, memory: MemoryMaker
-    ) -> tuple[Setup, socket.socket, Cell, int]:
-        """Fork the controller into its jail and wait until it is in it; then write the pid file."""
-        settings = self._settings
-        visible_pid = detach.outer_pid()
+    ) -> tuple[Setup, socket.socket, int]:
+        """Fork the controller into its jail and wait until it is in it; then enter ours."""
+        assert self._janitor is not None
+        with Step("read our process id"):
+            visible_pid = detach.outer_pid()
         timeline.mark("own mounts")
-        os.fchdir(self._root.descriptor)
+        with Step(f"enter {self._settings.jail_root}"):
+            os.fchdir(self._root.descriptor)
         trees = self._make_trees()
+        self._wanted_nodes = devices.nodes()
         self._nodes = self._clone_nodes()
-        launch_plan = self._launch_plan(host)
-        asked = self._asked(host)
+        with Step("make the launch plan"):
+            launch_plan = self._launch_plan(host)
+        with Step("read what the walls will be compared with"):
+            asked = self._asked(host)
         jailed_proc = self._mount_proc(proc)
         signals = start.signal_descriptor()
-        if self._has(walls.CORE_LIMIT):
-            identity.forbid_core_files()
-        if self._has(walls.CAPABILITIES):
-            identity.clear_bounding_set()
+        self._bound()
         landlock = Rulesets(wanted=self._has(walls.LANDLOCK))
         landlock.enter_domain()
         if self._has(walls.PID_NAMESPACE):
             detach.leave_pid_namespace()
-        controller, channel = start.fork_controller(
+        self._controller, channel = start.fork_controller(
             launch_plan,
             roles,
             of_cell(filters.by_role, ROLE_VMM),
@@ -214,34 +226,37 @@ class JailedLaunch:
             asked=asked,
         )
         timeline.mark("leave namespaces")
-        self._leave_namespaces(controller)
+        self._leave_namespaces(self._controller)
         timeline.mark("wait for controller")
-        start.wait_entered(controller)  # the locked pid file stays open as long as we live
-        if self._janitor is not None:
+        start.wait_entered(self._controller)  # the locked pid file stays open as long as we live
+        if "cleanup" in self._options.switches:
             for directory in self._cgroups:
-                self._janitor.cgroup(directory)
-            self._janitor.tree(settings.jail_directory)
-            self._janitor.ready()
+                self._janitor.remove_cgroup(directory)
+            self._janitor.remove_tree(self._settings.jail_directory)
+        self._plan_on_host = None  # we leave the host's root and our privileges: from here on it is for the janitor
         if trees is not None:
             os.close(trees.controller)
             timeline.mark("enter empty root")
-            roots.enter_empty_root(trees.others)
+            with Step("enter the empty root"):
+                roots.enter_empty_root(trees.others)
             os.close(trees.others)
         self._root.close()
+        # fmt: off
         setup = Setup(
-            launch_plan,
-            roles,
-            asked,
-            jailed_proc,
-            host.kvm_fd,
-            host.kvm_error,
-            filters.by_role,
-            memory,
-            self._log,
-            self._worker_cgroups,
-            landlock,
+            launch_plan, roles, asked, jailed_proc, host.kvm_fd, host.kvm_error, filters.by_role, memory, self._log,
+            self._worker_cgroups, landlock, self._janitor,
         )
-        return setup, channel, controller, signals
+        # fmt: on
+        return setup, channel, signals
+
+    def _bound(self) -> None:
+        """What every process of the launch loses."""
+        if self._has(walls.CORE_LIMIT):
+            with Step("forbid core files"):
+                identity.forbid_core_files()
+        if self._has(walls.CAPABILITIES):
+            with Step("empty the capability bounding set"):
+                identity.clear_bounding_set()
 
     def _make_cell_users(self, capabilities: int) -> None:
         """Before we are in another process namespace than /proc, by which the map is written."""
@@ -267,7 +282,11 @@ class JailedLaunch:
 
     def _clone_nodes(self) -> dict[str, int] | None:
         """Return the host's device nodes where none can be made, as detached mounts."""
-        return rootless.clone_nodes(devices.paths()) if self._rootless and self._has(walls.DEVICES) else None
+        return (
+            rootless.clone_nodes(devices.paths(self._wanted_nodes))
+            if self._rootless and self._has(walls.DEVICES)
+            else None
+        )
 
     def _mount_device(self, directory: devices.MakeDirectory, path: str) -> Operation | None:
         trees = self._nodes or {}
@@ -279,7 +298,8 @@ class JailedLaunch:
             os.close(proc)
             return rootless.clone_proc()
         quiet = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC
-        detached = syscalls.mount_detached("proc", (("subset", "pid"),), quiet | syscalls.MOUNT_ATTR_RDONLY)
+        with Step("mount a /proc for the supervisor"):
+            detached = syscalls.mount_detached("proc", (("subset", "pid"),), quiet | syscalls.MOUNT_ATTR_RDONLY)
         os.close(proc)
         return detached
 
@@ -293,7 +313,8 @@ class JailedLaunch:
         has = self._has(walls.ROOT) and self._has(walls.DEVICES) and self._has(walls.UNUSED_DEVICES)
         if not has:
             return ()
-        return tuple(path for path in devices.unused() if self._nodes is None or path in self._nodes)
+        unused = devices.unused(self._wanted_nodes)
+        return tuple(path for path in unused if self._nodes is None or path in self._nodes)
 
     def _passages(self) -> tuple[str, ...]:
         """Return the directories in the jail root that workers pass through, who are other users: none, as a rule.
@@ -357,16 +378,22 @@ class JailedLaunch:
             flags |= syscalls.CLONE_NEWIPC
         if self._has(walls.UTS_NAMESPACE):
             flags |= syscalls.CLONE_NEWUTS
-        syscalls.unshare(flags)
-        make = self._mount_device if self._rootless else None
-        made, nodes = devices.operations(self._uid, self._gid, mounts=self._root.mounts_are_hosts, make=make)
+        with Step("unshare into new ipc and uts namespaces"):
+            syscalls.unshare(flags)
+        made, nodes = devices.operations(
+            self._wanted_nodes,
+            (self._uid, self._gid),
+            mounts=self._root.mounts_are_hosts,
+            journal=self._root.journal,
+            make=self._mount_device if self._rootless else None,
+        )
         by_path = {each.path: each for each in made}
         tun = network.OpenTun(lambda: by_path["/dev/net"].descriptor)
         operations: list[Operation] = [roots.EnterJailRoot(), *made, *nodes, tun]
         if trees is not None:
             place = by_path[roots.CONTROLLER_IPC_DIRECTORY]
             operations.append(roots.AttachIpcDirectory(trees.controller, lambda: place.descriptor))
-        pid_file = detach.WritePidFile(lambda: made[0].descriptor, settings.exec_name, visible_pid)
+        pid_file = detach.WritePidFile(lambda: made[0].descriptor, settings.exec_name, visible_pid, self._root.journal)
         operations.append(pid_file)
         operations += [covers.CoverDevice(by_path[os.path.dirname(path)], path) for path in self._closed_devices()]
         operations += [covers.CoverPidFile(made[0], path) for path in self._read_only_files()]
@@ -400,18 +427,22 @@ class JailedLaunch:
         for wall, flag in ((walls.IPC_NAMESPACE, syscalls.CLONE_NEWIPC), (walls.UTS_NAMESPACE, syscalls.CLONE_NEWUTS)):
             if self._has(wall):
                 flags |= flag
-        syscalls.unshare(flags)
+        with Step("unshare into new ipc and uts namespaces"):
+            syscalls.unshare(flags)
 
     def _drop_privileges(self, namespace: user_namespace.UserNamespace) -> None:
         """``namespace``: that of the users of our cells, for the supervisor."""
         if namespace.first_uid:
             user_namespace.enter(namespace, bounded=self._has(walls.CAPABILITIES))
         if self._has(walls.IDENTITY):
-            identity.become(self._uid, self._gid, keep_groups=self._rootless)
+            with Step(f"become user {self._uid}, group {self._gid}"):
+                identity.become(self._uid, self._gid, keep_groups=self._rootless)
         if self._has(walls.CAPABILITIES):
-            identity.keep_capabilities(identity.SUPERVISOR_CAPABILITIES if namespace.first_uid else 0)
+            with Step("limit the capabilities"):
+                identity.keep_capabilities(identity.SUPERVISOR_CAPABILITIES if namespace.first_uid else 0)
         if self._has(walls.NO_NEW_PRIVILEGES):
-            identity.set_no_new_privileges()
+            with Step("set no_new_privs"):
+                identity.set_no_new_privileges()
 
     def _switches_warning(self) -> str:
         return f"switched off: {', '.join(sorted(self._off))}" if self._off else ""

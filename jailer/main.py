@@ -8,6 +8,7 @@ import sys
 
 from base import timeline
 from base.errno_text import errno_text
+from base.lean_typing import Callable
 from jailer import cli
 from jailer.errors import JailerError
 
@@ -23,8 +24,13 @@ def main(argv: list[str]) -> int:
         sys.stdout.write(text)
         sys.stdout.flush()
         return 0
+    return guarded(lambda: _run(arguments))
+
+
+def guarded(run: Callable[[], int]) -> int:
+    """Run the program's work, and tell what it fails with in one line; return the exit status."""
     try:
-        return _run(arguments)
+        return run()
     except JailerError as error:
         cli.print_error(str(error))
     except OSError as error:
@@ -61,10 +67,13 @@ def _run(arguments: list[str]) -> int:
 
 def close_descriptors() -> None:
     """Close everything but the standard descriptors, and make sure that those exist."""
+    from jailer.operations import Step
     from jailer.steps import process
 
-    process.close_inherited_descriptors()
-    process.ensure_standard_descriptors()
+    with Step("close inherited descriptors"):
+        process.close_inherited_descriptors()
+    with Step("open the standard descriptors"):
+        process.ensure_standard_descriptors()
 
 
 def clear_environment() -> None:

@@ -2,10 +2,53 @@
 
 from __future__ import annotations
 
-from base import timeline
+from base import threads, timeline
 from base.errno_text import errno_text
 from base.lean_typing import Callable, Iterable
 from jailer.errors import JailerError, StepError
+
+
+class Journal:
+    """Hears of every change on the host before it is made, so that somebody else can take it back; this one forgets it.
+
+    A change that was not made after all is told as well (:meth:`not_made`), and then the one before is the last.
+    """
+
+    __slots__ = ()
+
+    def file(self, directory: int, name: str) -> None:
+        """A file or a node will be made in a directory (descriptor)."""
+
+    def directory(self, parent: int, name: str) -> None:
+        """A directory will be made, which others may come to use."""
+
+    def cgroup(self, parent: int, name: str) -> None:
+        """A cgroup of this microVM alone will be made."""
+
+    def owner(self, descriptor: int, uid: int, gid: int, mode: int) -> None:
+        """This is the owner and the mode of a directory that will be changed."""
+
+    def not_made(self) -> None:
+        """The last change was not made."""
+
+
+NO_JOURNAL = Journal()
+
+
+class Step:
+    """Around statements of a launch that are no operation: an OSError is told as "Failed to TEXT: …" (StepError)."""
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, OSError):
+            raise StepError(f"Failed to {self._text}: {threads.explain(error)}") from None
 
 
 class Operation:

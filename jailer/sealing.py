@@ -15,6 +15,7 @@ from ipc.errors import IpcError
 from ipc.launch_plan import ROLE_SUPERVISOR, SECCOMP_OFF, SECCOMP_REPORT
 from jailer import cell, verify, wall_report, walls
 from jailer.cell_record import Cell, Progress, Setup
+from jailer.errors import CleanupError
 from jailer.filters import RUNNING, SETUP
 from jailer.seccomp import notification
 
@@ -94,8 +95,11 @@ class Sealing:
             return
         try:
             record.proc = verify.OpenFiles(record.pid, self._setup.proc)
-        except OSError:
+        except (FileNotFoundError, ProcessLookupError):
             return  # it died meanwhile: its exit status tells why
+        except OSError as error:
+            self._refuse(record, f"{record.name} (pid {record.pid}): its walls cannot be read: {errno_text(error)}")
+            return
         faults.visit("supervisor.spawn.verified")
         record.progress = Progress.VERIFIED
         self._answer(record, cell.VERIFIED)
@@ -125,12 +129,23 @@ class Sealing:
             return  # no guest starts under a supervisor that is not what it should be
         record.progress = Progress.SEALED
         self._answer(record, cell.GO)
+        if record is self._controller:
+            self._launched()
         if record.seal is not None:
             record.seal.close()
             record.seal = None
         if record.proc is not None:
             record.proc.close()
             record.proc = None
+
+    def _launched(self) -> None:
+        """The walls of the controller are closed: from here on what was made for the microVM is its own."""
+        if self._controller.killed:
+            return
+        try:
+            self._setup.janitor.launched()
+        except CleanupError as error:
+            self._fail(self._controller, str(error))
 
     def _is_as_asked(self, record: Cell, stage: str) -> bool:
         """Compare a cell with its walls; one that differs is ended. False also if it has ended by itself."""
@@ -156,8 +171,10 @@ class Sealing:
         assert record.seal is not None
         try:
             descriptors.send(record.seal, frame)
-        except IpcError:
-            pass  # the cell ended meanwhile; what it has said before is still to be read
+        except IpcError as error:
+            if not isinstance(error.__context__, ConnectionError):
+                self._fail(record, f"{record.name} (pid {record.pid}): {error}")
+            # Else it ended meanwhile; what it has said before is still to be read.
 
     def report_self(self) -> bool:
         """Verify our own walls, when nobody waits for us or before the first worker goes on; True if one differs."""

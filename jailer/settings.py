@@ -102,6 +102,8 @@ def check_exec_file(path: str) -> str:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ArgumentError(f"{canonical} is not a file")
         head = os.pread(descriptor, MARKER_WINDOW, 0)
+    except OSError as error:
+        raise ArgumentError(f"Failed to read {canonical}: {errno_text(error)}") from None
     finally:
         os.close(descriptor)
     if MARKER not in head:
@@ -171,6 +173,17 @@ def _first_cell_uid(text: str) -> int:
     return first
 
 
+def _check_directory(path: str) -> None:
+    try:
+        if stat.S_ISDIR(os.stat(path).st_mode):
+            return
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise ArgumentError(f"Failed to open {path}: {errno_text(error)}") from None
+    raise ArgumentError(f"{path} is not a directory")
+
+
 def resolve(options: Options) -> Settings:
     """Check the values of a command line in the order in which Firecracker's jailer does. Raises ArgumentError."""
     microvm_id = options.value("id")
@@ -178,8 +191,7 @@ def resolve(options: Options) -> Settings:
     exec_file = check_exec_file(options.value("exec-file"))
     exec_name = os.path.basename(exec_file)
     base = _canonical(options.value("chroot-base-dir"))
-    if not os.path.isdir(base):
-        raise ArgumentError(f"{base} is not a directory")
+    _check_directory(base)
     identity = []
     for name in ("uid", "gid"):
         number = _number(options.value(name), _U32 - 1)  # -1 means "leave as it is" to setresuid

@@ -93,15 +93,18 @@ class Spawner:
             raise
         if pid == 0:
             timeline.enter(2 + assignment.worker + (MAX_WORKERS if assignment.role == ROLE_DEVICE else 0))
-            output.become_standard_error()
-            ours.close()
-            seal.close()
-            self._become(assignment, uid, theirs, cell_seal)
+            self._become(assignment, uid, theirs, cell_seal, output)
         cell.count_faults()
         faults.visit("supervisor.spawn.forked")
         theirs.close()
         cell_seal.close()
-        record = Cell(assignment.role, assignment.worker, pid, os.pidfd_open(pid), seal)
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            for each in (ours, seal, output):  # at the end of its seal channel the cell ends
+                each.close()
+            raise
+        record = Cell(assignment.role, assignment.worker, pid, pidfd, seal)
         record.output = output.take(f"{record.name}: ")
         record.assignment = assignment
         record.uid = uid
@@ -120,7 +123,9 @@ class Spawner:
             raise OSError(errno.EUSERS, os.strerror(errno.EUSERS))
         return free[0] if free else 0
 
-    def _become(self, assignment: Assignment, uid: int, channel: socket.socket, seal: socket.socket) -> None:
+    def _become(
+        self, assignment: Assignment, uid: int, channel: socket.socket, seal: socket.socket, output: LogPipe
+    ) -> None:
         """In the child: let go of everything of the supervisor, then be the cell; does not return."""
         index, role = assignment.worker, assignment.role
         setup = self._setup
@@ -131,6 +136,7 @@ class Spawner:
             own.append(setup.kvm_fd)
 
         def prepare() -> tuple[int, ...]:
+            output.become_standard_error()
             if role == ROLE_VCPU:
                 setup.worker_cgroups.join(index)
             self._abandon()

@@ -14,10 +14,11 @@ from ipc import descriptors
 from ipc.launch_plan import ROLE_SUPERVISOR, ROLE_VMM, LaunchPlan, TunDescriptors
 from jailer import bounds, cell, cell_output, ending, fault_signals, syscalls, template, verify, walls
 from jailer.cell_output import LogPipe
-from jailer.cell_record import BLOCKED_SIGNALS, Cell, Setup
+from jailer.cell_record import BLOCKED_SIGNALS, Cell, Setup, open_pidfd
 from jailer.errors import CellError
 from jailer.landlock import LIST_RIGHTS, Rulesets
 from jailer.log import Log
+from jailer.operations import Step
 from jailer.seccomp.install import Filter, install
 from jailer.steps import detach, identity, process
 from jailer.steps.title import TITLE
@@ -54,9 +55,13 @@ def open_host(proc: int, kernel_cache: int, arguments: tuple[str, ...], log: Log
         kvm_fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         kvm_error = errno_text(error)
-    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    console, slave = open_console(log) if wants_terminal(arguments) else (-1, -1)
-    return Host(verify.host_facts(proc), kvm_fd, kvm_error, null, kernel_cache, console, slave)
+    with Step("open /dev/null"):
+        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    with Step("open a pseudo-terminal for the console"):
+        console, slave = open_console(log) if wants_terminal(arguments) else (-1, -1)
+    with Step("read what this process is"):
+        facts = verify.host_facts(proc)
+    return Host(facts, kvm_fd, kvm_error, null, kernel_cache, console, slave)
 
 
 def wants_terminal(arguments: tuple[str, ...]) -> bool:
@@ -99,7 +104,8 @@ def hold_signals() -> None:
 
 def signal_descriptor() -> int:
     """Return the descriptor that delivers the signals that are held back."""
-    return syscalls.signalfd(BLOCKED_SIGNALS)
+    with Step("make a descriptor for signals"):
+        return syscalls.signalfd(BLOCKED_SIGNALS)
 
 
 def fork_controller(
@@ -117,29 +123,33 @@ def fork_controller(
     ``enter`` runs in it first, with its end of the seal channel. ``asked.cells_own_pids``: it is process 1 of a new pid
     namespace (:func:`jailer.steps.detach.leave_pid_namespace`).
     """
-    ours, theirs = descriptors.channel_pair()
-    seal, cell_seal = descriptors.channel_pair()
-    output = LogPipe(plan)
-    fault_ends = fault_signals.pair() if plan.faults and asked.cells_own_pids else (-1, -1)
+    with Step("make the channels of the controller"):
+        ours, theirs = descriptors.channel_pair()
+        seal, cell_seal = descriptors.channel_pair()
+        output = LogPipe(plan)
+        fault_ends = fault_signals.pair() if plan.faults and asked.cells_own_pids else (-1, -1)
     timeline.mark("fork controller")
-    pid = os.fork()
+    with Step("fork the controller"):
+        pid = os.fork()
     if pid == 0:
         timeline.enter(1)
-        output.become_standard_error()
-        ours.close()
-        seal.close()
         limits = bounds.wanted(plan, ROLE_VMM, None, asked.inherited)
         context = cell.CellContext(plan, ROLE_VMM, 0, cell_seal, filters, limits, landlock, fault_ends[1])
         entered = Entered(TunDescriptors())
 
         def prepare() -> tuple[int, ...]:
             nonlocal entered
+            with Step("give the controller its standard error"):
+                output.become_standard_error()
+            ours.close()
+            seal.close()
             entered = enter(cell_seal)
             landlock.allow_root(ROLE_VMM)
             if plan.kernel_cache_fd >= 0:
                 landlock.allow(ROLE_VMM, plan.kernel_cache_fd)
             own = (fault_ends[1], *entered.tun.descriptors, *entered.handed_over, landlock.descriptor(ROLE_VMM))
-            process.keep_only((theirs.fileno(), cell_seal.fileno(), *keep, *own))
+            with Step("close what is not the controller's"):
+                process.keep_only((theirs.fileno(), cell_seal.fileno(), *keep, *own))
             cell.reset_signals()
             return entered.handed_over
 
@@ -148,12 +158,27 @@ def fork_controller(
     landlock.drop(ROLE_VMM)
     theirs.close()
     cell_seal.close()
-    controller = Cell(ROLE_VMM, 0, pid, os.pidfd_open(pid), seal)
+    with Step("open a descriptor of the controller's process"):
+        controller = Cell(ROLE_VMM, 0, pid, open_pidfd(pid), seal)
     controller.output = output.take("")
     if fault_ends[1] >= 0:
         os.close(fault_ends[1])
         controller.fault_signals = fault_ends[0]
     return controller, ours
+
+
+def end_cell(controller: Cell | None) -> None:
+    """The launch has failed: kill the controller, and with it what is in its pid namespace, and wait for its end."""
+    if controller is None or controller.pidfd < 0:
+        return
+    try:
+        controller.kill()
+    except PermissionError:
+        controller.close()  # we are half-way to another user; at the end of its seal channel it ends by itself
+    try:
+        os.waitpid(controller.pid, 0)
+    except ChildProcessError:
+        pass  # :func:`wait_entered` or the supervisor has waited for it already
 
 
 def wait_entered(controller: Cell) -> int:
@@ -191,15 +216,18 @@ def close_supervisor(setup: Setup, host: Host, name: str, *, dumpable_wall: bool
     setup.landlock.allow(ROLE_SUPERVISOR, setup.proc)
     if setup.plan.jailed and walls.ROOT not in setup.plan.switched_off:
         setup.landlock.allow_root(ROLE_SUPERVISOR, LIST_RIGHTS)
-    detach.redirect_standard_descriptors(host.null, (0, 1))
+    with Step("give up the standard descriptors"):
+        detach.redirect_standard_descriptors(host.null, (0, 1))
     for descriptor in (host.kernel_cache, host.console):
         if descriptor >= 0:
             os.close(descriptor)
-    identity.set_name(name)
     TITLE.show_arguments(setup.plan.arguments)
-    bounds.apply(bounds.wanted(setup.plan, ROLE_SUPERVISOR, None, setup.asked.inherited))
-    if dumpable_wall:
-        identity.set_dumpable(False)
+    with Step("set the limits of the supervisor"):
+        bounds.apply(bounds.wanted(setup.plan, ROLE_SUPERVISOR, None, setup.asked.inherited))
+    with Step("name the supervisor, and forbid to trace it"):
+        identity.set_name(name)
+        if dumpable_wall:
+            identity.set_dumpable(False)
     chosen = setup.filters.get(ROLE_SUPERVISOR)
     if chosen is not None:
         install(chosen, setup.plan.first_cell_uid)
@@ -214,13 +242,15 @@ def await_controller(setup: Setup, controller: Cell, channel: socket.socket, sig
     """Wait until the controller's walls of the setup stage are read, which needs more than a supervisor keeps."""
     timeline.mark("verify controller")
     supervisor = Supervisor(setup, controller, channel, signals)
-    supervisor.await_controller()
+    with Step("verify the controller"):
+        supervisor.await_controller()
     return supervisor
 
 
 def supervise(supervisor: Supervisor) -> int:
     """Be the supervisor until the microVM has ended; return its exit code, or die by the signal that ended it."""
-    code = supervisor.run()
+    with Step("supervise the microVM"):
+        code = supervisor.run()
     if supervisor.dies_by:
         ending.die_by(supervisor.dies_by)
     return code

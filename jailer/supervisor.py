@@ -69,6 +69,7 @@ class Supervisor:
         while not self._ending.ended:
             self._turn()
         self._await_workers_end()
+        self._setup.janitor.undo()  # nothing happens if the launch has succeeded
         code = exit_codes.GENERIC_ERROR if self._ending.exit_code is None else self._ending.exit_code
         if marks := timeline.collected():
             self._log.record({"timeline": marks})

@@ -80,6 +80,7 @@ _LANDLOCK_RULE_PATH_BENEATH = 1
 
 _CLONE_VM = 0x100
 _SIGCHLD = 17
+_CLONE_WAIT_S = 10
 _CLONE_STACK = 16 << 10
 
 _O_CLOEXEC = os.O_CLOEXEC
@@ -147,7 +148,7 @@ def unshare(flags: int) -> None:
 
 
 def clone_waiting(flags: int) -> tuple[int, object]:
-    """clone(2) of a process that shares our memory and does nothing but wait (pause(2)).
+    """clone(2) of a process that shares our memory and does nothing but wait, for some seconds if nobody kills it.
 
     Returns its pid, and its stack, which has to be kept until it was killed. Nothing is copied, as fork(2) would.
     """
@@ -155,7 +156,9 @@ def clone_waiting(flags: int) -> tuple[int, object]:
     top = (ctypes.addressof(stack) + _CLONE_STACK) & ~15
     clone = _libc.clone
     clone.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
-    return _check(clone(ctypes.cast(_libc.pause, ctypes.c_void_p), top, flags | _CLONE_VM | _SIGCHLD, None)), stack
+    return _check(
+        clone(ctypes.cast(_libc.sleep, ctypes.c_void_p), top, flags | _CLONE_VM | _SIGCHLD, _CLONE_WAIT_S)
+    ), stack
 
 
 def setns(descriptor: int, kind: int) -> None:

@@ -69,7 +69,10 @@ def _report() -> str:
         os.dup2(report, 2)
         sys._debugmallocstats()
     finally:
-        os.dup2(errors, 2)
+        try:
+            os.dup2(errors, 2)
+        except OSError:
+            os.dup2(errors, 2)  # where else could it be told?
         os.close(errors)
     try:
         return os.pread(report, _MAX_REPORT_SIZE, 0).decode("ascii", "replace")

@@ -30,6 +30,7 @@ from __future__ import annotations
 import errno
 import os
 
+from base.errno_text import errno_text
 from base.lean_typing import Callable, NamedTuple
 from jailer.errors import PolicyError
 
@@ -83,7 +84,9 @@ def read_text(role: str) -> str:
     try:
         with open(os.path.join(DIRECTORY, f"{role}.policy"), encoding="ascii") as file:
             return file.read()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise PolicyError(f"cannot read the seccomp policy of {role!r}: {errno_text(error)}") from None
+    except UnicodeDecodeError as error:
         raise PolicyError(f"cannot read the seccomp policy of {role!r}: {error}") from None
 
 

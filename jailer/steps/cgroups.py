@@ -12,7 +12,7 @@ from base.errno_text import errno_text
 from base.lean_typing import NamedTuple
 from jailer import walls
 from jailer.errors import StepError
-from jailer.operations import Operation
+from jailer.operations import NO_JOURNAL, Journal, Operation
 from jailer.settings import CgroupItem, Settings
 from jailer.steps.directories import make_directories, remove_empty
 from jailer.steps.worker_cgroups import OpenWorkerCgroups, WorkerCgroups, directories_of
@@ -84,18 +84,19 @@ def read_file(path: str) -> str:
 class MakeCgroup(Operation):
     """Make a cgroup directory with its parents."""
 
-    __slots__ = ("_path", "made")
+    __slots__ = ("_journal", "_path", "made")
     step = walls.CGROUP
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, journal: Journal = NO_JOURNAL) -> None:
         self._path = path
+        self._journal = journal
         self.made: list[str] = []
 
     def describe(self) -> str:
         return f"make cgroup {self._path}"
 
     def do(self) -> None:
-        self.made = make_directories(self._path)
+        self.made = make_directories(self._path, journal=self._journal, is_cgroup=True)
 
     def undo(self) -> None:
         remove_empty(self.made)
@@ -248,17 +249,18 @@ def plan_parent_only(settings: Settings) -> CgroupPlan:
     return CgroupPlan((join,), (), WorkerCgroups())
 
 
-def plan_items(settings: Settings) -> CgroupPlan:
+def plan_items(settings: Settings, journal: Journal = NO_JOURNAL) -> CgroupPlan:
     """Everything for --cgroup and --vcpu-cgroup. Raises StepError if a hierarchy or a controller is missing."""
     if not settings.cgroups and not settings.vcpu_cgroups:
         return _NOTHING
     hierarchies = find_hierarchies()
     if not (hierarchies.v1 if settings.cgroup_version == 1 else hierarchies.v2):
         raise StepError("Hierarchy not found: No hierarchy found for this cgroup version.")
-    return _plan_v1(settings, hierarchies) if settings.cgroup_version == 1 else _plan_v2(settings, hierarchies)
+    make = _plan_v1 if settings.cgroup_version == 1 else _plan_v2
+    return make(settings, hierarchies, journal)
 
 
-def _plan_v1(settings: Settings, hierarchies: Hierarchies) -> CgroupPlan:
+def _plan_v1(settings: Settings, hierarchies: Hierarchies, journal: Journal) -> CgroupPlan:
     operations: list[Operation] = []
     joined: dict[str, tuple[str, str]] = {}  # by directory: the mount, and a controller of it
     for_workers: dict[str, list[CgroupItem]] = {}  # by directory as well
@@ -269,7 +271,7 @@ def _plan_v1(settings: Settings, hierarchies: Hierarchies) -> CgroupPlan:
             raise StepError(f"Controller {item.controller} is unavailable")
         directory = os.path.join(mount, _relative(settings))
         if directory not in joined:
-            operations += [MakeCgroup(directory), *_inherit(mount, directory, item.controller)]
+            operations += [MakeCgroup(directory, journal), *_inherit(mount, directory, item.controller)]
             joined[directory] = mount, item.controller
         if number < own:
             operations.append(WriteValue(os.path.join(directory, item.file), item.value))
@@ -280,16 +282,18 @@ def _plan_v1(settings: Settings, hierarchies: Hierarchies) -> CgroupPlan:
     for microvm, (mount, controller) in joined.items():
         directories.append(microvm)
         if items := for_workers.get(microvm):
-            operations += _workers_v1(mount, microvm, items, workers)
+            operations += _workers_v1(mount, microvm, items, workers, journal)
             directories += directories_of(microvm)
         operations.append(JoinCgroup(mount, microvm, controller))
     return CgroupPlan(tuple(operations), tuple(directories), workers)
 
 
-def _workers_v1(mount: str, microvm: str, items: list[CgroupItem], workers: WorkerCgroups) -> list[Operation]:
+def _workers_v1(
+    mount: str, microvm: str, items: list[CgroupItem], workers: WorkerCgroups, journal: Journal
+) -> list[Operation]:
     operations: list[Operation] = []
     for directory in directories_of(microvm):
-        operations += [MakeCgroup(directory), *_inherit(mount, directory, items[0].controller)]
+        operations += [MakeCgroup(directory, journal), *_inherit(mount, directory, items[0].controller)]
         operations += [WriteValue(os.path.join(directory, item.file), item.value) for item in items]
     return [*operations, OpenWorkerCgroups(microvm, workers)]
 
@@ -299,7 +303,7 @@ def _inherit(mount: str, directory: str, controller: str) -> list[Operation]:
     return [InheritValue(mount, directory, file) for file in files]
 
 
-def _plan_v2(settings: Settings, hierarchies: Hierarchies) -> CgroupPlan:
+def _plan_v2(settings: Settings, hierarchies: Hierarchies, journal: Journal) -> CgroupPlan:
     mount = hierarchies.v2
     directory = os.path.join(mount, _relative(settings))
     parents = []
@@ -307,7 +311,7 @@ def _plan_v2(settings: Settings, hierarchies: Hierarchies) -> CgroupPlan:
     for part in settings.parent_cgroup.split("/"):
         current = os.path.join(current, part)
         parents.append(current)
-    operations: list[Operation] = [MakeCgroup(directory)]
+    operations: list[Operation] = [MakeCgroup(directory, journal)]
     controllers = dict.fromkeys(item.controller for item in settings.cgroups)
     # cgroup.* files belong to the core; no controller has to be enabled for them.
     operations.extend(EnableController(mount, tuple(parents), each) for each in controllers if each != "cgroup")
@@ -315,14 +319,14 @@ def _plan_v2(settings: Settings, hierarchies: Hierarchies) -> CgroupPlan:
     workers = WorkerCgroups(("",))
     directories = [directory]
     if settings.vcpu_cgroups:
-        operations += _workers_v2(mount, (*parents, directory), settings.vcpu_cgroups, workers)
+        operations += _workers_v2(mount, (*parents, directory), settings.vcpu_cgroups, workers, journal)
         directories += directories_of(directory)
     operations.append(JoinCgroup(mount, directory, ""))
     return CgroupPlan(tuple(operations), tuple(directories), workers)
 
 
 def _workers_v2(
-    mount: str, levels: tuple[str, ...], items: tuple[CgroupItem, ...], workers: WorkerCgroups
+    mount: str, levels: tuple[str, ...], items: tuple[CgroupItem, ...], workers: WorkerCgroups, journal: Journal
 ) -> list[Operation]:
     """Return what makes the workers' cgroups below the last of ``levels``, the microVM's own.
 
@@ -331,7 +335,7 @@ def _workers_v2(
     directories = directories_of(levels[-1])
     operations: list[Operation] = []
     for directory in directories:
-        operations += [MakeCgroup(directory), WriteValue(os.path.join(directory, "cgroup.type"), "threaded")]
+        operations += [MakeCgroup(directory, journal), WriteValue(os.path.join(directory, "cgroup.type"), "threaded")]
     controllers = dict.fromkeys(item.controller for item in items)
     operations += [EnableController(mount, levels, controller) for controller in controllers]
     for directory in directories:

@@ -14,7 +14,7 @@ from base.errno_text import errno_text
 from base.lean_typing import Callable
 from jailer import syscalls
 from jailer.errors import StepError
-from jailer.operations import Operation
+from jailer.operations import NO_JOURNAL, Journal, Operation
 
 _READY = b"\1"
 
@@ -98,10 +98,11 @@ def redirect_standard_descriptors(null: int, descriptors: tuple[int, ...]) -> No
 class WritePidFile(Operation):
     """EXECNAME.pid in the jail root, never over an existing one; a lock on it shows that the microVM lives."""
 
-    __slots__ = ("_name", "_pid", "_root", "descriptor")
+    __slots__ = ("_journal", "_name", "_pid", "_root", "descriptor")
 
-    def __init__(self, root: Callable[[], int], name: str, pid: int) -> None:
+    def __init__(self, root: Callable[[], int], name: str, pid: int, journal: Journal = NO_JOURNAL) -> None:
         """``root`` returns a descriptor of the jail root when the file is to be made."""
+        self._journal = journal
         self._root = root
         self._name = f"{name}.pid"
         self._pid = pid
@@ -112,9 +113,11 @@ class WritePidFile(Operation):
 
     def do(self) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._journal.file(self._root(), self._name)
         try:
             writable = os.open(self._name, flags, 0o666, dir_fd=self._root())
         except OSError as error:
+            self._journal.not_made()
             raise StepError(f"Failed to open file /{self._name}: {errno_text(error)}") from None
         try:
             # What the supervisor keeps for the lock cannot be written by.

@@ -12,13 +12,14 @@ import stat
 from base.errno_text import errno_text
 from base.lean_typing import Callable, Iterable
 from jailer import walls
-from jailer.errors import StepError
-from jailer.operations import Operation
+from jailer.errors import CleanupError, StepError
+from jailer.operations import NO_JOURNAL, Journal, Operation
 from jailer.steps.directories import Taken, open_directory
 from jailer.steps.roots import CONTROLLER_IPC_DIRECTORY
 
 #: (path, major, minor, is a failure only a warning)
-DEVICES = (
+Node = tuple[str, int, int, bool]
+DEVICES: tuple[Node, ...] = (
     ("/dev/net/tun", 10, 200, False),
     ("/dev/kvm", 10, 232, False),
     ("/dev/urandom", 1, 9, True),
@@ -28,26 +29,31 @@ _PROC_MISC = "/proc/misc"
 
 
 def userfaultfd_minor(path: str = _PROC_MISC) -> int | None:
-    """Return the minor number of /dev/userfaultfd on this host, None if it has none."""
+    """Return the minor number of /dev/userfaultfd on this host, None if it has none. Raises StepError."""
     try:
         with open(path, encoding="ascii") as file:
             for line in file:
                 number, _, name = line.strip().partition(" ")
                 if name == "userfaultfd" and number.isdecimal():
                     return int(number)
-    except (OSError, UnicodeDecodeError):
+    except (FileNotFoundError, UnicodeDecodeError):
         pass
+    except OSError as error:
+        raise StepError(f"Failed to read {path}: {errno_text(error)}") from None
     return None
 
 
 class MakeDirectory(Operation):
     """mkdir, chmod 0700; ours until :class:`GiveDirectories`. One without a parent is the current directory."""
 
-    __slots__ = ("_made", "_mounts", "_name", "_parent", "_taken", "path")
+    __slots__ = ("_made", "_mounts", "_name", "_parent", "_taken", "journal", "path")
 
-    def __init__(self, path: str, parent: MakeDirectory | None = None, *, mounts: bool = False) -> None:
+    def __init__(
+        self, path: str, parent: MakeDirectory | None = None, *, mounts: bool = False, journal: Journal = NO_JOURNAL
+    ) -> None:
         """``mounts``: the host may have mounted something there."""
         self.path = path
+        self.journal = journal
         self._parent = parent
         self._name = os.path.basename(path)
         self._mounts = mounts
@@ -65,15 +71,20 @@ class MakeDirectory(Operation):
 
     def do(self) -> None:
         if self._parent is not None:
+            self.journal.directory(self._parent.descriptor, self._name)
             try:
                 os.mkdir(self._name, 0o700, dir_fd=self._parent.descriptor)
                 self._made = True
             except FileExistsError:
-                pass
+                self.journal.not_made()
             except OSError as error:
+                self.journal.not_made()
                 raise StepError(f"Failed to create directory {self.path}: {errno_text(error)}") from None
         try:
-            self._taken = Taken(self._open())
+            self._taken = Taken(self._open(), self.journal)
+        except CleanupError:
+            self.undo()
+            raise
         except OSError as error:
             self.undo()
             raise StepError(f"Failed to change owner for {self.path}: {errno_text(error)}") from None
@@ -139,10 +150,12 @@ class MakeDevice(Operation):
 
     def do(self) -> None:
         directory = self._directory.descriptor
+        self._directory.journal.file(directory, self._name)
         try:
             os.mknod(self._name, stat.S_IFCHR | 0o600, os.makedev(self._major, self._minor), dir_fd=directory)
             self._made = True
         except OSError as error:
+            self._directory.journal.not_made()
             if self._optional:
                 return
             raise StepError(f"Failed to create {self.path} via mknod inside the jail: {errno_text(error)}") from None
@@ -157,23 +170,29 @@ class MakeDevice(Operation):
             os.unlink(self._name, dir_fd=self._directory.descriptor)
 
 
-def _nodes() -> tuple[tuple[str, int, int, bool], ...]:
+def nodes() -> tuple[Node, ...]:
+    """Return the device nodes that a jail root is to have on this host. Raises StepError."""
     minor = userfaultfd_minor()
     return DEVICES if minor is None else (*DEVICES, ("/dev/userfaultfd", 10, minor, False))
 
 
-def unused() -> tuple[str, ...]:
+def unused(wanted: Iterable[Node]) -> tuple[str, ...]:
     """Return the paths of the nodes that no cell opens (nobody is harmed by /dev/urandom)."""
-    return tuple(path for path, _, _, optional in _nodes() if not optional)
+    return tuple(path for path, _, _, optional in wanted if not optional)
 
 
-def paths() -> tuple[str, ...]:
+def paths(wanted: Iterable[Node]) -> tuple[str, ...]:
     """Return the paths of all nodes."""
-    return tuple(path for path, _, _, _ in _nodes())
+    return tuple(path for path, _, _, _ in wanted)
 
 
 def operations(
-    uid: int, gid: int, *, mounts: bool, make: Callable[[MakeDirectory, str], Operation | None] | None = None
+    wanted: Iterable[Node],
+    owner: tuple[int, int],
+    *,
+    mounts: bool,
+    journal: Journal,
+    make: Callable[[MakeDirectory, str], Operation | None] | None = None,
 ) -> tuple[list[MakeDirectory], list[Operation]]:
     """Return what makes the directories, from the root down, and the device nodes.
 
@@ -183,12 +202,12 @@ def operations(
     made: dict[str, MakeDirectory] = {}
     for path in (*DIRECTORIES, CONTROLLER_IPC_DIRECTORY):
         parent = None if path == "/" else made[os.path.dirname(path)]
-        made[path] = MakeDirectory(path, parent, mounts=mounts and path.count("/") == 1)
-    nodes: list[Operation] = []
-    for path, major, number, optional in _nodes():
+        made[path] = MakeDirectory(path, parent, mounts=mounts and path.count("/") == 1, journal=journal)
+    devices: list[Operation] = []
+    for path, major, number, optional in wanted:
         directory = made[os.path.dirname(path)]
         if make is None:
-            nodes.append(MakeDevice(directory, path, (major, number), (uid, gid), optional=optional))
+            devices.append(MakeDevice(directory, path, (major, number), owner, optional=optional))
         elif (node := make(directory, path)) is not None:
-            nodes.append(node)
-    return list(made.values()), nodes
+            devices.append(node)
+    return list(made.values()), devices

@@ -8,19 +8,22 @@ jail root, cannot have been moved, unless the directory above belongs to that us
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 
 from base.errno_text import errno_text
 from jailer import syscalls
-from jailer.errors import StepError
-from jailer.operations import Operation
+from jailer.errors import CleanupError, StepError
+from jailer.operations import NO_JOURNAL, Journal, Operation
 
 _ATTEMPTS = 100
 
 
-def make_directories(path: str, mode: int = 0o755) -> list[str]:
-    """``mkdir -p``; return the directories that were made, outermost first.
+def make_directories(
+    path: str, mode: int = 0o755, journal: Journal = NO_JOURNAL, *, is_cgroup: bool = False
+) -> list[str]:
+    """``mkdir -p``; return the directories that were made, outermost first. ``is_cgroup``: of one microVM alone.
 
     A parent may disappear in between, when the janitor of another microVM removes it as empty: then once more.
     Raises StepError.
@@ -34,20 +37,37 @@ def make_directories(path: str, mode: int = 0o755) -> list[str]:
         made: list[str] = []
         try:
             for each in reversed(missing):
-                try:
-                    os.mkdir(each, mode)
-                    made.append(each)
-                except FileExistsError:
-                    pass  # another launch made it meanwhile
-            if os.path.isdir(path):
+                made += make_directory(each, mode, journal, is_cgroup=is_cgroup and each == path)
+            if stat.S_ISDIR(os.stat(path).st_mode):
                 return made
-            raise NotADirectoryError(20, "Not a directory")
+            raise NotADirectoryError(errno.ENOTDIR, "")
         except FileNotFoundError:
             remove_empty(made)
+        except CleanupError:
+            remove_empty(made)
+            raise
         except OSError as error:
             remove_empty(made)
             raise StepError(f"Failed to create directory {path}: {errno_text(error)}") from None
     raise StepError(f"Failed to create directory {path}: its parent keeps disappearing")
+
+
+def make_directory(path: str, mode: int, journal: Journal, *, is_cgroup: bool = False) -> list[str]:
+    """mkdir; return what was made: nothing, if another launch made it meanwhile. Raises OSError, CleanupError."""
+    name = os.path.basename(path)
+    parent = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        (journal.cgroup if is_cgroup else journal.directory)(parent, name)
+        try:
+            os.mkdir(name, mode, dir_fd=parent)
+        except OSError as error:
+            journal.not_made()
+            if isinstance(error, FileExistsError):
+                return []
+            raise
+    finally:
+        os.close(parent)
+    return [path]
 
 
 def remove_empty(directories: list[str]) -> None:
@@ -86,17 +106,22 @@ class Taken:
 
     __slots__ = ("_mode", "_owner", "descriptor")
 
-    def __init__(self, descriptor: int) -> None:
-        """Take over the descriptor. Raises OSError; then it is closed."""
+    def __init__(self, descriptor: int, journal: Journal) -> None:
+        """Take over the descriptor. Raises OSError, CleanupError; then nothing has changed, and it is closed."""
         self.descriptor = descriptor
         try:
             status = os.fstat(descriptor)
             self._owner = status.st_uid, status.st_gid
             self._mode = stat.S_IMODE(status.st_mode)
+            journal.owner(descriptor, *self._owner, self._mode)
+        except (OSError, CleanupError):
+            self.close()
+            raise
+        try:
             os.fchown(descriptor, os.geteuid(), os.getegid())
             os.fchmod(descriptor, 0o700)
         except OSError:
-            self.close()
+            self.give_back()
             raise
 
     def give_back(self) -> None:
@@ -119,10 +144,11 @@ class MakeJailRoot(Operation):
     Links are followed, and mounts accepted, where only root can have made them.
     """
 
-    __slots__ = ("_base", "_names", "_path", "_taken", "made", "mounts_are_hosts")
+    __slots__ = ("_base", "_names", "_path", "_taken", "journal", "made", "mounts_are_hosts")
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, journal: Journal = NO_JOURNAL) -> None:
         self._path = path
+        self.journal = journal
         directory, root = os.path.split(path)
         directory, microvm_id = os.path.split(directory)
         self._base, exec_name = os.path.split(directory)
@@ -142,9 +168,12 @@ class MakeJailRoot(Operation):
         return self._taken.descriptor
 
     def do(self) -> None:
-        self.made = make_directories(self._path)
+        self.made = make_directories(self._path, journal=self.journal)
         try:
-            self._taken = Taken(self._open())
+            self._taken = Taken(self._open(), self.journal)
+        except CleanupError:
+            remove_empty(self.made)
+            raise
         except OSError as error:
             remove_empty(self.made)
             raise StepError(f"Failed to open jail root {self._path}: {errno_text(error)}") from None
@@ -199,10 +228,14 @@ class CopyExecFile(Operation):
         content, mode = self._read()
         directory = self._root.descriptor
         self._made = not _exists(self._name, directory)
+        if self._made:
+            self._root.journal.file(directory, self._name)
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         try:
             descriptor = os.open(self._name, flags, mode, dir_fd=directory)
         except OSError as error:
+            if self._made:
+                self._root.journal.not_made()
             raise StepError(f"Failed to open {self._target}: {errno_text(error)}") from None
         try:
             status = os.fstat(descriptor)

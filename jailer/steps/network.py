@@ -15,10 +15,11 @@ from base.errno_text import errno_text
 from base.lean_std import socket
 from base.lean_typing import Callable
 from ipc import descriptors
+from ipc.errors import DescriptorError
 from ipc.launch_plan import MAX_DEVICES, TunDescriptors
 from jailer import syscalls
 from jailer.errors import StepError
-from jailer.operations import Operation
+from jailer.operations import Operation, Step
 
 TUN_DEVICE = "/dev/net/tun"
 #: Of the limit on open files, what is above this is shared, one part in so many for TUN descriptors.
@@ -98,13 +99,18 @@ def leave_network() -> None:
 
 
 def share_network(controller: socket.socket) -> None:
-    """In the supervisor: hand the namespace that we are in to the controller. Raises OSError, DescriptorError.
+    """In the supervisor: hand the namespace that we are in to the controller. Raises StepError.
 
     It is made while the controller makes its jail, since that takes as long.
     """
-    namespace = os.open(_OWN_NAMESPACE, os.O_RDONLY | os.O_CLOEXEC)
+    with Step("open the network namespace of the cells"):
+        namespace = os.open(_OWN_NAMESPACE, os.O_RDONLY | os.O_CLOEXEC)
     try:
         descriptors.send(controller, _NAMESPACE, (namespace,))
+    except DescriptorError as error:
+        if not isinstance(error.__context__, ConnectionError):
+            raise StepError(f"Failed to hand the network namespace to the controller: {error}") from None
+        # It has ended, and has said why (jailer.start.wait_entered).
     finally:
         os.close(namespace)
 

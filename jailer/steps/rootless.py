@@ -125,12 +125,16 @@ class MountDevice(Operation):
     def do(self) -> None:
         directory = self._directory.descriptor
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        journal = self._directory.journal
         try:
+            journal.file(directory, self._name)
             os.close(os.open(self._name, flags, 0o600, dir_fd=directory))
             self._made = True
             syscalls.move_mount(self._tree, self._name, directory)
             self._mounted = True
         except OSError as error:
+            if not self._made:
+                journal.not_made()
             self.undo()
             raise StepError(f"Failed to mount {self.path} inside the jail: {errno_text(error)}") from None
         finally:

@@ -16,6 +16,7 @@ from base.lean_typing import NamedTuple
 from ipc.launch_plan import CELL_UIDS
 from jailer import syscalls, walls
 from jailer.errors import StepError
+from jailer.operations import Step
 from jailer.steps import identity
 
 #: Users that nobody else gives away: above systemd's containers (to 0x6fffffff) and the ids that SSSD and FreeIPA make
@@ -71,8 +72,9 @@ def make(uid: int, gid: int, first_uid: int, capabilities: int) -> UserNamespace
         _close(descriptor)
         raise
     finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        with Step("end the process that made the user namespace"):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
         del stack
     return UserNamespace(descriptor, first)
 

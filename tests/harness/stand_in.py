@@ -36,7 +36,6 @@ from ipc.launch_plan import (  # noqa: E402
 )
 from ipc.messages.supervisor import SUPERVISOR, CellEnded, CreateMemory, Shutdown, SignalCell, Spawn  # noqa: E402
 from jailer import cell, cli, launch, main, plan, settings, template  # noqa: E402
-from jailer.errors import JailerError  # noqa: E402
 
 
 def say(text: str) -> None:
@@ -395,18 +394,18 @@ def _kind(assignment: Assignment) -> str:
     return "worker" if assignment.role == ROLE_VCPU else assignment.role
 
 
-def run() -> int:
+def launch_stand_ins() -> int:
     main.close_descriptors()
     main.clear_environment()
-    try:
-        options = cli.parse(sys.argv[1:])
-        resolved = settings.resolve(options)
-        ahead = FORKED_AHEAD if "ahead" in options.arguments else None
-        roles = template.Roles(vmm, vcpu, ahead, worker)
-        return launch.JailedLaunch(options, resolved, plan.started_now()).run(lambda: roles)
-    except JailerError as error:
-        cli.print_error(str(error))
-        return 1
+    options = cli.parse(sys.argv[1:])
+    resolved = settings.resolve(options)
+    ahead = FORKED_AHEAD if "ahead" in options.arguments else None
+    roles = template.Roles(vmm, vcpu, ahead, worker)
+    return launch.JailedLaunch(options, resolved, plan.started_now()).run(lambda: roles)
+
+
+def run() -> int:
+    return main.guarded(launch_stand_ins)
 
 
 if __name__ == "__main__":

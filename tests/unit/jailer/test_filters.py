@@ -11,24 +11,23 @@ ROLES = {ROLE_SUPERVISOR, "vmm-setup", ROLE_VMM, "vcpu-setup", ROLE_VCPU, "devic
 
 
 def test_without_seccomp_there_is_none() -> None:
-    assert load_filters(SECCOMP_OFF, janitor=True) == Filters(SECCOMP_OFF, {}, "")
+    assert load_filters(SECCOMP_OFF) == Filters(SECCOMP_OFF, {}, "")
 
 
 @pytest.mark.parametrize("mode", [SECCOMP_KILL, SECCOMP_REPORT, "errno=133"])
-@pytest.mark.parametrize("janitor", [True, False])
-def test_every_role_has_one_and_the_janitor_if_there_is_one(mode: str, janitor: bool) -> None:
-    filters = load_filters(mode, janitor=janitor)
+def test_every_role_has_one_and_so_has_the_janitor(mode: str) -> None:
+    filters = load_filters(mode)
     assert filters.mode == mode
-    assert set(filters.by_role) == (ROLES | {JANITOR} if janitor else ROLES)
+    assert set(filters.by_role) == ROLES | {JANITOR}
 
 
 def test_a_cell_has_one_for_each_stage() -> None:
-    by_role = load_filters(SECCOMP_KILL, janitor=False).by_role
+    by_role = load_filters(SECCOMP_KILL).by_role
     for role in (ROLE_VMM, ROLE_VCPU, ROLE_DEVICE):
         assert of_cell(by_role, role) == {SETUP: by_role[f"{role}-setup"], RUNNING: by_role[role]}
         assert of_cell({}, role) == {}
 
 
 def test_faults_get_filters_that_let_them_act() -> None:
-    plain, with_faults = (load_filters(SECCOMP_KILL, janitor=False, with_faults=faults) for faults in (False, True))
+    plain, with_faults = (load_filters(SECCOMP_KILL, with_faults=faults) for faults in (False, True))
     assert plain.by_role[ROLE_VCPU] != with_faults.by_role[ROLE_VCPU]
