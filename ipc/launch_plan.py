@@ -38,6 +38,8 @@ ROLE_DEVICE = "device"
 SPAWNED_ROLES = {ROLE_VCPU: MAX_WORKERS, ROLE_DEVICE: MAX_DEVICE_CELLS}
 #: For drills only: a worker that was configured, behind its second filter.
 ROLE_RUNNING_VCPU = "vcpu-running"
+#: The same of a device cell.
+ROLE_RUNNING_DEVICE = "device-running"
 
 SECCOMP_KILL = "kill"
 SECCOMP_REPORT = "report"

@@ -28,7 +28,7 @@ NAMES = {
     resource.RLIMIT_RTPRIO: "realtime priority",
 }
 ADDRESS_SPACE = resource.RLIMIT_AS
-_ZERO = (resource.RLIMIT_MEMLOCK, resource.RLIMIT_MSGQUEUE, resource.RLIMIT_NICE, resource.RLIMIT_RTPRIO)
+_ZERO = (resource.RLIMIT_MSGQUEUE, resource.RLIMIT_NICE, resource.RLIMIT_RTPRIO)
 
 #: Resource (RLIMIT_*) → soft and hard limit.
 Limits = dict[int, tuple[int, int]]
@@ -50,6 +50,7 @@ def wanted(plan: LaunchPlan, role: str, assignment: Assignment | None, inherited
         data = cell.data_at_times
     if walls.KERNEL_LIMITS not in plan.switched_off:
         limits.update(dict.fromkeys(_ZERO, 0))
+        limits[resource.RLIMIT_MEMLOCK] = _of(plan, role, assignment).locked
         if role in SPAWNED_ROLES:
             limits[resource.RLIMIT_NOFILE] = _of(plan, role, assignment).no_file
     pairs = {which: (_lower(value, inherited[which]),) * 2 for which, value in limits.items()}

@@ -55,7 +55,7 @@ SWITCHES: dict[str, str] = {
     PROCESS_LIMIT: "a cell may create processes and threads (if the filter lets it)",
     LANDLOCK: "nothing but users and namespaces bounds files, abstract sockets and signals (filters aside)",
     MEMORY_LIMIT: "a cell may take as much of the host's memory as the caller may",
-    KERNEL_LIMITS: "a cell may lock memory, make message queues, raise its priority; a worker may open more files",
+    KERNEL_LIMITS: "a cell may lock memory, make message queues, raise its priority; some may open more files",
     SECCOMP: "every system call is allowed",
     DUMPABLE: "processes of the same user may trace a cell and read its memory",
     VERIFY: "the walls are reported but a difference does not end the launch",

@@ -23,19 +23,29 @@ from ipc.drills import (
     privileges,
     processes,
     sockets,
+    storage,
 )
-from ipc.launch_plan import ROLE_RUNNING_VCPU, ROLE_SUPERVISOR, ROLE_VCPU, ROLE_VMM
+from ipc.launch_plan import (
+    ROLE_DEVICE,
+    ROLE_RUNNING_DEVICE,
+    ROLE_RUNNING_VCPU,
+    ROLE_SUPERVISOR,
+    ROLE_VCPU,
+    ROLE_VMM,
+)
 
-KINDS = (processes, peers, files, confinement, sockets, network, memory, kernel, privileges, descriptors, floods)
+KINDS = (
+    processes, peers, files, confinement, sockets, network, memory, kernel, privileges, descriptors, storage, floods,
+)  # fmt: skip
 ATTEMPTS: dict[str, Callable[[], str]] = {name: attempt for kind in KINDS for name, attempt in kind.ATTEMPTS.items()}
 AIMED: dict[str, Callable[[str], str]] = {name: attempt for kind in KINDS for name, attempt in kind.AIMED.items()}
-_ROLES = (ROLE_VCPU, ROLE_RUNNING_VCPU, ROLE_VMM, ROLE_SUPERVISOR)
+_ROLES = (ROLE_VCPU, ROLE_RUNNING_VCPU, ROLE_VMM, ROLE_SUPERVISOR, ROLE_DEVICE, ROLE_RUNNING_DEVICE)
 
 
 def check(specifications: tuple[str, ...]) -> None:
     """Raise ValueError unless every specification is ``NAME``, ``NAME=TARGET`` or one of them with ``ROLE:`` before it.
 
-    The role is vcpu (the default), vcpu-running, vmm or supervisor.
+    The role is vcpu (the default), vcpu-running, vmm, supervisor, device or device-running.
     """
     for specification in specifications:
         role, name = _parse(specification)
@@ -58,7 +68,7 @@ def _attack(name: str) -> str:
 
 
 def run(specifications: tuple[str, ...], role: str) -> None:
-    """Carry out the drills that are armed for this role: a worker when it was welcomed, or when it was configured."""
+    """Carry out the drills that are armed for this role: a worker or device cell at its setup, or when that is over."""
     for specification in specifications:
         wanted, name = _parse(specification)
         if wanted != role:

@@ -40,6 +40,7 @@ NUMBERS = {
     "lsm_set_self_attr": 460, "sched_setaffinity": 203, "shmget": 29, "shmat": 30, "mmap": 9, "mprotect": 10,
     "madvise": 28, "mremap": 25, "ioctl": 16, "socket": 41, "connect": 42, "socketpair": 53, "setsockopt": 54,
     "getsockopt": 55, "sendmsg": 46, "execve": 59, "setrlimit": 160, "utimensat": 280, "syncfs": 306, "getcwd": 79,
+    "fallocate": 285, "preadv2": 327, "pwritev2": 328, "copy_file_range": 326, "sendfile": 40,
 }
 # fmt: on
 #: What an x32 program adds to a number.

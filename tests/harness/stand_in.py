@@ -370,6 +370,13 @@ def vcpu(plan: LaunchPlan, assignment: Assignment, channel: socket.socket, kvm_f
     return worker(plan, assignment, channel, seal)
 
 
+def drill(plan: LaunchPlan, role: str) -> None:
+    """Attack our own walls, if that is armed."""
+    drills = sys.modules.get("ipc.drills")
+    if drills is not None and role.startswith(ROLE_DEVICE):
+        drills.run(plan.drills, role)
+
+
 def worker(plan: LaunchPlan, assignment: Assignment, channel: socket.socket, seal: Seal) -> int:
     """Be a worker, or a device cell."""
     name = _behaviours(plan)[1]
@@ -381,11 +388,13 @@ def worker(plan: LaunchPlan, assignment: Assignment, channel: socket.socket, sea
     if name in WHILE_HIDDEN:
         WHILE_HIDDEN[name](seal)
     frame = receive(channel)
+    drill(plan, assignment.role)
     if frame != ENDPOINT_BOUND:
         say(f"{_kind(assignment)} {assignment.worker} was told {frame!r}")
         return 98
     seal.tighten()
     seal.await_tightened()
+    drill(plan, f"{assignment.role}-running")
     say(f"{_kind(assignment)} {assignment.worker} sealed")
     return WORKERS.get(name, wait)(channel)
 

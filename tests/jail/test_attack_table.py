@@ -14,13 +14,25 @@ from pathlib import Path
 import pytest
 
 from tests.attack_table import ENDS
-from tests.harness.attacks import BARE, CELLS, FILTER, GUARDED, arguments, attempts, differences, outcomes, row, run
-from tests.harness.jail import id_of, microvm, wait_for
+from tests.harness.attacks import (
+    BARE,
+    CELLS,
+    FILTER,
+    GUARDED,
+    arguments,
+    attempts,
+    differences,
+    launch,
+    outcomes,
+    row,
+    run,
+)
+from tests.harness.jail import id_of, wait_for
 from tests.harness.run_options import Scale
 
 #: How the end of a cell looks in the log, and the cell's name there.
 _ENDED = r"\(pid \d+\): wall seccomp: ended by the filter for a forbidden system call"
-NAMES = {"vcpu": "vcpu 0", "vmm": "vmm"}
+NAMES = {"vcpu": "vcpu 0", "vmm": "vmm", "device": "device 0", "device-running": "device 0"}
 #: One of a kind, for each way in which a filter decides: no rule, arguments, the process, the request code.
 SAMPLE = ("chroot", "executable-mprotect", "tgkill", "kvm-create-device", "clone", "prctl-tracer", "unknown-call")
 
@@ -39,7 +51,8 @@ def test_every_attempt_without_the_filter_alone(base: Path, cell: str) -> None:
 
 def _ends_the_cell(base: Path, cell: str, attempt: str, *options: str) -> None:
     """Let a cell make an attempt that its filter forbids; fails unless it is ended for it, before it was done."""
-    with microvm(base, *arguments(cell, [attempt]), *options, microvm_id=id_of(base, f"{cell}-{attempt}")) as jailed:
+    name = id_of(base, f"{cell}-{attempt}")
+    with launch(base, cell, *arguments(cell, [attempt]), *options, microvm_id=name) as jailed:
         jailed.start()
         if cell == "supervisor":
             assert jailed.process.wait(60) == -signal.SIGSYS, (attempt, jailed.describe())

@@ -34,7 +34,24 @@ def test_a_worker_has_what_its_vcpus_need_and_the_supervisor_no_less_than_any_wo
     assert resource.RLIMIT_NOFILE not in supervisor  # clients compare what the visible process shows
 
 
-@pytest.mark.parametrize("role", ["supervisor", "vmm", "vcpu"])
+def test_a_device_cell_may_have_rings_and_threads_of_all_devices_and_the_supervisor_no_less() -> None:
+    cell, worker, supervisor = (
+        bounds.wanted(_plan(), role, assignment, UNLIMITED)
+        for role, assignment in (("device", Assignment(0, (), (), (), "device")), ("vcpu", ONE), ("supervisor", None))
+    )
+    assert cell[resource.RLIMIT_DATA] > worker[resource.RLIMIT_DATA]
+    assert all(cell[which] <= limit for which, limit in supervisor.items())
+    assert 64 < cell[resource.RLIMIT_NOFILE][1] <= 1024
+    rings = 31 * (4096 * 5)  # each of 128 entries: at most 5 pages
+    assert rings < cell[resource.RLIMIT_MEMLOCK][1] <= 8 * MIB
+    assert (
+        worker[resource.RLIMIT_MEMLOCK]
+        == bounds.wanted(_plan(), "vmm", None, UNLIMITED)[resource.RLIMIT_MEMLOCK]
+        == (0, 0)
+    )
+
+
+@pytest.mark.parametrize("role", ["supervisor", "vmm", "vcpu", "device"])
 def test_nothing_is_raised(role: str) -> None:
     inherited = dict.fromkeys(bounds.NAMES, 7)
     limits = bounds.wanted(_plan(), role, ONE if role == "vcpu" else None, inherited)
