@@ -22,13 +22,13 @@ from jailer.seccomp.names import SYSCALL_NAMES
 from jailer.seccomp.policy import ALLOWED, OWN_PROCESS, Policy, Rule, parse
 
 #: Policies whose rules are counted; a cell's running stage is subject to both of its filters.
-POLICIES = ("vcpu-setup", "vcpu", "vmm-setup", "vmm")
+POLICIES = ("vcpu-setup", "vcpu", "device-setup", "device", "vmm-setup", "vmm")
 _SECCOMP = "seccomp"
 _MOUNTED = Path("/sys/kernel/tracing")
 _BUFFER_KIB = 64 << 10
 #: "comm-TID ( TGID) [CPU] flags time: sys_enter: NR n (a, b, c, d, e, f)"
 _LINE = re.compile(r"^\s*(.+)-(\d+)\s+\(\s*(\d+|-+)\) .*: sys_enter: NR (-?\d+) \(([^)]*)\)")
-_ROLE = re.compile(r"^(vmm|vcpu) ?\d*$")
+_ROLE = re.compile(r"^(vmm|vcpu|device) ?\d*$")
 #: So many values of an argument are told one by one.
 _MAX_VALUES = 12
 _PAUSE_S = 0.05
