@@ -125,6 +125,7 @@ class CellDevice(VirtioDevice):
         self._may_change_config = True
         self._activating: Deferral | None = None
         self._stopping: Deferral | None = None
+        self._also_stopping: list[Deferral] = []
         #: What cells that have ended had counted, and the last that the present one has told.
         self._ended = Counters(model.counters)
         self._told: Collected | None = None
@@ -181,8 +182,11 @@ class CellDevice(VirtioDevice):
         if self.given_up:
             self.activation = None
             return None
-        self._stopping = Deferral()
-        waits = self._stopping
+        waits = Deferral()
+        if self._stopping is not None:  # it is asked for again before it is done
+            self._also_stopping.append(waits)
+            return waits
+        self._stopping = waits
         if self._serving:
             self._stop()
         return waits
@@ -201,10 +205,15 @@ class CellDevice(VirtioDevice):
     def _end_activation(self) -> None:
         self.activation = None
         self._begun = self._serving = False
-        for waits in (self._activating, self._stopping):
-            if waits is not None and not waits.done:
-                waits.complete()
+        self._complete_waits()
+
+    def _complete_waits(self) -> None:
+        waiting = [self._activating, self._stopping, *self._also_stopping]
         self._activating = self._stopping = None
+        self._also_stopping = []
+        for waits in waiting:
+            if waits is not None:
+                waits.complete()
 
     def reset(self) -> None:
         """Forget what the driver has said. While stopped."""
@@ -338,12 +347,9 @@ class CellDevice(VirtioDevice):
         if activation is not None:
             activation.notify.needs_reset(reason)
             stopping = self._stopping is not None
-            for waits in (self._activating, self._stopping):
-                if waits is not None:
-                    waits.complete()
-            self._activating = self._stopping = None
             if stopping:
                 self.activation = None
+            self._complete_waits()
 
     # ------------------------------------------------------------ what the cell says
 
