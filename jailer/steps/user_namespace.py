@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 
+from base import threads
 from base.errno_text import errno_text
 from base.lean_std import signal
 from base.lean_typing import NamedTuple
@@ -56,7 +57,7 @@ def make(uid: int, gid: int, first_uid: int, capabilities: int) -> UserNamespace
         text = f"no user namespace can be made: {errno_text(error)}"
         if _is_absent(error.errno or 0):
             return _without(text, first_uid)
-        raise StepError(f"Failed to unshare into new user namespace: {errno_text(error)}") from None
+        raise StepError(f"Failed to unshare into new user namespace: {threads.explain(error)}") from None
     descriptor = -1
     try:
         descriptor = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,12 @@ import pytest
 from devtool.project import PYTHON, ROOT
 from ipc.launch_plan import CELL_UIDS
 from jailer.steps import identity, user_namespace
-from tests.harness.jail import GID, UID, JailedMicrovm, id_of, microvm, namespace, status
+from tests.harness.attacks import outcomes
+from tests.harness.jail import GID, UID, JailedMicrovm, id_of, microvm, namespace, status, wait_for
 
 ALL = ("vmm", "vcpu 0")
+#: Without the root wall the host's /run would be the cell's.
+RELATIVE = ("--api-sock", "api.socket")
 NO_CAPABILITIES = "0" * 16
 
 
@@ -151,6 +155,31 @@ def test_nothing_is_left_of_the_process_that_holds_the_namespace() -> None:
     assert set(os.listdir("/proc/self/fd")) == before
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
+
+
+@pytest.mark.parametrize("file", ["environ", "maps", "fd", "fdinfo/0", "root"])
+@pytest.mark.parametrize("victim", ["vmm", "supervisor", "vcpu 0"])
+def test_nobody_looks_into_another_microvm_of_the_user(base: Path, victim: str, file: str) -> None:
+    """Nothing but its user is around the attacker, and nothing at all hides the victim from its own user."""
+    bare = ["seccomp", "landlock", "root", "pid-namespace", "dumpable"]
+    seen = []
+    for off in ([], ["cell-identity"]):
+        words = [word for wall in (*bare, *off) for word in ("--without", wall)]
+        not_hidden = [word for wall in ("dumpable", *off) for word in ("--without", wall)]
+        names = [id_of(base, f"{len(off)}-{each}") for each in ("victim", "attacker")]
+        with microvm(base, *not_hidden, microvm_id=names[0]) as other:
+            pid = other.start().wait_up().wait_cells(*ALL)[victim]
+            drill = f"read=/proc/{pid}/{file}"
+            with microvm(base, "--drill", drill, *words, microvm_id=names[1], arguments=RELATIVE) as jailed:
+                jailed.start()
+                seen.append(wait_for(partial(_outcome_of, jailed, drill), jailed.describe))
+    assert seen[0] == "EACCES"
+    # The supervisor became its user while it ran: for that alone it is not dumpable.
+    assert seen[1] == ("EACCES" if victim == "supervisor" else "EISDIR" if file in ("fd", "root") else "open")
+
+
+def _outcome_of(jailed: JailedMicrovm, drill: str) -> str | None:
+    return outcomes(jailed.output()).get(drill)
 
 
 def test_a_worker_and_its_successor_are_two_users(base: Path) -> None:
