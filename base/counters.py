@@ -78,6 +78,14 @@ class Counters:
         for key, aggregate in other.aggregates.items():
             self.aggregates[key].merge(aggregate)
 
+    def copy(self) -> Counters:
+        """Return another group that has counted the same."""
+        copied = Counters("")
+        copied.values = dict.fromkeys(self.values, 0)
+        copied.aggregates = {key: Aggregate() for key in self.aggregates}
+        copied.merge(self)
+        return copied
+
     def clear(self) -> None:
         """Set everything to 0, but for what was written."""
         self.values = dict.fromkeys(self.values, 0)

@@ -25,13 +25,14 @@ def _entropy(message: Attach, files: list[int]) -> VirtioDevice:
 
 def _block(message: Attach, files: list[int]) -> VirtioDevice:
     try:
-        (fd,) = files
         configuration = record_of(BLOCK_CONFIGURATION, message.settings, "settings")
         state = saved_state(BLOCK_SECTION, message)
-    except (ValueError, SettingsError):
+        if len(files) != 1:
+            raise SettingsError(f"a drive has one file, not {len(files)}")
+    except SettingsError:
         close(files)
         raise
-    return make_block(configuration, fd, state)
+    return make_block(configuration, files[0], state)
 
 
 #: VIRTIO_ID_* → what makes such a device of its message and its files, which it takes.

@@ -29,6 +29,7 @@ CARRIED = (
     "vmm.cells.device_pool",
     "vmm.machine.device_cells",
     "vmm.machine.device_report",
+    "vmm.machine.drives",
     "vmm.machine.virtio_devices",
     "ipc.messages.device",
 )

@@ -15,7 +15,7 @@ from ipc.guest_memory import GuestMemory
 from ipc.messages.device import ConfigChanged, NeedsReset
 from ipc.messages.supervisor import CellEnded
 from virtio.device import VirtioDevice
-from vmm.cells.device import CellDevice
+from vmm.cells.device import CellDevice, Update
 from vmm.cells.device_cell import DeviceCell
 from vmm.cells.lifecycle import DEADLINES, SECOND_NS, WorkerState
 from vmm.errors import DeviceCellError, DeviceError, VmmError
@@ -249,6 +249,15 @@ class DeviceCells:
         """Let all devices go on with their queues. Does not wait: kicks that come meanwhile are not lost."""
         for device in self._devices:
             device.transport.resume()
+
+    @property
+    def devices(self) -> Sequence[CellDevice]:
+        """Return all devices, in the order of their numbers."""
+        return self._devices
+
+    def wait_for(self, update: Update) -> None:
+        """Wait until a change of a device is in force or refused: a cell that does not answer in time is ended."""
+        self._events.run_until(lambda: update.done.done, None)
 
     # ------------------------------------------------------------ information
 

@@ -144,7 +144,7 @@ class VmResources:
     @property
     def has_virtio_devices(self) -> bool:
         """Whether a device cell is needed."""
-        return self.entropy is not None
+        return bool(self.drives.configs) or self.entropy is not None
 
     def check_startable(self) -> None:
         """Raise StartError if the configuration lacks something, or has something that cannot be started yet."""
@@ -158,7 +158,8 @@ class VmResources:
     def _unsupported(self) -> Iterator[str]:
         """Name what is configured and cannot be started yet."""
         for drive in self.drives.configs:
-            yield f"The block device {drive.drive_id}"
+            if drive.path_on_host is None:
+                yield f"The block device {drive.drive_id}"
         for pmem in self.pmem.configs:
             yield f"The pmem device {pmem.id}"
         for interface in self.network_interfaces.configs:

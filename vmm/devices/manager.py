@@ -200,7 +200,7 @@ class DeviceManager:
 
         number = len(self.virtio)
         if number >= MAX_VIRTIO_MMIO_DEVICES:
-            raise DeviceError(f"all {MAX_VIRTIO_MMIO_DEVICES} virtio-mmio windows are in use")
+            raise DeviceError("Could not allocate GSI: The requested resource is not available.")
         if self._register_pages is None:
             self._register_pages = RegisterPages(MAX_VIRTIO_MMIO_DEVICES)
             self._acknowledged = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

@@ -6,6 +6,7 @@ from base.lean_typing import TYPE_CHECKING
 from vmm.cells.device_pool import DeviceCells
 from vmm.config.machine import DEVICE_CELLS_EACH
 from vmm.devices.manager import in_attach_order
+from vmm.errors import DeviceError
 from vmm.machine.virtio_devices import virtio_devices
 
 if TYPE_CHECKING:
@@ -23,8 +24,13 @@ def attach(assembly: Assembly, resources: VmResources, pool: WorkerPool, events:
     vmm = assembly.vmm
     memory = vmm.vm.memory
     devices = in_attach_order(virtio_devices(resources))
-    for device in devices:
-        device.transport = assembly.devices.attach_virtio(device, memory)
+    for number, device in enumerate(devices):
+        try:
+            device.transport = assembly.devices.attach_virtio(device, memory)
+        except DeviceError:
+            for unattached in devices[number:]:
+                unattached.close()
+            raise
     cells = DeviceCells(events, pool.device_cell, memory)
     vmm.device_cells = cells
     pool.on_device_cell_ended = cells.cell_ended

@@ -1,7 +1,7 @@
 """The operations of a running microVM on its devices, which ``vmm.machine.vmm.Vmm`` inherits.
 
-No microVM has a device that can be changed while it runs yet, so each says that there is no such device; the devices'
-own changes fill them in. Sizes in MiB, times in s.
+Block devices can be changed while they run. There are none of the other kinds yet, so their operations say that there
+is no such device; the devices' own changes fill them in. Sizes in MiB, times in s.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from base.lean_typing import TYPE_CHECKING, NoReturn
 from vmm.errors import DeviceError
 
 if TYPE_CHECKING:
+    from vmm.cells.device import CellDevice, Update
     from vmm.config.rate_limiter import TokenBucketConfig
 
 NOT_FOUND = "Failed perform action on device: Device not found"
@@ -31,19 +32,35 @@ def _not_found() -> NoReturn:
 class DeviceOperations:
     """Each operation raises DeviceNotFoundError, or another DeviceError when it fails."""
 
+    def block_device(self, drive_id: str) -> CellDevice | None:
+        """Return the block device with this id."""
+        return None
+
+    def put_into_force(self, update: Update) -> None:
+        """Wait for a change of a device. Raises DeviceError if it was refused."""
+        raise NotImplementedError
+
     def update_block_device_path(self, drive_id: str, path_on_host: str) -> None:
         """Open another file behind a block device (PATCH /drives/{id} with ``path_on_host``)."""
-        _not_found()
+        device = self.block_device(drive_id) or _not_found()
+        from vmm.machine.drives import open_for
+
+        self.put_into_force(device.update_files((open_for(device, path_on_host).descriptor,)))
 
     def update_block_rate_limiter(
         self, drive_id: str, bandwidth: TokenBucketConfig | None, ops: TokenBucketConfig | None
     ) -> None:
         """Replace the buckets that are given (PATCH /drives/{id} with ``rate_limiter``)."""
-        _not_found()
+        device = self.block_device(drive_id) or _not_found()
+        from vmm.machine.drives import bucket
+
+        self.put_into_force(device.update_limiter(bucket(bandwidth), bucket(ops)))
 
     def update_vhost_user_block_config(self, drive_id: str) -> None:
         """Read the backend's configuration again (PATCH /drives/{id} with neither)."""
-        _not_found()
+        if self.block_device(drive_id) is None:
+            _not_found()
+        raise DeviceError("Block: Running method expected different backend.")
 
     def update_pmem_rate_limiter(
         self, device_id: str, bandwidth: TokenBucketConfig | None, ops: TokenBucketConfig | None

@@ -14,6 +14,7 @@ from virtio.abi import (
 )
 
 if TYPE_CHECKING:
+    from base.counters import Counters
     from vmm.cells.device_pool import DeviceCells
     from vmm.devices.transport.mmio import MmioTransport
     from vmm.json.text import JsonValue
@@ -56,9 +57,23 @@ def _device(transport: MmioTransport, cells: DeviceCells) -> JsonValue:
     }
 
 
-def read_virtio(metrics: Metrics, transports: Sequence[MmioTransport]) -> None:
-    """Take over what virtio devices have counted, as far as their cells have told it."""
-    for transport in transports:
-        if transport.device.kind == VIRTIO_ID_ENTROPY:
-            for key, value in transport.device.counters.values.items():
-                metrics["entropy"].store(key, value)
+class VirtioMetrics:
+    """Brings what the virtio devices of one machine have counted into the metrics, which go on over restarts."""
+
+    def __init__(self, metrics: Metrics, transports: Sequence[MmioTransport]) -> None:
+        self._groups: list[tuple[Counters, Counters, Counters]] = []
+        for device in [transport.device for transport in transports]:
+            if device.kind == VIRTIO_ID_BLOCK:
+                group = metrics.device("block", device.id)
+            elif device.kind == VIRTIO_ID_ENTROPY:
+                group = metrics["entropy"]
+            else:
+                continue
+            self._groups.append((group, group.copy(), device.counters))
+
+    def read(self) -> None:
+        """Take over what the devices have counted, as far as their cells have told it."""
+        for group, before, counted in self._groups:
+            total = before.copy()
+            total.merge(counted)
+            group.values, group.aggregates = total.values, total.aggregates

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from base.lean_typing import Sequence
+from base.lean_typing import Iterator, Sequence
 from ipc.guest_memory import GuestMemory
 from ipc.launch_plan import LaunchPlan
 from ipc.messages.records import BootRegisters
 from vmm.boot.acpi import VirtioMmioDevice
-from vmm.boot.cmdline import Cmdline, complete, virtio_mmio_parameter
+from vmm.boot.cmdline import Cmdline, complete, root_parameters, virtio_mmio_parameter
 from vmm.boot.loader import KIND_BZIMAGE, load_kernel
 from vmm.config.resources import VmResources
 from vmm.observe.logger import DEBUG, LOG
@@ -24,7 +24,8 @@ def load_boot_source(
     source = resources.require_boot_source()
     cache = options.kernel_cache_fd if options.kernel_cache_fd >= 0 else plan.kernel_cache_fd
     cmdline = Cmdline(source.command_line)
-    complete(cmdline, pci=False, parameters=[virtio_mmio_parameter(*device) for device in devices])
+    announced = [virtio_mmio_parameter(*device) for device in devices]
+    complete(cmdline, pci=False, parameters=[*_root(resources), *announced])
     image = load_kernel(
         memory,
         source.kernel_fd,
@@ -45,3 +46,11 @@ def load_boot_source(
         steps = ", ".join(f"{step} {nanoseconds // 1000} us" for step, nanoseconds in image.timings)
         LOG.debug(f"Kernel loading took: {steps}")
     return image.registers
+
+
+def _root(resources: VmResources) -> Iterator[str]:
+    """Name the root device; the transport gives it the first window, and Linux the first name."""
+    if resources.drives.has_root:
+        root = resources.drives.configs[0]
+        device = "/dev/vda" if root.partuuid is None else f"PARTUUID={root.partuuid}"
+        yield root_parameters(device, bool(root.is_read_only))

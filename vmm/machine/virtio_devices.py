@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from base.errors import CellblockError
 from base.lean_typing import TYPE_CHECKING
 from ipc.schema import pack
 from virtio import entropy
-from virtio.rate_limiter import Bucket
 from vmm.cells.device import CellDevice, DeviceModel
+from vmm.machine.drives import block_device, bucket
 
 if TYPE_CHECKING:
     from vmm.config.entropy import EntropyConfig
-    from vmm.config.rate_limiter import TokenBucketConfig
     from vmm.config.resources import VmResources
 
 #: An entropy device has no name in the API.
@@ -18,13 +18,18 @@ ENTROPY_ID = "rng"
 
 
 def virtio_devices(resources: VmResources) -> list[CellDevice]:
-    """Return the devices, each kind in the order of its configuration."""
-    return [*([_entropy(resources.entropy)] if resources.entropy is not None else [])]
-
-
-def bucket(config: TokenBucketConfig | None) -> Bucket | None:
-    """Return a limiter's bucket as devices have it."""
-    return None if config is None else Bucket(config.size, config.refill_time, config.one_time_burst or 0)
+    """Return the devices, each kind in the order of its configuration. Raises VmmError, and none is left open then."""
+    devices: list[CellDevice] = []
+    try:
+        for drive in resources.drives.configs:
+            devices.append(block_device(drive))  # noqa: PERF401  (those before a bad one are to be closed)
+        if resources.entropy is not None:
+            devices.append(_entropy(resources.entropy))
+    except CellblockError:
+        for device in devices:
+            device.close()
+        raise
+    return devices
 
 
 def _entropy(config: EntropyConfig) -> CellDevice:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from base import exit_codes
 from base.event_manager import EventManager, EventOps, Events
-from base.lean_typing import TYPE_CHECKING, Callable
+from base.lean_typing import TYPE_CHECKING, Callable, Sequence
 from base.version import APP_NAME, FIRECRACKER_VERSION
 from ipc.messages.worker import DumpCpuConfig, DumpedCpuConfig, SavedState, SaveState
 from vmm.cells.exits import ExitExecutor, read_exits
@@ -31,8 +31,10 @@ from vmm.operations.replacement import Replacements, Successor
 from vmm.snapshot.microvm_state import MachineState, MicrovmState, of_devices
 
 if TYPE_CHECKING:
+    from vmm.cells.device import CellDevice, Update
     from vmm.cells.device_pool import DeviceCells
     from vmm.json.text import JsonValue
+    from vmm.machine.device_report import VirtioMetrics
 
 STATE_NOT_STARTED = "Not started"
 STATE_RUNNING = "Running"
@@ -80,6 +82,7 @@ class Vmm(DeviceOperations):
         self.replacements = Replacements(self, self._driver, events, make_successor)
         #: Where the virtio devices are; None for a machine without any.
         self.device_cells: DeviceCells | None = None
+        self._virtio_metrics: VirtioMetrics | None = None
         self._heartbeat = Heartbeat(workers, self.has_ended, self._pong)
 
     def __repr__(self) -> str:
@@ -161,10 +164,11 @@ class Vmm(DeviceOperations):
     def _read_metrics(self) -> None:
         read_exits(METRICS, tuple(self.exit_counters().values()))
         if self.device_cells is not None:
-            self.device_cells.collect()
-            from vmm.machine.device_report import read_virtio
+            from vmm.machine.device_report import VirtioMetrics
 
-            read_virtio(METRICS, self.device_manager.virtio)
+            self._virtio_metrics = self._virtio_metrics or VirtioMetrics(METRICS, self.device_manager.virtio)
+            self.device_cells.collect()
+            self._virtio_metrics.read()
         read_devices(METRICS, self.device_manager.i8042, self.device_manager.serial, self._console_output)
 
     # ------------------------------------------------------------ operations
@@ -308,6 +312,25 @@ class Vmm(DeviceOperations):
         """Return CPUID and MSRs of every vCPU (no API call). Raises StateError unless paused, WorkerError."""
         self._require_paused("dump_cpu_config")
         return [worker.request(DumpCpuConfig(vcpu), DumpedCpuConfig) for vcpu, worker in self._by_vcpu()]
+
+    def block_device(self, drive_id: str) -> CellDevice | None:
+        """Return the block device with this id."""
+        if self.device_cells is None:
+            return None
+        from virtio.abi import VIRTIO_ID_BLOCK  # carried (jailer.carried): there are devices, so it is loaded
+
+        found = [each for each in self._cell_devices() if each.kind == VIRTIO_ID_BLOCK and each.id == drive_id]
+        return found[0] if found else None
+
+    def _cell_devices(self) -> Sequence[CellDevice]:
+        return () if self.device_cells is None else self.device_cells.devices
+
+    def put_into_force(self, update: Update) -> None:
+        """Wait for a change of a device. Raises DeviceError if it was refused, StateError after the end."""
+        assert self.device_cells is not None
+        self.device_cells.wait_for(update)
+        if update.refusal:
+            raise DeviceError(update.refusal)
 
     def send_ctrl_alt_del(self) -> None:
         """Type Ctrl-Alt-Del on the guest's keyboard (PUT /actions SendCtrlAltDel).

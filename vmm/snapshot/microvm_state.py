@@ -61,10 +61,11 @@ _STANDARD = (IoApic.SECTION, Serial.SECTION, I8042.SECTION, Pic.SECTION, Pit.SEC
 
 def device_sections() -> tuple[Section, ...]:
     """Return the sections of devices; of those that are virtio's there may be any number."""
+    from virtio.block.configuration import BLOCK_SECTION
     from virtio.entropy import Entropy  # what a machine without devices does not load is carried (jailer.carried)
     from vmm.devices.transport.mmio import MmioTransport
 
-    return (*_STANDARD, InterruptLine.SECTION, MmioTransport.SECTION, Entropy.SECTION)
+    return (*_STANDARD, InterruptLine.SECTION, MmioTransport.SECTION, Entropy.SECTION, BLOCK_SECTION)
 
 
 def sections() -> tuple[Section, ...]:

@@ -30,10 +30,13 @@ def _update_drive(session: Session, drive_id: str, update: DriveUpdate) -> None:
     vmm, path, limiter = session.machine, update.path_on_host, update.rate_limiter
     if path is None and limiter is None:
         vmm.update_vhost_user_block_config(drive_id)
+    drives = session.resources.drives
     if path is not None:
         vmm.update_block_device_path(drive_id, path)
+        drives.update(update._replace(rate_limiter=None))
     if limiter is not None:
         vmm.update_block_rate_limiter(drive_id, limiter.bandwidth, limiter.ops)
+        drives.update(update._replace(path_on_host=None))
 
 
 def _update_pmem(session: Session, device_id: str, update: PmemUpdate) -> None:
