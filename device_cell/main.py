@@ -65,7 +65,7 @@ def _run(plan: LaunchPlan, assignment: Assignment, channel: socket.socket, seal:
     await_welcome(control_channel, Welcome)
     start.over = True
     _run_drills(plan, ROLE_DEVICE)
-    control = Control(control_channel, PairChannel(channel, DEVICE_DESCRIPTORS, plan.epoch), seal)
+    control = Control(control_channel, PairChannel(channel, DEVICE_DESCRIPTORS, plan.epoch), seal, plan.boot_id)
     code = serve(control, channel.fileno())
     control_channel.close(_LINGER_MS)
     context.term()

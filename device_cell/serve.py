@@ -66,13 +66,14 @@ Reply = Callable[[Any], None]
 class Control:
     """Carries commands out. A subscriber of the loop that also drives the devices."""
 
-    def __init__(self, channel: Channel, descriptors: PairChannel, seal: Seal) -> None:
+    def __init__(self, channel: Channel, descriptors: PairChannel, seal: Seal, boot_id: bytes) -> None:
         self.events = EventManager()
         #: The exit code, once the cell is to end.
         self.code: int | None = None
         self._channel = channel
         self._descriptors = descriptors
         self._seal = seal
+        self._boot_id = boot_id
         self._ops: EventOps
         self._receiving = False
         self._tightened = self._verified = False
@@ -171,7 +172,7 @@ class Control:
         files = self._files(message.device, message.files)
         if message.device in self._devices or self._tightened:
             raise ChannelError("a device comes twice, or too late")
-        device = kinds.make(message, files)
+        device = kinds.make(message, files, self._boot_id)
         attached = AttachedDevice(message.device, device, descriptors, self.events, self._send)
         self._devices[message.device] = attached
         reply(Attached(device.features(), device.queue_sizes, device.config()))

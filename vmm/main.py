@@ -95,7 +95,7 @@ class Program:
         METRICS.sources.append(lambda: read_logger(METRICS, LOG))
         if command_line.metrics_path is not None:
             METRICS.configure(MetricsConfig(command_line.metrics_path))
-        self._resources = VmResources(StartOptions.of(command_line), TunPool(plan.tun))
+        self._resources = VmResources(StartOptions.of(command_line)._replace(boot_id=plan.boot_id), TunPool(plan.tun))
         self._builder = MicrovmBuilder(plan, self._events, self._supervisor)
         self._session = Session(self._resources, command_line.id, self._builder.build, self._events)
         self._supervisor.on_shutdown = self._session.shut_down

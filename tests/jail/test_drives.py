@@ -5,13 +5,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.harness.jail import GID, UID, JailedMicrovm, microvm, wait_for
+from tests.harness.jail import GID, UID, JailedMicrovm, id_of, microvm, wait_for
 from tests.harness.mailbox_guest import BlockDriver, MailboxGuest
 from virtio import abi
 from vmm.layout import COMMAND_LINE_ADDRESS, COMMAND_LINE_SIZE, MAX_VIRTIO_MMIO_DEVICES
@@ -278,3 +279,46 @@ def test_metrics_of_each_drive_and_of_all(drives):
         if isinstance(value, int):
             assert value == a[key] + b[key], key
     assert {line()["block_a"]["read_count"], line()["block"]["write_count"]} == {0}
+
+
+def test_an_overlay_takes_what_is_written_and_is_there_again(drives, base):
+    path = drives.add("data", overlay={"path": "/data.overlay"})
+    drives.start()
+    driver = BlockDriver(drives.guest).begin()
+    assert driver.sectors == SECTORS
+    assert driver.write_sectors(5, b"w" * 512) == OK
+    assert driver.flush() == OK
+    assert driver.read_sectors(5) == b"w" * 512
+    assert driver.read_sectors(6) == pattern()[6 << 9 : 7 << 9]
+    other = {"drive_id": "data", "path_on_host": "/data.img"}
+    assert "keeps its files" in drives.refused("PATCH", "/drives/data", other)
+    (shown,) = drives.must("GET", "/vm/config")["drives"]
+    assert shown["overlay"] == {"path": "/data.overlay"}
+    assert path.read_bytes() == pattern()
+    os.kill(drives.jail.pid, 15)
+    drives.jail.process.wait(30)
+    with microvm(base, microvm_id=id_of(base, "again"), arguments=()) as jailed:
+        again = Drives(jailed)
+        again.file("data.img", pattern())
+        shutil.copy(drives.jail.root / "data.overlay", jailed.root / "data.overlay")
+        os.chown(jailed.root / "data.overlay", UID, GID)
+        again.configs = drives.configs
+        again.start()
+        driver = BlockDriver(again.guest).begin()
+        assert driver.read_sectors(5) == b"w" * 512
+        assert driver.read_sectors(7) == pattern()[7 << 9 : 8 << 9]
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({"is_read_only": True}, "Invalid block config"),
+        ({"overlay": {"path": "/no/such"}}, "No such file"),
+        ({"overlay": {"path": "/data.img"}}, "data.img"),
+    ],
+)
+def test_an_overlay_that_cannot_be_is_refused_when_it_is_configured(drives, body, text):
+    drives.file("data.img", pattern())
+    drives.launch()
+    config = {"drive_id": "data", "is_root_device": False, "path_on_host": "/data.img", "overlay": {"path": "/o"}}
+    assert text in drives.refused("PUT", "/drives/data", {**config, **body})

@@ -255,6 +255,11 @@ class CellDevice(VirtioDevice):
         self._ask(UpdateLimiter(self.number, *tokens), Updated, updated, update.finish)
         return update
 
+    @property
+    def has_overlay(self) -> bool:
+        """Is it a drive that consists of a base and an overlay?"""
+        return len(self._files) > 1
+
     def update_files(self, files: tuple[int, ...]) -> Update:  # type: ignore[override]
         """Serve from these files, which are taken; none: the size of the old ones has changed."""
         update = Update()

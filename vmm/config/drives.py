@@ -11,6 +11,7 @@ import struct
 from base.errno_text import errno_text
 from base.lean_typing import TYPE_CHECKING, NamedTuple
 from vmm.config.rate_limiter import RATE_LIMITER, RateLimiterConfig, limiter_json
+from vmm.config.overlay import OVERLAY, OverlayConfig, OverlayConfigError, OverlayFiles, open_overlay_files
 from vmm.errors import VmmError
 from vmm.files import FileOpenError, open_input
 from vmm.json.schema import BOOLEAN, STRING, U8, Field, Object, Option, Variant
@@ -115,6 +116,8 @@ class DriveConfig(NamedTuple):
     #: Additions: offer DISCARD and WRITE_ZEROES; so many queues.
     discard: bool | None = None
     num_queues: int | None = None
+    #: An addition: what is written goes there, and ``path_on_host`` is a base that is only read.
+    overlay: OverlayConfig | None = None
 
     def to_json(self) -> JsonValue:
         """Return the entry of ``drives`` in GET /vm/config."""
@@ -131,12 +134,21 @@ class DriveConfig(NamedTuple):
             "socket": self.socket,
             **({} if self.discard is None else {"discard": self.discard}),
             **({} if self.num_queues is None else {"num_queues": self.num_queues}),
+            **({} if self.overlay is None else {"overlay": self.overlay.to_json()}),
         }
 
-    def check(self) -> None:
-        """Check that the device can be made: one backend, and a file that can be opened. Raises DriveError."""
+    def check(self, boot_id: bytes = b"") -> None:
+        """Check that the device can be made: one backend, and files that can be opened. Raises DriveError.
+
+        ``boot_id``: of the launch plan.
+        """
+        if self.overlay is not None and (self.is_read_only or self.path_on_host is None):
+            raise DriveError(f"{_CREATE}Invalid block config.")
         if self.path_on_host is not None and self.socket is None:
-            os.close(self.open_file().descriptor)
+            if self.overlay is not None:
+                self.open_overlay(boot_id).close()
+            else:
+                os.close(self.open_file().descriptor)
         elif self.socket is None or any(each is not None for each in self._of_files()):
             raise DriveError(f"{_CREATE}Invalid block config.")
         if self.num_queues is not None and not 1 <= self.num_queues <= MAX_QUEUES:
@@ -148,6 +160,7 @@ class DriveConfig(NamedTuple):
         """Return what only a drive with a file may have."""
         return (
             self.is_read_only, self.path_on_host, self.rate_limiter, self.io_engine, self.discard, self.num_queues,
+            self.overlay,
         )  # fmt: skip
 
     def open_file(self) -> DriveFile:
@@ -156,6 +169,14 @@ class DriveConfig(NamedTuple):
         try:
             return open_drive_file(self.path_on_host, read_only=bool(self.is_read_only))
         except DriveError as error:
+            raise DriveError(f"{_CREATE}{BACKING_FILE}{error}") from error
+
+    def open_overlay(self, boot_id: bytes) -> OverlayFiles:
+        """Open base and overlay of a drive that has one, and lock them. Raises DriveError."""
+        assert self.path_on_host is not None and self.overlay is not None
+        try:
+            return open_overlay_files(self.path_on_host, self.overlay, boot_id)
+        except OverlayConfigError as error:
             raise DriveError(f"{_CREATE}{BACKING_FILE}{error}") from error
 
     def updated(self, update: DriveUpdate) -> DriveConfig:
@@ -188,6 +209,7 @@ DRIVE = Object(
     Field("socket", Option(STRING)),
     Field("discard", Option(BOOLEAN), extension=True),
     Field("num_queues", Option(U8), extension=True),
+    Field("overlay", Option(OVERLAY), extension=True),
 )
 DRIVE_UPDATE = Object(
     "BlockDeviceUpdateConfig",
@@ -209,12 +231,12 @@ class Drives:
         """Whether one of them is the root device."""
         return bool(self.configs) and self.configs[0].is_root_device
 
-    def insert(self, config: DriveConfig, *, pmem_root: bool) -> None:
+    def insert(self, config: DriveConfig, *, pmem_root: bool, boot_id: bytes = b"") -> None:
         """Add a device, or replace the one of the same id. Raises DriveError, and then nothing has changed."""
         place = next((n for n, known in enumerate(self.configs) if known.drive_id == config.drive_id), None)
         if config.is_root_device and (pmem_root or (self.has_root and place != 0)):
             raise DriveError(ROOT_EXISTS)
-        config.check()
+        config.check(boot_id)
         if place is None:
             self.configs.insert(0 if config.is_root_device else len(self.configs), config)
             return

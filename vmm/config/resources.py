@@ -76,7 +76,7 @@ class VmResources:
 
     def insert_drive(self, config: DriveConfig) -> None:
         """Add or replace a block device. Raises DriveError."""
-        self.drives.insert(config, pmem_root=self.pmem.has_root)
+        self.drives.insert(config, pmem_root=self.pmem.has_root, boot_id=self.options.boot_id)
 
     def insert_pmem(self, config: PmemConfig) -> None:
         """Add or replace a pmem device. Raises PmemError."""

@@ -27,6 +27,8 @@ class StartOptions(NamedTuple):
     mmds_size_limit: int = DEFAULT_PAYLOAD_LIMIT
     #: The host's CPUs that this process may use, in ascending order; empty: not known.
     host_cpus: tuple[int, ...] = ()
+    #: Of the launch plan: names this run of the host's kernel.
+    boot_id: bytes = b""
 
     @staticmethod
     def of(line: CommandLine) -> StartOptions:

@@ -43,6 +43,8 @@ class DeviceOperations:
     def update_block_device_path(self, drive_id: str, path_on_host: str) -> None:
         """Open another file behind a block device (PATCH /drives/{id} with ``path_on_host``)."""
         device = self.block_device(drive_id) or _not_found()
+        if device.has_overlay:
+            raise DeviceError("Block: a drive with an overlay keeps its files.")
         from vmm.machine.drives import open_for
 
         self.put_into_force(device.update_files((open_for(device, path_on_host).descriptor,)))

@@ -17,7 +17,15 @@ from virtio.block.configuration import (
 )
 from virtio.rate_limiter import Bucket
 from vmm.cells.device import CellDevice, DeviceModel
-from vmm.config.drives import BACKING_FILE, CACHE_WRITEBACK, ENGINE_ASYNC, ENGINE_SYNC, DriveError, open_drive_file
+from vmm.config.drives import (
+    BACKING_FILE,
+    CACHE_WRITEBACK,
+    ENGINE_ASYNC,
+    ENGINE_SYNC,
+    SECTOR_SIZE,
+    DriveError,
+    open_drive_file,
+)
 from vmm.errors import DeviceError
 from vmm.observe.logger import LOG
 
@@ -47,24 +55,30 @@ def block_configuration(config: DriveConfig) -> BlockConfiguration:
     return BlockConfiguration(config.drive_id, engine, settings, bandwidth or _NO_LIMIT, ops or _NO_LIMIT)
 
 
-def block_device(config: DriveConfig) -> CellDevice:
-    """Return the device of a drive with a file. Raises DriveError."""
+def block_device(config: DriveConfig, boot_id: bytes) -> CellDevice:
+    """Return the device of a drive with a file, or with a base and an overlay. Raises DriveError."""
     configuration = block_configuration(config)
     settings = configuration.settings
-    file = config.open_file()
-    _log_remarks(config.drive_id, file)
+    files: tuple[int, ...]
+    if config.overlay is not None:
+        opened = config.open_overlay(boot_id)
+        files, sectors = (opened.base, opened.overlay), opened.size // SECTOR_SIZE
+    else:
+        file = config.open_file()
+        _log_remarks(config.drive_id, file)
+        files, sectors = (file.descriptor,), file.sectors
     return CellDevice(
         DeviceModel(
             kind=VIRTIO_ID_BLOCK,
             id=config.drive_id,
             queue_sizes=block_queue_sizes(settings),
             features=block_features(settings),
-            config=block_config(settings, file.sectors),
+            config=block_config(settings, sectors),
             settings=pack(BLOCK_CONFIGURATION.check(configuration, "settings")),
             section=BLOCK_SECTION,
             counters=BLOCK_COUNTERS,
-            out_of_order=configuration.io_engine == ENGINE_ASYNC,
-            files=(file.descriptor,),
+            out_of_order=configuration.io_engine == ENGINE_ASYNC or config.overlay is not None,
+            files=files,
         )
     )
 

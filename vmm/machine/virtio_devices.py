@@ -22,7 +22,7 @@ def virtio_devices(resources: VmResources) -> list[CellDevice]:
     devices: list[CellDevice] = []
     try:
         for drive in resources.drives.configs:
-            devices.append(block_device(drive))  # noqa: PERF401  (those before a bad one are to be closed)
+            devices.append(block_device(drive, resources.options.boot_id))  # noqa: PERF401  (those before a bad one are to be closed)
         if resources.entropy is not None:
             devices.append(_entropy(resources.entropy))
     except CellblockError:
