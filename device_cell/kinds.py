@@ -17,7 +17,6 @@ from virtio.entropy import ENTROPY_SETTINGS, Entropy
 from virtio.errors import SettingsError
 from virtio.rate_limiter import RateLimiter
 
-
 #: How many files a drive has.
 _FILE, _BASE_AND_OVERLAY = 1, 2
 
@@ -50,7 +49,10 @@ _MAKERS: dict[int, Callable[[Attach, list[int], bytes], VirtioDevice]] = {
 
 
 def make(message: Attach, files: list[int], boot_id: bytes) -> VirtioDevice:
-    """Return the device; ``boot_id`` is the launch plan's. Raises VirtioError, ThreadError; then the files are closed."""
+    """Return the device; ``boot_id`` is the launch plan's.
+
+    Raises VirtioError, ThreadError; then the files are closed.
+    """
     maker = _MAKERS.get(message.device_type)
     if maker is None:
         close(files)

@@ -387,7 +387,7 @@ _OPERATION: list[Row] = [
         f"unknown variant `Stop`, {one_of('FlushMetrics', 'InstanceStart', 'SendCtrlAltDel')}"),
     # Last: with devices that do not exist yet, a start names the first of them.
     before("PUT", "/actions", VALID, '{"action_type": "InstanceStart"}',
-           "Start microvm error: The block device a is not yet supported."),
+           "Start microvm error: The pmem device a is not yet supported."),
 ]  # fmt: skip
 
 TABLE = [*_MACHINE, *_DEVICES, *_OPERATION]
@@ -464,6 +464,7 @@ _BLOCK_BODY = '{"total_size_mib": 2147483648, "slot_size_mib": 2147483648, "bloc
 _SLOT_BODY = '{"total_size_mib": 4294967168, "slot_size_mib": VALUE}'
 _FLAGS_BODY = '{"cpuid_modifiers": [{"leaf": "0x0", "subleaf": "0x0", "flags": VALUE, "modifiers": []}]}'
 _NET_ID = '"iface_id": "e0"'
+_QUEUES_BODY = '{"drive_id": "a", "is_root_device": false, "path_on_host": "KERNEL", "num_queues": VALUE}'
 _HOTPLUG = "Memory hotplug config error: "
 NUMBERS: list[Number] = [
     # First: the memory is what the table has left, and the balloon is to be small for what follows.
@@ -476,6 +477,8 @@ NUMBERS: list[Number] = [
     Number("PATCH", "/machine-config", '{"mem_size_mib": VALUE}', 1, (1 << 64) - 1, MEMORY,
            _float_error("usize", '{"mem_size_mib": VALUE}')),
     *_buckets("PUT", "/serial", '{"rate_limiter": BUCKET}', 204, POSTBOOT),
+    Number("PUT", "/drives/a", _QUEUES_BODY, 1, 16, f"{BLOCK}num_queues is 0, and can be 1 to 16.",
+           f"{BLOCK}num_queues is 17, and can be 1 to 16.", later=NO_PCI),
     *_limiters("PUT", "/drives/a",
                '{"drive_id": "a", "is_root_device": false, "path_on_host": "/dev/zero", "rate_limiter": LIMITER}',
                f"{BLOCK}Virtio backend error: Error manipulating the backing file: not a regular file /dev/zero",

@@ -112,6 +112,8 @@ class Entropy(VirtioDevice):
             return 0
         try:
             data = os.getrandom(size, os.GRND_NONBLOCK)
+            while len(data) < size:  # a pending signal ends a long call early: getrandom(2)
+                data += os.getrandom(size - len(data), os.GRND_NONBLOCK)
         except OSError:  # the host has no entropy yet
             self.counters.add("host_rng_fails")
             return 0

@@ -10,8 +10,8 @@ import struct
 
 from base.errno_text import errno_text
 from base.lean_typing import TYPE_CHECKING, NamedTuple
-from vmm.config.rate_limiter import RATE_LIMITER, RateLimiterConfig, limiter_json
 from vmm.config.overlay import OVERLAY, OverlayConfig, OverlayConfigError, OverlayFiles, open_overlay_files
+from vmm.config.rate_limiter import RATE_LIMITER, RateLimiterConfig, limiter_json
 from vmm.errors import VmmError
 from vmm.files import FileOpenError, open_input
 from vmm.json.schema import BOOLEAN, STRING, U8, Field, Object, Option, Variant

@@ -138,7 +138,7 @@ def test_an_oversize_frame_is_refused_with_its_descriptors(pair):
 
 def test_a_frame_larger_than_the_socket_buffer_is_an_error_of_the_sender(pair):
     ours, _ = pair
-    with pytest.raises(DescriptorError, match="Message too long"):
+    with pytest.raises(DescriptorError, match=r"Message too l(ong|arge)"):
         descriptors.send(ours, bytes(8 << 20))
 
 

@@ -95,7 +95,9 @@ FORBIDDEN: list[tuple[tuple[str, ...], list[Attempt]]] = [
     (DEVICE_CELLS, [("io_uring_enter", (5, 1, 0, flags, 0)) for flags in (2, 4, 8, 16, 32, 64, 3)]),
     (DEVICE_CELLS, [("io_uring_enter", (5, 1, 0, 0, 0x7F0000000000))]),
     # What is behind a drive: a file never grows by fallocate, loses and shares no range; no RWF_HIPRI, RWF_APPEND …
-    (DEVICE_CELLS, [("fallocate", (5, mode, 0, 4096)) for mode in (0, 1, 2, 8, 0x10, 0x20, 0x40, 0x41)]),
+    (DEVICE_CELLS, [("fallocate", (5, mode, 0, 4096)) for mode in (1, 2, 8, 0x10, 0x20, 0x40, 0x41)]),
+    # But for an overlay that is made before the second filter.
+    (("device",), [("fallocate", (5, 0, 0, 4096)), *_each("ftruncate")]),
     (DEVICE_CELLS, [("pwritev2", (5, 0, 1, 0, 0, flags)) for flags in (1, 4, 8, 16, 32, 64)]),
     (DEVICE_CELLS, [("preadv2", (5, 0, 1, 0, 0, flags)) for flags in (1, 2, 4, 8, 64)]),
     (DEVICE_CELLS, [("lseek", (5, 0, whence)) for whence in (0, 1, 3, 4)]),
@@ -151,8 +153,8 @@ FORBIDDEN: list[tuple[tuple[str, ...], list[Attempt]]] = [
         [("madvise", (0, 4096, advice)) for advice in (3, 8, 9, 10, 11, 12, 14, 16, 20, 21, 22, 23, 25, 100)],
     ),
     (("vmm",), [("madvise", (0, 4096, advice)) for advice in (3, 8, 10, 11, 12, 14, 20, 21, 22, 23, 100, 101)]),
-    (SPAWNED, _each("memfd_create ftruncate mlock mlockall mlock2 msync mincore pkey_mprotect")),
-    (WORKERS, _each("fallocate")),
+    (SPAWNED, _each("memfd_create mlock mlockall mlock2 msync mincore pkey_mprotect")),
+    (WORKERS, _each("fallocate ftruncate")),
     # Futexes: priority inheritance, requeue and the like.
     (
         RUNNING,

@@ -58,7 +58,7 @@ def test_what_the_back_end_says_of_writing_holds(tmp_path):
 
 def test_it_stops_and_goes_on(backend, monkeypatch):
     """This back end now and then keeps what it had in flight when it was stopped: then another one has to go on."""
-    monkeypatch.setattr("virtio.vhost_user.block.DRAIN_NS", 1_000_000_000)
+    monkeypatch.setattr("virtio.vhost_user.block.DRAIN_NS", 10_000_000_000)
     backend.iops = 200
     backend.start()
     with vhost_user_guest(backend.connect()) as guest:
