@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     add("setup", _setup, "Install what is missing: Debian packages, .venv with locked versions, the programs.")
-    add("demo", _demo, "Boot an unmodified Debian kernel in a jailed microVM and show its walls.")
+    add("demo", _demo, "Boot Debian from a disk in a jailed microVM; show its drive, its cells and their walls.")
     test = add("test", _test, "Run the tests. Other arguments go to pytest; paths choose tests.")
     tier = test.add_mutually_exclusive_group()
     tier.add_argument("--quick", action="store_true", help="only what runs on this host in under three minutes")

@@ -1,7 +1,8 @@
-"""The demo: a jailed microVM boots an unmodified Debian kernel, shows its cells, pauses, resumes and ends cleanly."""
+"""The demo: a jailed microVM boots Debian from its disk, writes, shows drive, cells and walls, pauses, ends cleanly."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -13,17 +14,24 @@ from typing import TYPE_CHECKING
 
 from devtool.project import PYTHON, ROOT, say
 from devtool.testing import has_hardware_paging
-from lab.client import CHROOT_BASE, ClientError, Jail, Microvm, descendants, without_log
+from lab.client import CHROOT_BASE, ClientError, Jail, Microvm, descendants
+from lab.guest_agent import Agent
 
 if TYPE_CHECKING:
+    from lab.guest_disk import GuestDisk
     from lab.guest_image import GuestImage
 
 MICROVM_ID = "demo"
 UID = 10000
-BOOT_ARGS = "console=ttyS0 reboot=k panic=1 quiet cellblock.end=stay"
+#: Without a network sshd is only waited for.
+BOOT_ARGS = "console=ttyS0 reboot=k panic=1 quiet systemd.mask=ssh.service"
 BOOT_TIMEOUT = 300.0
 PAUSE_SECONDS = 3.0
-END_MARK = "CELLBLOCK-END"
+#: What the guest was told to be kept is kept.
+DRIVE = {"is_read_only": False, "cache_type": "Writeback"}
+DISK = "root.ext4"
+#: Written by the guest; looked up in the disk afterwards, from outside.
+WRITTEN = "/var/tmp/written"
 NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
 
 
@@ -35,29 +43,40 @@ def main() -> int:
         except (ClientError, OSError, subprocess.SubprocessError) as error:
             say(f"error: the demo failed: {error}")
             return 1
-    from lab.guest_image import ensure
-
     say("this host has no KVM with nested paging: the demo runs in the lab, an emulated machine that has it")
-    ensure()  # outside, where the cache is kept
+    _images()  # outside, where the cache is kept
     command = [str(PYTHON), "-m", "lab", "--", str(PYTHON), "-m", "lab.demo"]
     return subprocess.run(command, check=False, cwd=ROOT).returncode
 
 
-def _demonstrate() -> int:
-    from lab.guest_image import ensure
+def _images() -> tuple[GuestImage, GuestDisk]:
+    from lab import guest_disk, guest_image
 
-    image = ensure()
-    with tempfile.NamedTemporaryFile(prefix="cellblock-demo-") as walls:
+    return guest_image.ensure(), guest_disk.ensure()
+
+
+def _demonstrate() -> int:
+    image, disk = _images()
+    CHROOT_BASE.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.NamedTemporaryFile(prefix="cellblock-demo-") as walls,
+        # On the jails' file system: a jail is given it by a link, and leaves it when it is removed.
+        tempfile.TemporaryDirectory(prefix="cellblock-demo-", dir=CHROOT_BASE) as folder,
+    ):
+        own = disk.copy_to(Path(folder) / DISK)
         before = _traces()
-        _run(image, Path(walls.name))
+        _run(image, disk, own, Path(walls.name))
         return _show_traces(before)
 
 
-def _run(image: GuestImage, walls: Path) -> None:
+def _run(image: GuestImage, disk: GuestDisk, own: Path, walls: Path) -> None:
+    """``own``: the microVM's copy of ``disk``."""
     jail = Jail(MICROVM_ID, UID, UID)
     say(f"jail root: {jail.root}")
     kernel = jail.add(image.vmlinuz, "vmlinuz")
     initramfs = jail.add(image.initramfs, "initramfs")
+    root = jail.link(own, own.name)
+    say(f"its disk: a copy of {disk.path}, a root file system of {len(disk.packages)} Debian packages")
     # fmt: off
     options = [
         "--cleanup", "--new-pid-ns", "--cgroup-version", "2" if _cgroup_v2() else "1",
@@ -70,35 +89,61 @@ def _run(image: GuestImage, walls: Path) -> None:
         for method, target, body in (
             ("PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 256}),
             ("PUT", "/boot-source", {"kernel_image_path": kernel, "initrd_path": initramfs, "boot_args": BOOT_ARGS}),
+            ("PUT", "/drives/root", {"drive_id": "root", "path_on_host": root, "is_root_device": True, **DRIVE}),
             ("PUT", "/actions", {"action_type": "InstanceStart"}),
         ):
             say(f"{method} {target} {body}")
             microvm.must(method, target, body)
-        print(microvm.expect("CELLBLOCK-READY", BOOT_TIMEOUT), flush=True)
-        _show_guest(microvm)
+        print(microvm.expect(" login: ", BOOT_TIMEOUT, to_line_end=False), flush=True)
+        agent = Agent.log_in(microvm)
+        _show_guest(agent)
+        written = _write(agent)
+        _show_drive(microvm)
         _show_cells(jail)
         _show_walls(walls)
-        _show_pause(microvm)
-        say("the guest reboots, which ends the microVM")
-        microvm.type("exit\n")
-        print(microvm.expect("CELLBLOCK-DONE", 60.0), flush=True)
+        _show_pause(microvm, agent)
+        say("the guest's system goes down, which ends the microVM")
         pid = _supervisor_pid(jail)
-        _wait_for_end(pid)
+        agent.start("systemctl reboot")
+        _wait_for_end(microvm, pid)
+    _show_disk(own, written)
 
 
 def _cgroup_v2() -> bool:
     return Path("/sys/fs/cgroup/cgroup.controllers").exists()
 
 
-def _command(microvm: Microvm, line: str) -> str:
-    """Run a shell command in the guest over the console; return its output."""
-    microvm.type(f"{line}; echo CELLBLOCK-''END\n")  # the echo of what we type must not look like the end
-    return without_log(microvm.expect(END_MARK, 120.0))
-
-
-def _show_guest(microvm: Microvm) -> None:
+def _show_guest(agent: Agent) -> None:
     say("the guest is alive:")
-    print(_command(microvm, "uname -a; cat /proc/uptime; head -2 /proc/meminfo; grep -m1 'model name' /proc/cpuinfo"))
+    shown = "uname -a; cat /proc/uptime; head -2 /proc/meminfo; grep -m1 'model name' /proc/cpuinfo; df -h /"
+    print(agent.must(f"grep PRETTY_NAME /etc/os-release; {shown}"), flush=True)
+
+
+def _write(agent: Agent) -> str:
+    """Let the guest write to its disk and sync it; return the digest of what it wrote."""
+    say(f"the guest writes 8 MiB to its disk, as {WRITTEN}, and waits until it is kept:")
+    output = agent.must(f"dd if=/dev/urandom of={WRITTEN} bs=1M count=8 conv=fsync 2>&1; sync; sha256sum {WRITTEN}")
+    print(output, flush=True)
+    return output.split()[-2]
+
+
+def _show_drive(microvm: Microvm) -> None:
+    say("its drive, GET /devices:")
+    for device in microvm.must("GET", "/devices"):
+        for name, value in device.items():
+            print(f"  {name}: {json.dumps(value)}")
+    sys.stdout.flush()
+
+
+def _show_disk(path: Path, written: str) -> None:
+    """Check the file system from outside, and look for what the guest has written."""
+    say("the disk afterwards, from outside:")
+    check = subprocess.run(["e2fsck", "-f", "-n", path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    print(check.stdout.decode(), flush=True)
+    shown = subprocess.run(["debugfs", "-R", f"cat {WRITTEN}", path], capture_output=True, check=True).stdout
+    if check.returncode != 0 or hashlib.sha256(shown).hexdigest() != written:
+        raise ClientError(f"{path} is not clean, or does not hold what the guest has written")
+    say(f"it is clean, and {WRITTEN} is what the guest wrote")
 
 
 def _supervisor_pid(jail: Jail) -> int:
@@ -166,38 +211,36 @@ def _link(path: Path) -> str:
     return os.readlink(path)
 
 
-def _uptime(microvm: Microvm) -> float:
-    output = _command(microvm, "cat /proc/uptime")
-    numbers = [word for word in output.split() if word.replace(".", "", 1).isdigit()]
-    return float(numbers[0])
+def _uptime(agent: Agent) -> float:
+    return float(agent.must("cat /proc/uptime").split()[0])
 
 
-def _show_pause(microvm: Microvm) -> None:
-    first = _uptime(microvm)
+def _show_pause(microvm: Microvm, agent: Agent) -> None:
+    first = _uptime(agent)
     say(f"guest uptime {first} s; PATCH /vm Paused for {PAUSE_SECONDS} s")
     microvm.must("PATCH", "/vm", {"state": "Paused"})
     say(f"state: {microvm.must('GET', '/')['state']}")
-    microvm.type("cat /proc/uptime; echo CELLBLOCK-''END\n")
+    number = agent.start("cat /proc/uptime")
     end = time.monotonic() + PAUSE_SECONDS
     while time.monotonic() < end:
         microvm.pump(0.1)
-    if microvm.has_come("proc/uptime"):
+    if agent.output_so_far(number):
         raise ClientError("the paused guest answered on its console")
     say("the paused guest does not answer; PATCH /vm Resumed")
     microvm.must("PATCH", "/vm", {"state": "Resumed"})
-    microvm.expect(END_MARK, 120.0)
-    second = _uptime(microvm)
+    agent.wait(number)
+    second = _uptime(agent)
     say(f"state: {microvm.must('GET', '/')['state']}; guest uptime goes on: {second} s")
     if second <= first:
         raise ClientError(f"the guest's uptime did not go on: {first}, then {second}")
 
 
-def _wait_for_end(pid: int) -> None:
-    deadline = time.monotonic() + 30.0
+def _wait_for_end(microvm: Microvm, pid: int) -> None:
+    deadline = time.monotonic() + 90.0
     while Path(f"/proc/{pid}").exists() and _state(pid) != "Z":
         if time.monotonic() > deadline:
-            raise ClientError(f"the supervisor (pid {pid}) did not end")
-        time.sleep(0.05)
+            raise ClientError(f"the supervisor (pid {pid}) did not end:\n{microvm.tail()}")
+        microvm.pump(0.05)
 
 
 def _state(pid: int) -> str:
