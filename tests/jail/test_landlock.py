@@ -81,11 +81,12 @@ def _bystander() -> Iterator[subprocess.Popen[bytes]]:
 def test_no_signal_leaves_the_microvm(base: Path, role: str) -> None:
     with _bystander() as bystander:
         drill = f"{role}end={bystander.pid}"
-        outcome = _drilled(base, drill, "seccomp", "pid-namespace")
+        bare = ("seccomp", "pid-namespace", "cell-identity")
+        outcome = _drilled(base, drill, *bare)
         if SCOPES:
             assert outcome == "refused: Operation not permitted (1)"
             assert bystander.poll() is None
-            outcome = _drilled(base, drill, "seccomp", "pid-namespace", "landlock")
+            outcome = _drilled(base, drill, *bare, "landlock")
         assert outcome == f"succeeded (process {bystander.pid})"
         assert bystander.wait(30) == -9
 

@@ -26,7 +26,7 @@ PACKAGES = (
     ("vcpus", "placement"),
     [
         (1, None),
-        (2, "Split"),
+        pytest.param(2, "Split", marks=SOAK_ONLY),
         pytest.param(2, "Grouped", marks=SOAK_ONLY),
         pytest.param(4, "Split", marks=SOAK_ONLY),
         pytest.param(4, "Grouped", marks=SOAK_ONLY),

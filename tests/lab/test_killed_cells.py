@@ -17,7 +17,7 @@ SIZE = 1 << 20
 
 def write(guest, start: int) -> int:
     """Let the guest write numbered blocks, until something was acknowledged; return the command's number."""
-    number = guest.agent.start(f"exec numbered /dev/vda {THREADS} {SLOTS} {start}")
+    number = int(guest.agent.start(f"exec numbered /dev/vda {THREADS} {SLOTS} {start}"))
     deadline = time.monotonic() + 60.0
     while min(kept(guest.agent.output_so_far(number)), default=start) <= start:
         assert time.monotonic() < deadline, guest.microvm.tail()
