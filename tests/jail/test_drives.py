@@ -6,14 +6,18 @@ import fcntl
 import json
 import os
 import shutil
+import signal
+import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.harness.jail import GID, UID, JailedMicrovm, id_of, microvm, wait_for
+from tests.harness.jail import GID, UID, JailedMicrovm, id_of, is_alive, microvm, wait_for
 from tests.harness.mailbox_guest import BlockDriver, MailboxGuest
+from tests.harness.run_options import SOAK
 from virtio import abi
 from vmm.layout import COMMAND_LINE_ADDRESS, COMMAND_LINE_SIZE, MAX_VIRTIO_MMIO_DEVICES
 
@@ -322,3 +326,112 @@ def test_an_overlay_that_cannot_be_is_refused_when_it_is_configured(drives, body
     drives.launch()
     config = {"drive_id": "data", "is_root_device": False, "path_on_host": "/data.img", "overlay": {"path": "/o"}}
     assert text in drives.refused("PUT", "/drives/data", {**config, **body})
+
+
+def _record(sequence: int) -> bytes:
+    body = sequence.to_bytes(8, "little") + bytes([sequence & 0xFF]) * 500
+    return body + zlib.crc32(body).to_bytes(4, "little")
+
+
+class SequenceWriter:
+    """Writes numbered records, some at a time, each to the next sector; knows which were acknowledged."""
+
+    DEPTH = 8
+
+    def __init__(self, driver: BlockDriver, acknowledged: dict[int, int], sequence: int) -> None:
+        self.driver = driver
+        self.acknowledged = acknowledged
+        self.sequence = sequence
+        #: Sector → sequence number that is there or on its way.
+        self.latest = dict(acknowledged)
+        self.in_flight: dict[int, tuple[int, int, int]] = {}
+        self.free = list(range(self.DEPTH))
+
+    def write(self) -> None:
+        """Offer as many records as there is room for."""
+        queue = self.driver.queues[0]
+        while self.free:
+            slot, sector = self.free.pop(), self.sequence % SECTORS
+            self.driver.guest.memory.write(self.driver.buffer(slot), _record(self.sequence))
+            head = self.driver.write_request(abi.VIRTIO_BLK_T_OUT, sector, 512, slot)
+            queue.offer(head)
+            self.in_flight[head] = (slot, sector, self.sequence)
+            self.latest[sector] = self.sequence
+            self.sequence += 1
+        self.driver.publish()
+
+    def take(self) -> int:
+        """Note what was acknowledged; return how many records that were."""
+        found = self.driver.queues[0].take_used()
+        for used in found:
+            slot, sector, sequence = self.in_flight.pop(used.head)
+            assert self.driver.status(slot) == OK
+            self.driver.queues[0].free(used.head)
+            self.free.append(slot)
+            self.acknowledged[sector] = sequence
+        return len(found)
+
+
+def _wait_dead(pid: int) -> None:
+    wait_for(lambda: not is_alive(pid), f"the end of cell {pid}")
+
+
+def _sequence_of(sector: bytes) -> int:
+    assert zlib.crc32(sector[:508]) == int.from_bytes(sector[508:], "little"), "a record is torn"
+    return int.from_bytes(sector[:8], "little")
+
+
+@pytest.mark.parametrize("io_engine", ["Sync", "Async"])
+def test_every_acknowledged_write_is_there_when_the_controller_was_killed(base, io_engine, scale):
+    """By number and CRC; read by the guest of the next machine, and so on."""
+    acknowledged: dict[int, int] = {}
+    content = b"".join(_record(number) for number in range(SECTORS))
+    sequence = SECTORS
+    for number in range(scale(3, 200)):
+        with microvm(base, microvm_id=id_of(base, str(number)), arguments=()) as jail:
+            drives = Drives(jail)
+            path = drives.add("data", io_engine=io_engine)
+            path.write_bytes(content)
+            drives.start()
+            driver = BlockDriver(drives.guest).begin()
+            for sector, least in list(acknowledged.items())[:: max(1, len(acknowledged) // 16)]:
+                assert _sequence_of(driver.read_sectors(sector)) >= least
+            writer = SequenceWriter(driver, acknowledged, sequence)
+            cells, taken, enough = jail.cells(), 0, 200 + 37 * number
+            while taken < enough:
+                writer.write()
+                taken += writer.take()
+            writer.write()
+            os.kill(cells["vmm"], signal.SIGKILL)
+            for cell in cells.values():
+                _wait_dead(cell)
+            writer.take()
+            content, sequence = path.read_bytes(), writer.sequence
+            for sector, least in acknowledged.items():
+                found = _sequence_of(content[sector << 9 : sector + 1 << 9])
+                assert least <= found <= writer.latest[sector], f"sector {sector}"
+            drives.guest.close()
+
+
+@pytest.mark.parametrize("limiter", ["ops", "bandwidth"])
+def test_a_rate_limit_holds(drives, limiter, scale):
+    """Never more than it allows; in a soak also not less, within a tenth, over a minute."""
+    size, burst, rate = 20, 30, 200
+    unit = 1 if limiter == "ops" else 512
+    bucket = {"size": size * unit, "one_time_burst": burst * unit, "refill_time": 1000 * size // rate}
+    drives.add("data", rate_limiter={limiter: bucket})
+    drives.start()
+    driver = BlockDriver(drives.guest).begin()
+    count = scale(2, 60) * rate
+    for slot in range(4):
+        driver.queues[0].offer(driver.write_request(abi.VIRTIO_BLK_T_IN, slot, 512, slot))
+    begun = time.monotonic()
+    assert driver.repeat(count).chains >= count
+    elapsed = time.monotonic() - begun
+    expected = (count - size - burst) / rate
+    assert elapsed >= 0.9 * expected
+    assert not SOAK or elapsed <= 1.1 * expected
+    none = {limiter: {"size": 0, "refill_time": 0}}
+    drives.must("PATCH", "/drives/data", {"drive_id": "data", "rate_limiter": none})
+    (shown,) = drives.must("GET", "/vm/config")["drives"]
+    assert shown["rate_limiter"] is None
