@@ -20,7 +20,7 @@ PACKAGES = (
 )
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(900)
 @pytest.mark.soak("block")
 @pytest.mark.parametrize(
     ("vcpus", "placement"),

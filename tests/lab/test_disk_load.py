@@ -11,7 +11,7 @@ import pytest
 from tests.harness.debian_disk import DEVICE_CELL, debian, drive, empty_disk, folder_of_disks
 from tests.harness.run_options import SOAK
 
-pytestmark = [pytest.mark.timeout(0 if SOAK else 1800), pytest.mark.soak("block")]
+pytestmark = [pytest.mark.timeout(0 if SOAK else 900), pytest.mark.soak("block")]
 NAME = "disk-load"
 FIO = "fio --name=load --filename=/dev/vdb --size=32M --direct=1 --ioengine=libaio --bs=4k --minimal --time_based"
 #: Of each: for a hundred requests.

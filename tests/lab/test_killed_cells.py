@@ -10,6 +10,7 @@ import pytest
 
 from tests.harness.debian_disk import CONTROLLER, DEVICE_CELL, busybox, drive, empty_disk, folder_of_disks
 from tests.harness.numbered_blocks import kept, lost
+from tests.harness.run_options import SOAK
 
 THREADS, SLOTS = 4, 32
 SIZE = 1 << 20
@@ -25,7 +26,7 @@ def write(guest, start: int) -> int:
     return number
 
 
-@pytest.mark.timeout(0)
+@pytest.mark.timeout(0 if SOAK else 900)
 @pytest.mark.soak("block")
 def test_the_controller_is_killed_while_the_guest_writes(guest_image, no_leftovers, scale, seed):
     generator = random.Random(seed)
@@ -43,7 +44,7 @@ def test_the_controller_is_killed_while_the_guest_writes(guest_image, no_leftove
             start = max(acknowledged) + 10_000  # what was written and not told of is below
 
 
-@pytest.mark.timeout(0)
+@pytest.mark.timeout(0 if SOAK else 900)
 @pytest.mark.soak("block")
 def test_device_cells_are_killed_while_the_guest_writes(guest_image, no_leftovers, scale, seed):
     generator = random.Random(seed)
