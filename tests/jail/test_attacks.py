@@ -73,7 +73,9 @@ def _ended_by_seccomp(jailed: JailedMicrovm, cell: str) -> str:
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_attack_succeeds_without_its_walls(base: Path, attack: str) -> None:
-    with microvm(base, "--drill", attack, *_without(*ATTACKS[attack])) as jailed:
+    # A program that took the cell's place is dumpable: whoever still reads the cell's walls then ends it.
+    read_back = _without("verify") if attack == "execve" else []
+    with microvm(base, "--drill", attack, *_without(*ATTACKS[attack]), *read_back) as jailed:
         jailed.start()
         assert _outcome(jailed, attack).startswith("succeeded")
         assert "switched off: " in jailed.log()
