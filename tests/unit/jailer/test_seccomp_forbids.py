@@ -94,6 +94,8 @@ FORBIDDEN: list[tuple[tuple[str, ...], list[Attempt]]] = [
     (("device",), [("io_uring_register", (5, what)) for what in (2, 4, 11, 12, 0x80000006)]),
     (DEVICE_CELLS, [("io_uring_enter", (5, 1, 0, flags, 0)) for flags in (2, 4, 8, 16, 32, 64, 3)]),
     (DEVICE_CELLS, [("io_uring_enter", (5, 1, 0, 0, 0x7F0000000000))]),
+    # A lock of a file that it would have to wait for would stop the control plane: whoever holds it decides.
+    (CONTROLLERS, [("flock", (5, operation)) for operation in (0, 1, 2)]),
     # What is behind a drive: a file never grows by fallocate, loses and shares no range; no RWF_HIPRI, RWF_APPEND …
     (DEVICE_CELLS, [("fallocate", (5, mode, 0, 4096)) for mode in (1, 2, 8, 0x10, 0x20, 0x40, 0x41)]),
     # But for an overlay that is made before the second filter.
